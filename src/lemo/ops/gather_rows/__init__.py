@@ -1,0 +1,1 @@
+"""Read chosen rows out of the residual stream."""

@@ -1,0 +1,1 @@
+"""Write the rows that ran a layer back into the residual stream."""
