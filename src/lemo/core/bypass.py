@@ -1,4 +1,4 @@
-"""Bypass: the low-rank update of rows that skip a layer, fitted in closed form from the layer's own input and update."""
+"""Bypass: the low-rank update of rows that skip a layer, in closed form from its own input and update."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ RMS_EPS = 1e-6
 
 
 def rms_normalise(x_NM: Tensor, eps: float = RMS_EPS) -> Tensor:
-    """x / sqrt(mean(x²) + eps) per row, without a weight, in fp32 (fp64 stays fp64). Shape as `x_NM`."""
+    """RMS norm of rows: x / sqrt(mean(x²) + eps), without a weight, in fp32 (fp64 stays fp64). Shape as `x_NM`."""
     x_NM = x_NM if x_NM.dtype == torch.float64 else x_NM.float()
     return x_NM * torch.rsqrt(x_NM.square().mean(-1, keepdim=True) + eps)
 

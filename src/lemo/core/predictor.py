@@ -18,10 +18,10 @@ POSITION_FEATURES = 3
 class PatternPredictor(nn.Module):
     """Estimates the score of every key block from the residual stream, without an attention matrix.
 
-    Rows are RMS-normalised and projected (M → F), pooled over each block, and standardised. A Q net and a K net, three
-    linear maps each with ReLU between, turn a block's features into R numbers. The score of the pair (query block m, key
-    block n) is Q_m·K_n / sqrt(R); the score of key block n is its mean over the query blocks m >= n of the same document.
-    The product is bilinear, so that mean is taken over the Q net's outputs and no K×K map is formed.
+    Rows are RMS-normalised and projected (M to F), pooled over each block, and standardised. A Q net and a K net, three
+    linear maps each with ReLU between, turn a block's features into R numbers. The score of the pair (query block m,
+    key block n) is Q_m·K_n / sqrt(R); that of key block n is its mean over the query blocks m >= n of its document.
+    The product is bilinear, so that mean is taken over the Q net's outputs and no K x K map is formed.
 
     Parameters are fp32 and frozen; calibration unfreezes what it trains. Scores have the unit of the target that they
     were trained on (standardised per layer), so only their order and a threshold in the same unit mean anything.
@@ -134,7 +134,7 @@ def _net(inputs: int, widths: Sequence[int], rank: int) -> nn.Sequential:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A host tensor on the device without waiting for the device (pageable memory is staged before the call returns)."""
+    """A host tensor on the device, without waiting for it (pageable memory is staged before the call returns)."""
     return tensor.to(device, non_blocking=True)
 
 
@@ -165,7 +165,7 @@ def block_positions(layout: Layout, device: torch.device) -> Tensor:
 
 
 def suffix_mean(value_KR: Tensor, layout: Layout) -> Tensor:
-    """Mean of rows n, n+1, ... to the end of n's document: (K, R). Sums run in fp64, so documents do not disturb others."""
+    """Mean of rows n, n+1, ... to the end of n's document: (K, R). Sums run in fp64: documents stay apart."""
     device = value_KR.device
     document_K = layout.block_document_K
     blocks_D = torch.bincount(document_K, minlength=len(layout.document_start_D))

@@ -78,7 +78,7 @@ def prune(predictor: PatternPredictor, census: NeuronCensus, target_share: float
 
 def _kept(count: int, share: float) -> int:
     """How many of `count` remain; never none."""
-    return max(1, int(round(count * share)))
+    return max(1, round(count * share))
 
 
 def _sized(predictor: PatternPredictor, share: float) -> PatternPredictor:

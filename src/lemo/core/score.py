@@ -1,0 +1,239 @@
+"""Scorers: what ranks the blocks of a layer. `predictor` and `random` run in training, the others in calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from lemo.core.layout import Layout
+from lemo.core.predictor import PatternPredictor, block_positions, pool_rows, to_device
+from lemo.errors import ConfigError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ScoreInputs:
+    """What a scorer may look at. A scorer names what it misses in a ConfigError.
+
+    Attributes:
+        layout: documents and blocks of the batch.
+        x_NM: (N, M) layer input.
+        query_HND, key_GND: (H, N, D) and (G, N, D) after RoPE; H is a multiple of G.
+        scaling: factor on q·k.
+        output_NM: (N, M) layer output.
+        layer: index of the layer.
+        step: counter of the training forward.
+        document_keys_D: (D,) int64 on the CPU, what tells documents apart for `random`; their lengths when None.
+    """
+
+    layout: Layout
+    x_NM: Tensor | None = None
+    query_HND: Tensor | None = None
+    key_GND: Tensor | None = None
+    scaling: float | None = None
+    output_NM: Tensor | None = None
+    layer: int = 0
+    step: int = 0
+    document_keys_D: Tensor | None = None
+
+
+class Scorer(Protocol):
+    """Ranks blocks: higher is kept first."""
+
+    def scores(self, inputs: ScoreInputs) -> Tensor:
+        """(K,) fp32 scores on the batch's device."""
+        ...
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """Scores of a layer's pattern predictor."""
+
+    predictor: PatternPredictor
+
+    def scores(self, inputs: ScoreInputs) -> Tensor:
+        """(K,) fp32. Needs `x_NM`."""
+        return self.predictor.scores(_given(inputs.x_NM, "x_NM", "predictor"), inputs.layout)
+
+
+@dataclass(frozen=True)
+class Random:
+    """Uniform draws in [0, 1) that depend on (seed, layer, step, document key, place of the block in its document).
+
+    The place of a document in the batch does not matter, so a packed document is drawn like the same document alone.
+    Two documents with the same key draw alike; the default key is the length.
+    """
+
+    seed: int = 0
+
+    def scores(self, inputs: ScoreInputs) -> Tensor:
+        """(K,) fp32. Drawn on the host, so no device is asked."""
+        layout = inputs.layout
+        keys_D = layout.document_length_D if inputs.document_keys_D is None else inputs.document_keys_D
+        blocks_D = torch.bincount(layout.block_document_K, minlength=len(keys_D))
+        first_D = torch.cumsum(blocks_D, 0) - blocks_D
+        place_K = torch.arange(len(layout.block_document_K)) - first_D[layout.block_document_K]
+        state = _mix(torch.tensor([self.seed * 1_000_003 + inputs.layer * 8191 + inputs.step * 131_071]))
+        state = _mix(state + keys_D.to("cpu", torch.int64))[layout.block_document_K]
+        bits = _mix(_mix(state) + place_K) & ((1 << 24) - 1)
+        return to_device(bits.float() / (1 << 24), layout.device)
+
+
+@dataclass(frozen=True)
+class Interaction:
+    """The paper's informativeness: s_ij = mean over heads of max(q_i·k_j·scaling, 0).
+
+    Score of a block pair = max of s_ij inside it; of key block n = mean over the query blocks m >= n of its document.
+    *Source*: LeMo, section 4.
+    """
+
+    def scores(self, inputs: ScoreInputs) -> Tensor:
+        """(K,) fp32. Needs `query_HND`, `key_GND` and `scaling`."""
+        from lemo.ops import block_score
+
+        layout = inputs.layout
+        pairs_KK = block_score(
+            _given(inputs.query_HND, "query_HND", "interaction"),
+            _given(inputs.key_GND, "key_GND", "interaction"),
+            to_device(layout.block_start_K, layout.device),
+            to_device(layout.block_length_K, layout.device),
+            to_device(layout.block_document_K, layout.device),
+            scaling=_given(inputs.scaling, "scaling", "interaction"),
+        )
+        return key_scores(pairs_KK.float(), layout)
+
+
+@dataclass(frozen=True)
+class AttentionMass:
+    """Attention probability that lands in a block: mean over heads and over the rows that may attend to it.
+
+    Exact softmax attention per document (no window, no softcap), formed a slice of queries at a time.
+
+    Attributes:
+        query_stride: look at every n-th query row of a document only; 1 for all.
+        limit_bytes: most memory that one slice of probabilities takes.
+    """
+
+    query_stride: int = 1
+    limit_bytes: int = 1 << 28
+
+    def scores(self, inputs: ScoreInputs) -> Tensor:
+        """(K,) fp32. Needs `query_HND`, `key_GND` and `scaling`."""
+        layout = inputs.layout
+        row_mass_N = self.row_mass(inputs).sum(0)
+        length_K = to_device(layout.block_length_K, row_mass_N.device)
+        mass_K = pool_rows(row_mass_N[:, None], layout, "mean")[:, 0] * length_K
+        # Query rows seen at or after the block's first row, counted as row_mass takes them: from the document's end.
+        end_D = layout.document_start_D + layout.document_length_D
+        rows_K = end_D[layout.block_document_K] - layout.block_start_K
+        seen_K = (rows_K + self.query_stride - 1) // self.query_stride
+        return mass_K / to_device(seen_K, mass_K.device) / inputs.query_HND.shape[0]
+
+    def row_mass(self, inputs: ScoreInputs) -> Tensor:
+        """Probability that each row receives, summed over the query rows looked at: (H, N) fp32; 0 for padding."""
+        query = _given(inputs.query_HND, "query_HND", "attention_mass")
+        key = _given(inputs.key_GND, "key_GND", "attention_mass")
+        scaling = _given(inputs.scaling, "scaling", "attention_mass")
+        heads, rows, head_dim = query.shape
+        groups = key.shape[0]
+        mass_HN = torch.zeros(heads, rows, device=query.device)
+        layout = inputs.layout
+        for start, length in zip(layout.document_start_D.tolist(), layout.document_length_D.tolist(), strict=True):
+            key_GTD = key[:, start : start + length].float()
+            # Strided queries count back from the last row, which sees every key.
+            taken = torch.arange((length - 1) % self.query_stride, length, self.query_stride, device=query.device)
+            slice_rows = max(1, self.limit_bytes // (4 * heads * length))
+            for place in taken.split(slice_rows):
+                part = query[:, start + place].float().reshape(groups, -1, head_dim)
+                logits = (part @ key_GTD.transpose(1, 2)).reshape(heads, len(place), length) * scaling
+                logits.masked_fill_(torch.arange(length, device=query.device) > place[:, None], -torch.inf)
+                mass_HN[:, start : start + length] += logits.softmax(-1).sum(1)
+        return mass_HN
+
+
+@dataclass(frozen=True)
+class UpdateNorm:
+    """Size of the layer's update, mean over the rows of a block. For study: it ranks worse than attention does."""
+
+    def scores(self, inputs: ScoreInputs) -> Tensor:
+        """(K,) fp32. Needs `x_NM` and `output_NM`."""
+        x_NM, output_NM = _given(inputs.x_NM, "x_NM", "update"), _given(inputs.output_NM, "output_NM", "update")
+        return pool_rows((output_NM.float() - x_NM.float()).norm(dim=-1, keepdim=True), inputs.layout, "mean")[:, 0]
+
+
+@dataclass(frozen=True)
+class Position:
+    """Place in the document alone, later blocks first. A floor that predictors have to beat."""
+
+    def scores(self, inputs: ScoreInputs) -> Tensor:
+        """(K,) fp32."""
+        return block_positions(inputs.layout, inputs.layout.device)[:, 0]
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """Scores given beforehand, for oracle runs."""
+
+    scores_K: Tensor
+
+    def scores(self, inputs: ScoreInputs) -> Tensor:
+        """(K,), as given."""
+        return self.scores_K
+
+
+TRAINING_SCORERS = ("predictor", "random")
+STUDY_SCORERS: dict[str, Callable[[], Scorer]] = {
+    "interaction": Interaction,
+    "attention_mass": AttentionMass,
+    "update": UpdateNorm,
+    "position": Position,
+}
+
+
+def scorer_named(name: str, *, predictor: PatternPredictor | None = None, seed: int = 0) -> Scorer:
+    """The scorer of a plan's or recipe's name.
+
+    Raises:
+        ConfigError: unknown name, or `predictor` without one.
+    """
+    if name == "predictor":
+        if predictor is None:
+            raise ConfigError("scorer 'predictor' needs a calibrated predictor for every layer that skips rows")
+        return Predicted(predictor)
+    if name == "random":
+        return Random(seed)
+    if name in STUDY_SCORERS:
+        return STUDY_SCORERS[name]()
+    raise ConfigError(f"scorer must be one of {', '.join((*TRAINING_SCORERS, *STUDY_SCORERS))}, got {name!r}")
+
+
+def key_scores(pairs_KK: Tensor, layout: Layout) -> Tensor:
+    """Score of key blocks from a block map (query block, key block): mean over m >= n of the same document. (K,)."""
+    document_K = to_device(layout.block_document_K, pairs_KK.device)
+    index_K = torch.arange(len(document_K), device=pairs_KK.device)
+    allowed_KK = (document_K[:, None] == document_K) & (index_K[:, None] >= index_K)
+    return pairs_KK.masked_fill(~allowed_KK, 0).sum(0) / allowed_KK.sum(0)
+
+
+def mlp_scores(norm_N: Tensor, layout: Layout, pool: str = "mean") -> Tensor:
+    """Informativeness of blocks for the MLP: mean or max of the intermediate activation's norm. (K,) fp32."""
+    return pool_rows(norm_N.float()[:, None], layout, pool)[:, 0]
+
+
+def _given(value: T | None, name: str, scorer: str) -> T:
+    """The value, or a ConfigError that names what the scorer misses."""
+    if value is None:
+        raise ConfigError(f"scorer '{scorer}' needs {name}, which this pass did not record")
+    return value
+
+
+def _mix(state: Tensor) -> Tensor:
+    """A bijective scrambling of int64 values (multiply and xor-shift; products wrap)."""
+    state = (state ^ (state >> 31)) * 0x5851F42D4C957F2D
+    state = (state ^ ((state >> 29) & 0x7FFFFFFFF)) * 0x14057B7EF767814F
+    return state ^ ((state >> 32) & 0xFFFFFFFF)
