@@ -1,0 +1,1 @@
+"""What was measured: records, time, memory and arithmetic."""
