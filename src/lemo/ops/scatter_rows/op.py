@@ -122,7 +122,7 @@ class _ScatterRows(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_values = grad.index_select(0, rows)
             if valid is not None:
-                grad_values = grad_values * valid[:, None]
+                grad_values = torch.where(valid[:, None], grad_values, 0)
         if ctx.needs_input_grad[0]:
             grad_stream = grad.clone(memory_format=torch.contiguous_format)
             if skipped_scale is not None:

@@ -1,0 +1,256 @@
+"""linear_ce: loss of a language-model head whose logits never exist for the whole sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from lemo.ops.linear_ce.reference import count_items, shape_logits
+
+
+def linear_ce(
+    hidden_NM: Tensor,
+    weight_VM: Tensor,
+    labels_N: Tensor,
+    *,
+    bias_V: Tensor | None = None,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    num_items: int | Tensor | None = None,
+    segment_rows: int = 2048,
+) -> Tensor:
+    """Cross-entropy of z = softcap·tanh(logit_scale·(h·Wᵀ + b) / softcap), logits in segments of rows.
+
+    Gradients are computed in the forward pass, segment by segment, so the logits of one segment exist at a time. Rows
+    whose label is `ignore_index` are dropped before the head. Without any label the loss is 0 with zero gradients.
+
+    Args:
+        hidden_NM: (..., M) floating input of the head.
+        weight_VM: (V, M), frozen or trainable, may be tied to the embedding.
+        labels_N: (...) integer label of each row, already shifted: row t holds the token that it predicts.
+        bias_V: (V,) or None.
+        ignore_index: label of rows without loss.
+        softcap: final logit softcap, None for none.
+        logit_scale: factor on the logits (a model that divides by s passes 1/s).
+        num_items: divisor of the summed loss, an int or a 0-d tensor; None for the number of rows that carry a label.
+        segment_rows: rows of a segment.
+
+    Returns:
+        0-d loss, fp32 (fp64 for fp64 input).
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit, or `segment_rows` is not positive.
+
+    Cost:
+        2·n·V·M FLOPs for the loss and as many each for the gradients of hidden and weight, n the rows with a label;
+        about 6·segment_rows·V bytes at a time in bf16; saves gradients of hidden (n·M) and, when trained, of the
+        weight (V·M). One host synchronisation, to count the rows with a label.
+
+    Numerics:
+        logits in the input's (or autocast's) dtype as a model makes them, softmax and loss in fp32; the weight's
+        gradient is accumulated over segments in fp32. Exact gradients; no second derivative.
+
+    Source:
+        LeMo section 4 (segment-based peak cutting); docs/method.md.
+    """
+    _check(hidden_NM, labels_N, segment_rows)
+    if weight_VM.dim() != 2 or weight_VM.shape[1] != hidden_NM.shape[-1] or weight_VM.device != hidden_NM.device:
+        raise ValueError(f"weight_VM must be (V, {hidden_NM.shape[-1]}), got {tuple(weight_VM.shape)}")
+    if bias_V is not None and tuple(bias_V.shape) != (weight_VM.shape[0],):
+        raise ValueError(f"bias_V must be ({weight_VM.shape[0]},), got {tuple(bias_V.shape)}")
+    rows_NM, labels_N = _labelled(hidden_NM, labels_N, ignore_index)
+    graph = torch.is_grad_enabled()
+    total = torch.ops.lemo.linear_ce(
+        rows_NM,
+        weight_VM,
+        labels_N,
+        bias_V,
+        softcap,
+        logit_scale,
+        segment_rows,
+        graph and rows_NM.requires_grad,
+        graph and weight_VM.requires_grad,
+        graph and bias_V is not None and bias_V.requires_grad,
+    )[0]
+    return total / _divisor(num_items, total, len(labels_N))
+
+
+def linear_ce_module(
+    head: Callable[[Tensor], Tensor],
+    hidden_NM: Tensor,
+    labels_N: Tensor,
+    *,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    num_items: int | Tensor | None = None,
+    segment_rows: int = 2048,
+) -> Tensor:
+    """linear_ce for a head that is not a plain linear (LoRA on the head, a sharded weight), by checkpointed segments.
+
+    The head runs at least once, on no rows if need be, so that its parameters always get a gradient. It runs
+    ceil(n / segment_rows) times, n the rows with a label: a head whose call is a collective must be given so many
+    `segment_rows` that every rank calls it equally often.
+
+    Args:
+        head: maps (n, M) to logits (n, V), bias included, softcap and scale not.
+        hidden_NM: as in `linear_ce`, like all arguments that follow.
+        labels_N: (...) integer labels, already shifted.
+        ignore_index: label of rows without loss.
+        softcap: final logit softcap, None for none.
+        logit_scale: factor on the logits.
+        num_items: divisor of the summed loss; None for the number of rows that carry a label.
+        segment_rows: rows of a segment.
+
+    Returns:
+        0-d loss, fp32 (fp64 for fp64 input).
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit, or `segment_rows` is not positive.
+
+    Cost:
+        the head twice forward and once backward; the logits of one segment exist at a time.
+    """
+    _check(hidden_NM, labels_N, segment_rows)
+    rows_NM, labels_N = _labelled(hidden_NM, labels_N, ignore_index)
+
+    def loss_of(segment_NM: Tensor, segment_labels_N: Tensor) -> Tensor:
+        return F.cross_entropy(shape_logits(head(segment_NM), softcap, logit_scale), segment_labels_N, reduction="sum")
+
+    pieces = zip(rows_NM.split(segment_rows), labels_N.split(segment_rows), strict=True)
+    # Segments run under a checkpoint even without gradient: then checkpoint is a plain call.
+    total = torch.stack([checkpoint(loss_of, *piece, use_reentrant=False) for piece in pieces]).sum()
+    return total / _divisor(num_items, total, len(labels_N))
+
+
+def _check(hidden: Tensor, labels: Tensor, segment_rows: int) -> None:
+    if hidden.dim() < 2 or not hidden.is_floating_point():
+        raise ValueError(f"hidden_NM must be (..., M) floating, got {tuple(hidden.shape)} {hidden.dtype}")
+    if labels.numel() * hidden.shape[-1] != hidden.numel() or labels.dtype.is_floating_point:
+        raise ValueError(
+            f"labels_N must be integers, one per row of {tuple(hidden.shape)}, got {tuple(labels.shape)} {labels.dtype}"
+        )
+    if labels.device != hidden.device:
+        raise ValueError(f"labels_N is on {labels.device}, hidden_NM on {hidden.device}")
+    if segment_rows < 1:
+        raise ValueError(f"segment_rows must be positive, got {segment_rows}")
+
+
+def _labelled(hidden: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Rows that carry a label, and their labels."""
+    hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1).long()
+    rows = (labels != ignore_index).nonzero().squeeze(1)
+    if len(rows) == len(labels):
+        return hidden, labels
+    return hidden.index_select(0, rows), labels.index_select(0, rows)
+
+
+def _divisor(num_items: int | Tensor | None, total: Tensor, valid_rows: int) -> int | Tensor:
+    items = count_items(num_items, valid_rows)
+    return items.to(total.device) if isinstance(items, Tensor) else items
+
+
+_SCHEMA = (
+    "(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, float? softcap, float logit_scale, int segment_rows, "
+    "bool grad_hidden, bool grad_weight, bool grad_bias) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+@torch.library.custom_op("lemo::linear_ce", mutates_args=(), schema=_SCHEMA)
+def _linear_ce(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    segment_rows: int,
+    grad_hidden: bool,
+    grad_weight: bool,
+    grad_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Summed loss and its gradients; a gradient that is not asked for is an empty tensor."""
+    total, d_hidden, d_weight, d_bias = _outputs(hidden, weight, bias, (grad_hidden, grad_weight, grad_bias))
+    total.zero_()
+    wide_weight = d_weight.new_zeros(d_weight.shape, dtype=total.dtype)
+    wide_bias = d_bias.new_zeros(d_bias.shape, dtype=total.dtype)
+    for at in range(0, len(labels), segment_rows):
+        rows = slice(at, at + segment_rows)
+        logits = F.linear(hidden[rows], weight, bias)
+        loss, z = _segment_loss(logits, labels[rows], softcap, logit_scale, grad_hidden or grad_weight or grad_bias)
+        total += loss
+        if grad_bias:
+            wide_bias += z.sum(0)
+        if grad_hidden or grad_weight:
+            d_logits = z.to(logits.dtype)
+            del z
+        if grad_hidden:
+            d_hidden[rows] = d_logits @ weight.to(d_logits.dtype)
+        if grad_weight:
+            wide_weight += d_logits.mT @ hidden[rows].to(d_logits.dtype)
+    return total, d_hidden, wide_weight.to(weight.dtype), wide_bias.to(d_bias.dtype)
+
+
+def _segment_loss(
+    logits: Tensor, labels: Tensor, softcap: float | None, logit_scale: float, grad: bool
+) -> tuple[Tensor, Tensor]:
+    """Summed loss of a segment and, in `logits`' wide dtype, its gradient with respect to the logits."""
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    slope = logit_scale
+    if logit_scale != 1.0:
+        z.mul_(logit_scale)
+    if softcap is not None:
+        z.div_(softcap).tanh_()
+        slope = z.square().neg_().add_(1.0).mul_(logit_scale) if grad else None
+        z.mul_(softcap)
+    lse = torch.logsumexp(z, -1, keepdim=True)
+    loss = (lse - z.gather(1, labels[:, None])).sum()
+    if grad:
+        z.sub_(lse).exp_()
+        z.scatter_add_(1, labels[:, None], z.new_full((len(z), 1), -1.0))
+        if softcap is not None or logit_scale != 1.0:
+            z.mul_(slope)
+    return loss, z
+
+
+def _outputs(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, grads: tuple[bool, bool, bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Uninitialised outputs of the op, of final shape and dtype."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    shape_of = [hidden.shape if grads[0] else (0,), weight.shape if grads[1] else (0,), (len(weight),) if grads[2] else (0,)]
+    return (
+        hidden.new_empty((), dtype=wide),
+        hidden.new_empty(shape_of[0]),
+        weight.new_empty(shape_of[1]),
+        weight.new_empty(shape_of[2], dtype=weight.dtype if bias is None else bias.dtype),
+    )
+
+
+@_linear_ce.register_fake
+def _fake(hidden, weight, labels, bias, softcap, logit_scale, segment_rows, *grads):  # type: ignore[no-untyped-def]
+    return _outputs(hidden, weight, bias, grads)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    # Gradients are saved outputs; without this autograd would make zeros of their size in backward.
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[1:])
+    ctx.grads = inputs[-3:]
+
+
+def _backward(ctx: Any, grad_total: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    scaled = [
+        saved * grad_total.to(saved.dtype) if wanted and grad_total is not None else None
+        for saved, wanted in zip(ctx.saved_tensors, ctx.grads, strict=True)
+    ]
+    return (scaled[0], scaled[1], None, scaled[2], None, None, None, None, None, None)
+
+
+_linear_ce.register_autograd(_backward, setup_context=_setup_context)
