@@ -1,0 +1,297 @@
+"""RunConfig: all that a run is told, as frozen dataclasses. Works without pydantic; the recipe reader validates it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from lemo.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model, and how its context is extended.
+
+    Attributes:
+        path: folder of a Hugging Face model, a hub name, or `package:NAME` for the folder of an installed package.
+        gguf_file: name of a GGUF file inside `path`, for weights in that format.
+        dtype: parameters' dtype.
+        context_length: longest sequence in tokens that the tuned model is meant for; None keeps the model's own.
+        rope_scaling: how RoPE reaches `context_length` when it exceeds the model's own.
+        attention: Transformers attention implementation.
+    """
+
+    path: str = ""
+    gguf_file: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    context_length: int | None = None
+    rope_scaling: Literal["none", "linear", "yarn"] = "none"
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is read and how it is cut.
+
+    Attributes:
+        train: files or folders (.txt, .jsonl, .jsonl.gz, .npz, datasets folders).
+        validation: the same, for evaluation.
+        window_tokens: tokens of one training sample.
+        long_rows: what happens to a `qas` sample that is longer than the window: refuse it, shorten its document so
+            that the questions stay, or leave the sample out. Plain text is cut into windows instead.
+        remainder: what happens to the end of a document that fills no window, and to documents shorter than one:
+            `drop` counts its tokens as lost, `keep` makes it a short window. With `packing` nothing is lost.
+        packing: put several short documents into one window (documents never see each other).
+        text_field: JSON key of the text.
+        answer_only: supervise only answers of `qas` rows.
+        max_windows: at most this many training windows, spread evenly over the data; None for all.
+        validation_windows: at most this many validation windows, spread evenly over the data.
+    """
+
+    train: tuple[str, ...] = ()
+    validation: tuple[str, ...] = ()
+    window_tokens: int = 4096
+    long_rows: Literal["error", "truncate", "drop"] = "error"
+    remainder: Literal["drop", "keep"] = "drop"
+    packing: bool = False
+    text_field: str = "text"
+    answer_only: bool = False
+    max_windows: int | None = None
+    validation_windows: int = 8
+
+
+@dataclass(frozen=True)
+class LossRowsConfig:
+    """Which rows of plain text carry loss.
+
+    Attributes:
+        share: share of blocks drawn as loss rows; 1.0 for all.
+        placement: how blocks are drawn.
+    """
+
+    share: float = 0.4
+    placement: Literal["random", "spread", "tail"] = "random"
+
+
+@dataclass(frozen=True)
+class SparsityConfig:
+    """How layers skip rows. Ratios count guards and supervised rows.
+
+    Attributes:
+        enabled: false trains densely.
+        plan: folder of a calibrated plan; None calibrates first, or uses a uniform plan for exact forward.
+        block_size: rows per block.
+        forward_ratio: share of rows that run a layer.
+        backward_ratio: share of rows that keep activations and pass gradient.
+        gradient: gradient of exact forward.
+        kv: whether skipped rows still offer keys and values.
+        mlp: whether the MLP has rows of its own.
+        mlp_ratio: share of rows that run the MLP when it has rows of its own.
+        policy: what turns scores into rows.
+        scorer: what ranks blocks while training.
+        dense_layers: layers that never skip; negative numbers count from the end.
+    """
+
+    enabled: bool = True
+    plan: str | None = None
+    block_size: int = 64
+    forward_ratio: float = 0.5
+    backward_ratio: float = 0.5
+    gradient: Literal["rows", "pairs"] = "rows"
+    kv: Literal["kept", "all"] = "all"
+    mlp: Literal["shared", "own"] = "shared"
+    mlp_ratio: float | None = None
+    policy: Literal["topk", "threshold"] = "topk"
+    scorer: Literal["predictor", "random"] = "predictor"
+    dense_layers: tuple[int, ...] = (0, -1)
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """How predictors, bypass and thresholds are fitted.
+
+    Attributes:
+        window_tokens: tokens of one calibration sample; None for the training window.
+        windows: calibration samples.
+        tune_windows: held-out samples for thresholds and the report.
+        target: block score that predictors learn.
+        pooled_features: features per block after pooling and projection.
+        predictor_width: width of the nets' middle maps.
+        predictor_rank: width of the nets' outputs.
+        predictor_steps: optimiser steps per layer.
+        prune_to: share of predictor neurons that elastic size transformation keeps; 1.0 prunes nothing.
+        bypass_rank: R of the low-rank bypass; 0 for none.
+        bypass_ridge: ridge strength, relative to the mean diagonal of the input's second moments.
+        tune_steps: steps of Algorithm 1 (threshold policy).
+        memory_limit_gib: most host memory that collected statistics may take before they go to disk.
+        seed: of everything drawn.
+    """
+
+    window_tokens: int | None = None
+    windows: int = 16
+    tune_windows: int = 4
+    target: Literal["interaction", "attention_mass"] = "attention_mass"
+    pooled_features: int = 128
+    predictor_width: int = 64
+    predictor_rank: int = 32
+    predictor_steps: int = 400
+    prune_to: float = 1.0
+    bypass_rank: int = 64
+    bypass_ridge: float = 1e-3
+    tune_steps: int = 0
+    memory_limit_gib: float = 4.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Adapter, as PEFT names it. `targets` are module names, or `all-linear`."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ("all-linear",)
+    modules_to_save: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Optimizer, schedule and loop, as users of Transformers' Trainer know them.
+
+    Attributes:
+        max_steps: optimizer steps; -1 for `epochs`.
+        loss: `segmented` never forms the logits of the whole sequence; `model` is the model's own loss.
+        segment_rows: rows of one loss segment.
+    """
+
+    learning_rate: float = 1e-4
+    max_steps: int = -1
+    epochs: float = 1.0
+    batch_size: int = 1
+    gradient_accumulation_steps: int = 1
+    warmup_steps: int = 0
+    lr_scheduler: str = "cosine"
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    optimizer: str = "adamw_torch"
+    gradient_checkpointing: bool = True
+    loss: Literal["segmented", "model"] = "segmented"
+    segment_rows: int = 2048
+    logging_steps: int = 1
+    eval_steps: int | None = None
+    save_steps: int | None = None
+    seed: int = 0
+    report_to: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run. `output` is the folder that receives adapter, plan, metrics and the resolved recipe."""
+
+    output: str = ""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    loss_rows: LossRowsConfig = field(default_factory=LossRowsConfig)
+    sparsity: SparsityConfig = field(default_factory=SparsityConfig)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+
+def check_run(run: RunConfig) -> None:
+    """Checks ranges and combinations of a run; types are the recipe reader's business.
+
+    Raises:
+        ConfigError: a value is out of range or two values contradict each other; the message names the key.
+    """
+    if not run.model.path:
+        raise ConfigError("model.path is empty: name a model folder, a hub name or package:NAME")
+    for key in _POSITIVE:
+        value = _lookup(run, key)
+        if value is not None and not value > 0:
+            raise ConfigError(f"{key} must be positive, got {value!r}")
+    for key in _NOT_NEGATIVE:
+        if not _lookup(run, key) >= 0:
+            raise ConfigError(f"{key} must not be negative, got {_lookup(run, key)!r}")
+    for key in _SHARES:
+        value = _lookup(run, key)
+        if value is not None and not 0 < value <= 1:
+            raise ConfigError(f"{key} must lie in (0, 1], got {value!r}")
+    if not 0 <= run.lora.dropout < 1:
+        raise ConfigError(f"lora.dropout must lie in [0, 1), got {run.lora.dropout!r}")
+    if run.data.window_tokens < 2:
+        raise ConfigError(f"data.window_tokens must be at least 2, got {run.data.window_tokens}")
+    if run.training.max_steps == 0 or run.training.max_steps < -1:
+        raise ConfigError(f"training.max_steps must be positive, or -1 for epochs, got {run.training.max_steps}")
+    if not run.lora.targets:
+        raise ConfigError("lora.targets is empty: name modules, or all-linear")
+    if run.model.context_length is not None and run.data.window_tokens > run.model.context_length:
+        raise ConfigError(
+            f"data.window_tokens ({run.data.window_tokens}) exceeds model.context_length ({run.model.context_length})"
+        )
+    _check_sparsity(run)
+
+
+def _check_sparsity(run: RunConfig) -> None:
+    """Combinations of ratios, bypass and MLP rows."""
+    sparsity = run.sparsity
+    if sparsity.backward_ratio > sparsity.forward_ratio:
+        raise ConfigError(
+            f"sparsity.backward_ratio ({sparsity.backward_ratio}) must not exceed sparsity.forward_ratio "
+            f"({sparsity.forward_ratio}): a row passes gradient only through layers that it ran"
+        )
+    calibrates = sparsity.enabled and sparsity.plan is None and sparsity.forward_ratio < 1
+    if calibrates and run.calibration.bypass_rank == 0:
+        raise ConfigError(
+            f"sparsity.forward_ratio is {sparsity.forward_ratio} and calibration.bypass_rank is 0: rows that skip "
+            "layers without a bypass ruin the model; set a rank, or forward_ratio to 1"
+        )
+    if sparsity.mlp_ratio is not None and sparsity.mlp == "shared":
+        raise ConfigError("sparsity.mlp_ratio needs sparsity.mlp=own; with shared rows it would have no effect")
+    if sparsity.mlp == "own" and sparsity.mlp_ratio is None:
+        raise ConfigError("sparsity.mlp is own: set sparsity.mlp_ratio, the share of rows that run the MLP")
+
+
+_POSITIVE = (
+    "model.context_length",
+    "data.max_windows",
+    "data.validation_windows",
+    "sparsity.block_size",
+    "calibration.window_tokens",
+    "calibration.windows",
+    "calibration.tune_windows",
+    "calibration.memory_limit_gib",
+    "lora.rank",
+    "lora.alpha",
+    "training.learning_rate",
+    "training.epochs",
+    "training.batch_size",
+    "training.gradient_accumulation_steps",
+    "training.segment_rows",
+    "training.logging_steps",
+    "training.eval_steps",
+    "training.save_steps",
+)
+_NOT_NEGATIVE = (
+    "calibration.bypass_rank",
+    "calibration.bypass_ridge",
+    "calibration.tune_steps",
+    "training.warmup_steps",
+    "training.weight_decay",
+    "training.max_grad_norm",
+)
+_SHARES = (
+    "loss_rows.share",
+    "sparsity.forward_ratio",
+    "sparsity.backward_ratio",
+    "sparsity.mlp_ratio",
+    "calibration.prune_to",
+)
+
+
+def _lookup(run: RunConfig, key: str):
+    """Value of a dotted key."""
+    value = run
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
