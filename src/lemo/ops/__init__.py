@@ -1,7 +1,8 @@
 """Tensors in, tensors out: the operations the method is made of, each with a plain torch reference."""
 
+from lemo.ops.block_score.op import block_score, key_block_scores
 from lemo.ops.gather_rows.op import gather_rows
 from lemo.ops.linear_ce.op import linear_ce, linear_ce_module
 from lemo.ops.scatter_rows.op import scatter_rows
 
-__all__ = ["gather_rows", "linear_ce", "linear_ce_module", "scatter_rows"]
+__all__ = ["block_score", "gather_rows", "key_block_scores", "linear_ce", "linear_ce_module", "scatter_rows"]

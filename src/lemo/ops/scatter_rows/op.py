@@ -34,7 +34,7 @@ def scatter_rows(
     | `rows_N` (valid) | `values_NM` | `values_NM`; none to x |
     | `constant_rows` | `constant_values` | x, unchanged (y = x + stopgrad(value - x)) |
     | `skipped_rows` | x + rmsnorm(x)·down·up | x, with 1/rms held constant |
-    | `rows_N`, `valid_N` false | a constant row's if it is one, else a skipped row's | x likewise; none to `values_NM` |
+    | `rows_N`, `valid_N` false | a constant row's if it is one, else a skipped row's | x likewise, not `values_NM` |
     | all others | x | x, unchanged |
 
     Args:

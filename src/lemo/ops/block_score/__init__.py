@@ -1,0 +1,1 @@
+"""Informativeness of block pairs without the matrix of scores."""
