@@ -51,7 +51,7 @@ CANDIDATES = (
 
 
 def choose_tiling(head_dim: int, block_rows: int, dtype: torch.dtype) -> Tiling:
-    """A tiling whose operands fit into shared memory (about 160 KiB, what an A100 offers) and accumulators into registers.
+    """A tiling whose operands fit into shared memory and accumulators into registers.
 
     A table and not an autotuner: the first call costs nothing extra and two runs do the same thing.
     """
@@ -243,7 +243,7 @@ def _block_score_kernel(
 
     total = tl.zeros((QUERY_ROWS, KEY_ROWS), dtype=tl.float32)
     for head in tl.range(0, heads, num_stages=STAGES):
-        far = head.to(tl.int64)
+        far = tl.cast(head, tl.int64)
         query = tl.load(query_ptrs + far * query_stride_h, mask=mask_m, other=0.0)
         key = tl.load(key_ptrs + (far // HEADS_PER_KEY) * key_stride_g, mask=mask_n, other=0.0)
         score = tl.maximum(tl.dot(query, key, input_precision="ieee"), 0.0)

@@ -40,8 +40,10 @@ def block_score_reference(
         documents = document.to(query_HND.device)
         seen = (k_rows <= q_rows[:, None]) & (documents[k_block] == documents[q_block + first][:, None])
         s_QS = torch.where(seen, s_QS, 0)
-        by_key = s_QS.new_zeros(len(q_rows), blocks).index_reduce(1, k_block, s_QS, "amax")
-        lines.append(by_key.new_zeros(last - first, blocks).index_reduce(0, q_block, by_key, "amax"))
+        by_key = s_QS.new_zeros(len(q_rows), blocks).scatter_reduce(1, k_block.expand_as(s_QS), s_QS, "amax")
+        lines.append(
+            by_key.new_zeros(last - first, blocks).scatter_reduce(0, q_block[:, None].expand_as(by_key), by_key, "amax")
+        )
     return torch.cat(lines) if lines else query_HND.new_zeros(0, 0, dtype=wide)
 
 
