@@ -1,0 +1,220 @@
+"""FLOPs of a training step by arithmetic: dense, with skipped rows, with exact forward. Needs a config, no weights.
+
+Multiply-adds count two. Norms, activations, RoPE, the embedding and the optimizer are left out. The base is frozen:
+the backward pass of a linear map costs as much as its forward (no weight gradient). Attention's backward costs 2.5
+times its forward (five products against two, as flash kernels do it).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lemo.errors import ConfigError
+
+ATTENTION_BACKWARD = 2.5
+RECOMPUTE_LEVELS = ("none", "mlp", "lin", "layer")
+_UNGATED = {"opt", "gpt2", "gpt_neox", "gptj", "starcoder2", "phi", "falcon", "bloom", "nemotron"}
+
+
+@dataclass(frozen=True)
+class DecoderShape:
+    """Sizes of a decoder: L layers, width M, ffn width F, H query heads, G kv heads, head dim D, V vocabulary.
+
+    Attributes:
+        gated: whether the MLP has a gate beside the up projection.
+    """
+
+    layers: int
+    width: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    gated: bool = True
+
+    @classmethod
+    def from_config(cls, config: Any) -> DecoderShape:
+        """Reads a Hugging Face config (or any object with its attributes).
+
+        Raises:
+            ConfigError: a size that the config does not state.
+        """
+        width = _first(config, "hidden_size", "n_embd")
+        heads = _first(config, "num_attention_heads", "n_head")
+        ffn = _first(config, "intermediate_size", "ffn_dim", "n_inner", default=4 * width)
+        return cls(
+            layers=_first(config, "num_hidden_layers", "n_layer"),
+            width=width,
+            ffn=ffn,
+            heads=heads,
+            kv_heads=_first(config, "num_key_value_heads", default=heads),
+            head_dim=_first(config, "head_dim", default=width // heads),
+            vocabulary=_first(config, "vocab_size"),
+            gated=getattr(config, "model_type", "") not in _UNGATED,
+        )
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """(inputs, outputs) of each linear map of a layer."""
+        query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        maps = {"q": (self.width, query), "k": (self.width, key), "v": (self.width, key), "o": (query, self.width)}
+        if self.gated:
+            maps["gate"] = (self.width, self.ffn)
+        return {**maps, "up": (self.width, self.ffn), "down": (self.ffn, self.width)}
+
+
+def _first(config: Any, *names: str, default: int | None = None) -> int:
+    for name in names:
+        if (value := getattr(config, name, None)) is not None:
+            return int(value)
+    if default is None:
+        raise ConfigError(f"the config states none of {', '.join(names)}")
+    return default
+
+
+@dataclass(frozen=True)
+class LayerWork:
+    """What one layer does in a step. The default is a dense layer that saves everything.
+
+    Attributes:
+        forward_ratio: share of rows that run.
+        backward_ratio: share of rows that pass gradient.
+        kv: whether rows that skip still offer keys and values (computed once, as constants).
+        gradient: where backward rows are fewer: `rows` sends gradient through all their scores, `pairs` only through
+            scores between backward rows.
+        recompute: `none`; `mlp` the inputs of the down projection; `lin` all linear maps; `layer` attention as well.
+        mlp_ratio: share of rows that run the MLP; None for forward_ratio.
+        bypass_rank: R of the bypass of skipped rows.
+        lora_rank: R of adapters on all linear maps; their weight gradients count.
+    """
+
+    forward_ratio: float = 1.0
+    backward_ratio: float = 1.0
+    kv: Literal["kept", "all"] = "kept"
+    gradient: Literal["rows", "pairs"] = "rows"
+    recompute: Literal["none", "mlp", "lin", "layer"] = "none"
+    mlp_ratio: float | None = None
+    bypass_rank: int = 0
+    lora_rank: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for ratios outside (0, 1], backward above forward, or an unknown recompute level."""
+        if not 0 < self.backward_ratio <= self.forward_ratio <= 1:
+            raise ConfigError(
+                f"ratios must satisfy 0 < backward ({self.backward_ratio}) <= forward ({self.forward_ratio}) <= 1"
+            )
+        if self.recompute not in RECOMPUTE_LEVELS:
+            raise ConfigError(f"recompute must be one of {', '.join(RECOMPUTE_LEVELS)}, got {self.recompute!r}")
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs of one step or layer by phase."""
+
+    forward: float = 0.0
+    recompute: float = 0.0
+    backward: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """All phases together."""
+        return self.forward + self.recompute + self.backward
+
+    def __add__(self, other: Flops) -> Flops:
+        return Flops(self.forward + other.forward, self.recompute + other.recompute, self.backward + other.backward)
+
+
+def attention_flops(shape: DecoderShape, tokens: int, query_share: float = 1.0, key_share: float = 1.0) -> float:
+    """Forward of causal attention over one sequence, of evenly spread shares of queries and keys."""
+    return 2.0 * shape.heads * shape.head_dim * tokens**2 * query_share * key_share
+
+
+def layer_flops(shape: DecoderShape, tokens: int, work: LayerWork) -> Flops:
+    """One layer on one sequence of `tokens` tokens."""
+    forward_rows, backward_rows = work.forward_ratio * tokens, work.backward_ratio * tokens
+    mlp_share = 1.0 if work.mlp_ratio is None else min(1.0, work.mlp_ratio / work.forward_ratio)
+    row = {name: _linear(sizes, work.lora_rank) for name, sizes in shape.linears.items()}
+    row_backward = {name: _linear_backward(sizes, work.lora_rank) for name, sizes in shape.linears.items()}
+    for name in ("gate", "up", "down"):
+        if name in row:
+            row[name] *= mlp_share
+            row_backward[name] *= mlp_share
+    key_share = 1.0 if work.kv == "all" else work.forward_ratio
+    pairs = work.gradient == "pairs" and work.backward_ratio < work.forward_ratio
+    backward_keys = work.backward_ratio if pairs else key_share
+
+    forward = forward_rows * sum(row.values()) + attention_flops(shape, tokens, work.forward_ratio, key_share)
+    if work.kv == "all":
+        forward += (tokens - forward_rows) * (row["k"] + row["v"])
+    skipped = tokens - forward_rows
+    bypass = 4.0 * shape.width * work.bypass_rank * skipped
+    backward = backward_rows * sum(row_backward.values())
+    backward += ATTENTION_BACKWARD * attention_flops(shape, tokens, work.backward_ratio, backward_keys)
+    again = {"none": (), "mlp": ("gate", "up"), "lin": tuple(row), "layer": tuple(row)}[work.recompute]
+    recompute = backward_rows * sum(row.get(name, 0.0) for name in again)
+    if work.recompute == "layer":
+        recompute += attention_flops(shape, tokens, work.backward_ratio, key_share)
+    return Flops(forward + bypass, recompute, backward + bypass)
+
+
+def _linear(sizes: tuple[int, int], lora_rank: int) -> float:
+    """Forward of a linear map and its adapter on one row."""
+    return 2.0 * math.prod(sizes) + 2.0 * lora_rank * sum(sizes)
+
+
+def _linear_backward(sizes: tuple[int, int], lora_rank: int) -> float:
+    """Input gradient of both, weight gradient of the adapter, on one row."""
+    return 2.0 * math.prod(sizes) + 4.0 * lora_rank * sum(sizes)
+
+
+def head_flops(shape: DecoderShape, rows: float) -> Flops:
+    """A frozen head on the rows that carry loss: logits and their input gradient."""
+    once = 2.0 * shape.width * shape.vocabulary * rows
+    return Flops(forward=once, backward=once)
+
+
+def step_flops(shape: DecoderShape, tokens: int, layers: Sequence[LayerWork], loss_share: float = 1.0) -> Flops:
+    """A training step on one sequence.
+
+    Args:
+        shape: the decoder.
+        tokens: length of the sequence.
+        layers: work of each layer.
+        loss_share: share of rows that carry loss.
+
+    Raises:
+        ConfigError: not one LayerWork per layer.
+    """
+    if len(layers) != shape.layers:
+        raise ConfigError(f"{len(layers)} layers of work for a decoder with {shape.layers} layers")
+    total = head_flops(shape, loss_share * tokens)
+    for work in layers:
+        total += layer_flops(shape, tokens, work)
+    return total
+
+
+def ideal_gain(
+    shape: DecoderShape,
+    tokens: int,
+    work: LayerWork,
+    *,
+    dense_layers: int = 2,
+    baseline_recompute: Literal["none", "mlp", "lin", "layer"] = "layer",
+) -> float:
+    """How many times fewer FLOPs a step does than the dense step, were every FLOP equally fast.
+
+    Args:
+        shape: the decoder.
+        tokens: length of the sequence.
+        work: of each layer that skips.
+        dense_layers: layers that run densely, with the recompute level of `work`.
+        baseline_recompute: of the dense step.
+    """
+    dense = LayerWork(recompute=work.recompute, lora_rank=work.lora_rank)
+    baseline = LayerWork(recompute=baseline_recompute, lora_rank=work.lora_rank)
+    ours = [dense] * dense_layers + [work] * (shape.layers - dense_layers)
+    return step_flops(shape, tokens, [baseline] * shape.layers).total / step_flops(shape, tokens, ours).total
