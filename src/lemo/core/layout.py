@@ -1,0 +1,145 @@
+"""The documents and blocks of one batch: what can be selected, before anything is scored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lemo.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Documents and blocks of a batch of B sequences with T tokens; rows are flat indices into B·T.
+
+    A document is a run of consecutive rows of one sequence. A block is `block_size` consecutive rows of one document,
+    counted from the document's first row; the last block of a document may be shorter. Rows of no document (padding)
+    belong to no block and are never selected.
+
+    Shapes: D documents, K blocks. `*_K` and `*_D` tensors are int64 (or bool) on the CPU, so that every size that a
+    layer needs is known to the host before the layer runs; `rows` fields live on the batch's device.
+
+    Attributes:
+        batch: B.
+        tokens: T.
+        block_size: C.
+        document_start_D: first flat row of each document.
+        document_length_D: rows of each document.
+        block_start_K: first flat row of each block.
+        block_length_K: rows of each block, C but for the last of a document.
+        block_document_K: document of each block; ascending.
+        forced_K: blocks that are always selected: guards and blocks that hold a supervised row.
+        supervised_K: blocks that hold a supervised row.
+        document_of_row_N: (B·T,) int64 on the device; -1 for padding.
+        position_of_row_N: (B·T,) int64 on the device; row's place inside its document; 0 for padding.
+        block_of_row_N: (B·T,) int64 on the device; -1 for padding.
+    """
+
+    batch: int
+    tokens: int
+    block_size: int
+    document_start_D: Tensor
+    document_length_D: Tensor
+    block_start_K: Tensor
+    block_length_K: Tensor
+    block_document_K: Tensor
+    forced_K: Tensor
+    supervised_K: Tensor
+    document_of_row_N: Tensor
+    position_of_row_N: Tensor
+    block_of_row_N: Tensor
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the batch."""
+        return self.document_of_row_N.device
+
+    @property
+    def real_rows(self) -> int:
+        """Rows that belong to a document."""
+        return int(self.document_length_D.sum())
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the batch is one document per sequence without padding."""
+        return bool((self.document_length_D == self.tokens).all()) and len(self.document_length_D) == self.batch
+
+    @classmethod
+    def build(
+        cls,
+        document_BT: Tensor,
+        supervised_BT: Tensor | None,
+        *,
+        block_size: int = 64,
+        device: torch.device | str | None = None,
+    ) -> Layout:
+        """Cuts a batch into documents and blocks.
+
+        Args:
+            document_BT: (B, T) integer document ids; a change of id inside a sequence starts a document, a negative
+                id marks padding. Ids may repeat in different sequences.
+            supervised_BT: (B, T) bool, rows that carry loss; None for none.
+            block_size: C, rows per block.
+            device: where the per-row tensors go; the device of `document_BT` when None.
+
+        Raises:
+            ConfigError: `block_size` is not a positive integer.
+        """
+        if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1:
+            raise ConfigError(f"block_size must be a positive integer, got {block_size!r}")
+        device = document_BT.device if device is None else torch.device(device)
+        ids_BT = document_BT.detach().to("cpu", torch.int64)
+        batch, tokens = ids_BT.shape
+        starts_BT = torch.ones_like(ids_BT, dtype=torch.bool)
+        starts_BT[:, 1:] = ids_BT[:, 1:] != ids_BT[:, :-1]
+        run_start = starts_BT.reshape(-1).nonzero().squeeze(-1)
+        run_end = torch.cat([run_start[1:], torch.tensor([batch * tokens])])
+        real = ids_BT.reshape(-1)[run_start] >= 0
+        document_start, document_length = run_start[real], (run_end - run_start)[real]
+
+        blocks_D = (document_length + block_size - 1) // block_size
+        block_document = torch.repeat_interleave(torch.arange(len(blocks_D)), blocks_D)
+        first_block_D = torch.cumsum(blocks_D, 0) - blocks_D
+        offset = (torch.arange(len(block_document)) - first_block_D[block_document]) * block_size
+        block_start = document_start[block_document] + offset
+        block_length = torch.minimum(document_length[block_document] - offset, torch.tensor(block_size))
+
+        document_of_row = torch.full((batch * tokens,), -1)
+        position_of_row = torch.zeros(batch * tokens, dtype=torch.int64)
+        block_of_row = torch.full((batch * tokens,), -1)
+        rows = _expand(document_start, document_length)
+        document_of_row[rows] = torch.repeat_interleave(torch.arange(len(document_start)), document_length)
+        position_of_row[rows] = rows - document_start[document_of_row[rows]]
+        block_of_row[rows] = first_block_D[document_of_row[rows]] + position_of_row[rows] // block_size
+
+        supervised = torch.zeros(len(block_document), dtype=torch.bool)
+        if supervised_BT is not None:
+            flagged = block_of_row[supervised_BT.detach().to("cpu").reshape(-1).bool()]
+            supervised[flagged[flagged >= 0]] = True
+        guards = torch.zeros_like(supervised)
+        guards[first_block_D] = True
+        guards[first_block_D + blocks_D - 1] = True
+        return cls(
+            batch=batch,
+            tokens=tokens,
+            block_size=block_size,
+            document_start_D=document_start,
+            document_length_D=document_length,
+            block_start_K=block_start,
+            block_length_K=block_length,
+            block_document_K=block_document,
+            forced_K=supervised | guards,
+            supervised_K=supervised,
+            document_of_row_N=document_of_row.to(device),
+            position_of_row_N=position_of_row.to(device),
+            block_of_row_N=block_of_row.to(device),
+        )
+
+
+def _expand(start: Tensor, length: Tensor) -> Tensor:
+    """Rows of consecutive runs: start[0], start[0]+1, ..., start[1], ... as int64."""
+    total = int(length.sum())
+    run = torch.repeat_interleave(torch.arange(len(start)), length, output_size=total)
+    return start[run] + torch.arange(total) - (torch.cumsum(length, 0) - length)[run]

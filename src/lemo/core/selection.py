@@ -1,0 +1,64 @@
+"""Which rows a layer runs: the one value that scorers and policies make and executors use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RowSet:
+    """Rows of a batch, document by document.
+
+    `rows_N` has `capacity` entries, a number the host knows before the layer runs. Inside a document the first entries
+    are the chosen rows in ascending order; under the `threshold` policy they may be followed by rows that were not
+    chosen (`valid_N` false), which an executor computes with no effect or masks.
+
+    Attributes:
+        rows_N: (capacity,) int64 flat rows, on the batch's device.
+        segment_lengths: rows of each document in `rows_N`, in document order; host integers that add up to capacity.
+        skipped_S: (real rows - capacity,) int64 ascending flat rows that are in no document's entries.
+        valid_N: (capacity,) bool on the device, or None when every entry is chosen.
+    """
+
+    rows_N: Tensor
+    segment_lengths: tuple[int, ...]
+    skipped_S: Tensor
+    valid_N: Tensor | None = None
+
+    @property
+    def capacity(self) -> int:
+        """Entries of `rows_N`; known to the host."""
+        return self.rows_N.shape[0]
+
+    @property
+    def count(self) -> Tensor | int:
+        """Rows chosen: the capacity, or a device scalar under the `threshold` policy."""
+        return self.capacity if self.valid_N is None else self.valid_N.sum()
+
+    def chosen(self) -> Tensor:
+        """Ascending int64 flat rows that were chosen. Synchronises with the device under `threshold`."""
+        rows = self.rows_N if self.valid_N is None else self.rows_N[self.valid_N]
+        return rows.sort().values
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Rows of one layer for one batch.
+
+    `y = x; y[rows] = layer(x[rows])`: `forward` are the rows whose value the layer computes, `backward` the subset that
+    also keeps activations and passes gradient. None means all rows of the batch (the layer's dense call).
+
+    Attributes:
+        forward: rows that run the layer; None when all do.
+        backward: rows that pass gradient; None when all do. The same object as `forward` when the budgets are equal.
+    """
+
+    forward: RowSet | None
+    backward: RowSet | None
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the layer runs as if lemo were not attached."""
+        return self.forward is None and self.backward is None

@@ -1,0 +1,5 @@
+"""Mistral: one causal or sliding mask for all layers."""
+
+from lemo.families.family import Family
+
+FAMILY = Family(model_type="mistral", tiny={"sliding_window": None})

@@ -1,0 +1,5 @@
+"""Qwen2: biases on q, k and v."""
+
+from lemo.families.family import Family
+
+FAMILY = Family(model_type="qwen2")

@@ -1,0 +1,339 @@
+"""attach: makes a model skip rows in training, and gives back the handle that says what it did and undoes it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lemo.core.plan import Plan
+from lemo.core.selection import Selection
+from lemo.errors import ConfigError, LabelsError, PlanError, UnsupportedModelError
+from lemo.runtime.attention import NAME, attention_module, register_mask
+from lemo.runtime.batch import BatchContext, RunDense, document_keys, read_layout
+from lemo.runtime.head import LemoModel, forward_parameters, model_class, segmented_forward, why_not_segmented
+from lemo.runtime.layer import LayerState, install, removable, remove
+from lemo.runtime.model import causal_model, decoder_layers, fingerprint, mlp_names
+
+_LOG = logging.getLogger("lemo")
+MASK_LIMIT_TOKENS = 8192  # longest sequence for which the model may still build a (T, T) mask of its own
+
+
+class Handle:
+    """An attached plan. A context manager: leaving it detaches.
+
+    Attributes:
+        plan: the plan in force.
+        selections: per layer, the Selection of the last sparse forward.
+        sparse_batches: forwards that ran under selection.
+        dense_batches: training forwards that had to run, or gained nothing by not running, densely.
+        notes: what lemo did that the user did not ask for, each said once.
+        in_place: write rows into the residual stream itself; false copies it once a layer, with equal results.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan, options: dict[str, Any]) -> None:
+        """Use `attach`."""
+        self.model, self.plan = causal_model(model), plan
+        self.selections: dict[int, Selection] = {}
+        self.sparse_batches = self.dense_batches = 0
+        self.notes: list[str] = []
+        self.context: BatchContext | None = None
+        self.tap: Callable | None = None
+        self.in_place = True
+        self._options = options
+        self._supervised: Tensor | None = None
+        self._loss_only = False
+        self._real_rows = 0
+        self._attached = False
+
+    def __enter__(self) -> Handle:
+        """The handle itself."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Detaches."""
+        self.detach()
+
+    def __deepcopy__(self, memo: dict) -> None:
+        """A copy of the model is a plain model: the handle stays with the original."""
+        return None
+
+    def note(self, text: str) -> None:
+        """Says something once, in the log and in `notes`."""
+        if text not in self.notes:
+            self.notes.append(text)
+            _LOG.warning(text)
+
+    @contextmanager
+    def supervised(self, mask_BT: Tensor) -> Iterator[None]:
+        """States which rows carry loss, for training forwards without labels (label smoothing, custom losses).
+
+        Args:
+            mask_BT: (B, T) bool; row t is supervised when what it predicts, token t+1, counts in the loss.
+        """
+        before, self._supervised = self._supervised, mask_BT.bool()
+        try:
+            yield
+        finally:
+            self._supervised = before
+
+    @contextmanager
+    def loss_only(self) -> Iterator[None]:
+        """Inside, evaluation forwards with labels compute the loss in segments and return `logits=None`."""
+        before, self._loss_only = self._loss_only, True
+        try:
+            yield
+        finally:
+            self._loss_only = before
+
+    @contextmanager
+    def sparse_evaluation(self, on: bool = True) -> Iterator[None]:
+        """Inside, evaluation forwards select rows as training does (`on`), or run dense."""
+        before, self._options["sparse_eval"] = self._options["sparse_eval"], on
+        try:
+            yield
+        finally:
+            self._options["sparse_eval"] = before
+
+    def ratios(self) -> dict[int, tuple[float, float]]:
+        """Share of real rows per layer in the last sparse forward: {layer: (forward, backward)}.
+
+        Under the `threshold` policy this asks the device for the counts.
+        """
+        found = {}
+        for index, selection in self.selections.items():
+            sets = (selection.forward, selection.backward)
+            counts = [self._real_rows if s is None else int(s.count) for s in sets]
+            found[index] = (counts[0] / self._real_rows, counts[1] / self._real_rows)
+        return found
+
+    def detach(self) -> None:
+        """Gives the model and its layers their classes back, bit for bit as they were. Does nothing the second time.
+
+        Raises:
+            UnsupportedModelError: another library subclassed the model or a layer after `attach` (FSDP2 does); nothing
+                is changed then.
+        """
+        if not self._attached:
+            return
+        layers = [x for x in decoder_layers(self.model) if "_lemo_layer" in x.__dict__]
+        changed = [type(x).__name__ for x in layers if not removable(x)]
+        if type(self.model).__mro__[1] is not LemoModel:
+            changed.append(type(self.model).__name__)
+        if changed:
+            raise UnsupportedModelError(
+                f"cannot detach: {changed[0]} was subclassed after attach (FSDP2's fully_shard does that)"
+            )
+        for layer in layers:
+            remove(layer)
+        del self.model.__dict__["_lemo_handle"]
+        self.model.__class__ = type(self.model).__mro__[2]
+        self._attached = False
+
+    def run_model(self, inner: Callable, own: bool, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """One call of the model's forward: opens the batch for the layers, then runs `inner` or the segmented loss.
+
+        Args:
+            inner: the forward in force.
+            own: whether it is the model's own, not one that a peer put in its place.
+            args: positional arguments.
+            kwargs: keywords.
+        """
+        if self.context is not None:
+            return inner(*args, **kwargs)
+        names = forward_parameters(_original_class(self.model))
+        arguments = dict(zip(names, args, strict=False)) | kwargs
+        training = self.model.training and torch.is_grad_enabled()
+        labelled = arguments.get("labels") is not None or arguments.get("shift_labels") is not None
+        context = self._open(arguments, training)
+        if training and arguments.get("use_cache") is None and "use_cache" in names:
+            arguments["use_cache"] = False
+        segmented = labelled and own and self._segmented(training)
+        with self._running(context):
+            if segmented:
+                output = segmented_forward(self.model, arguments, self._options["segment_rows"])
+            else:
+                output = inner(**arguments)
+        if context is not None:
+            self._close(context)
+        return output
+
+    def _segmented(self, training: bool) -> bool:
+        wanted = self._options["loss"] == "segmented" and not self._options["logits"]
+        if not wanted or not (training or self._loss_only):
+            return False
+        reason = why_not_segmented(self.model)
+        if reason is not None:
+            self.note(f"the model's own loss runs instead of the segmented one: {reason}")
+        return reason is None
+
+    def _open(self, arguments: dict[str, Any], training: bool) -> BatchContext | None:
+        """The batch for the layers, or None when this forward runs densely."""
+        sparse_eval = self._options["sparse_eval"] and not training
+        if not (training or sparse_eval) or all(x.is_dense for x in self.plan.layers):
+            return None
+        try:
+            self._check_capturing(arguments, sparse_eval)
+            labelled = any(arguments.get(k) is not None for k in ("labels", "shift_labels"))
+            if training and not labelled and self._supervised is None:
+                raise LabelsError(
+                    "a training forward reached the model without labels, so lemo cannot tell which rows carry loss "
+                    "and must not be skipped; pass labels, or run it inside `with handle.supervised(mask):`"
+                )
+            layout = read_layout(arguments, self._supervised, self.plan.block_size)
+        except RunDense as reason:
+            self.dense_batches += training
+            self.note(f"a batch ran densely: {reason}")
+            return None
+        return BatchContext(
+            self.plan,
+            layout,
+            step=self.sparse_batches,
+            in_place=self.in_place,
+            maskless=self._wants_no_mask(layout),
+            document_keys_D=document_keys(layout, arguments.get("input_ids")) if self.plan.scorer == "random" else None,
+        )
+
+    def _check_capturing(self, arguments: dict[str, Any], sparse_eval: bool) -> None:
+        config = self.model.config
+        for name in ("output_hidden_states", "output_attentions"):
+            if arguments.get(name) or (arguments.get(name) is None and getattr(config, name, False)):
+                raise RunDense(f"{name} asks for every row of every layer")
+        if arguments.get("use_cache") or arguments.get("past_key_values") is not None:
+            if sparse_eval:
+                raise UnsupportedModelError(
+                    "generation under selection is refused: selection looks at later tokens. Leave sparse_eval off"
+                )
+            raise RunDense("the call uses a key/value cache")
+
+    def _wants_no_mask(self, layout: Any) -> bool:
+        """Whether the model's own (T, T) mask must be avoided, so that every layer runs by rows."""
+        implementation = self.model.config.get_text_config()._attn_implementation
+        builds = implementation == "eager" or (implementation == "sdpa" and not layout.is_plain)
+        builds = builds and all("_lemo_layer" in x.__dict__ for x in decoder_layers(self.model))
+        return builds and layout.tokens > MASK_LIMIT_TOKENS
+
+    @contextmanager
+    def _running(self, context: BatchContext | None) -> Iterator[None]:
+        if context is None:
+            yield
+            return
+        config = self.model.config.get_text_config()
+        implementation = config._attn_implementation
+        self.context = context
+        try:
+            if context.maskless:
+                register_mask()
+                config._attn_implementation_internal = NAME
+            yield
+        finally:
+            self.context = None
+            config._attn_implementation_internal = implementation
+
+    def _close(self, context: BatchContext) -> None:
+        self.selections, self._real_rows = context.selections, context.layout.real_rows
+        if all(s.is_dense for s in context.selections.values()):
+            self.dense_batches += 1
+            self.note("a batch had nothing to skip (short, or mostly supervised) and ran densely")
+        else:
+            self.sparse_batches += 1
+
+
+def attach(
+    model: nn.Module,
+    plan: Plan,
+    *,
+    loss: str = "segmented",
+    logits: bool = False,
+    sparse_eval: bool = False,
+    unsafe_no_bypass: bool = False,
+    self_test: bool = True,
+    segment_rows: int = 2048,
+) -> Handle:
+    """Makes a model's decoder layers skip rows as `plan` says, in training forwards.
+
+    Works before or after `get_peft_model`, under HF Trainer, TRL and Accelerate; changes nothing outside this model.
+
+    Args:
+        model: a Transformers causal language model, or a PEFT model around one.
+        plan: what every layer does.
+        loss: `segmented` computes the loss of training forwards without ever forming all logits, and returns
+            `logits=None`; `model` keeps the model's own loss and logits.
+        logits: keep logits although the loss is `segmented` (the same as `loss="model"`).
+        sparse_eval: evaluation forwards select rows too (look-ahead: their loss is not that of a causal model).
+        unsafe_no_bypass: accept a plan whose skipped rows have no bypass. It ruins models.
+        self_test: compare one layer of each kind with masked references before anything is trained.
+        segment_rows: rows of a loss segment.
+
+    Returns:
+        The handle. `with attach(...) as handle:` detaches at the end.
+
+    Raises:
+        PlanError: a plan for another model, or one that skips rows without bypass.
+        UnsupportedModelError: a layer that cannot skip rows; the message says which and why.
+        ConfigError: an unknown `loss`.
+    """
+    if loss not in ("segmented", "model"):
+        raise ConfigError(f"loss must be 'segmented' or 'model', got {loss!r}")
+    options = {"loss": loss, "logits": logits, "sparse_eval": sparse_eval, "segment_rows": segment_rows}
+    handle = Handle(model, plan, options)
+    layers = decoder_layers(model)
+    _check_plan(handle.model, plan, layers, unsafe_no_bypass)
+    if "forward" in handle.model.__dict__ and loss == "segmented":
+        handle.note("the model's forward was replaced by another library; its own loss stays in force")
+    names = mlp_names(model)
+    if plan.mlp == "own" and not names:
+        kind = handle.model.config.get_text_config().model_type
+        raise UnsupportedModelError(f"mlp 'own' needs the name of the MLP, and no family file describes {kind!r}")
+    for index, layer in enumerate(layers):
+        # Dense layers take part too, so that none of them needs a (T, T) mask on long packed batches.
+        if not plan.layers[index].is_dense or attention_module(layer) is not None:
+            install(layer, LayerState(index, handle, names))
+    handle.model.__dict__["_lemo_handle"] = handle
+    handle.model.__class__ = model_class(type(handle.model))
+    handle._attached = True
+    if self_test:
+        from lemo.runtime.selftest import check_layers
+
+        try:
+            check_layers(handle)
+        except Exception:
+            handle.detach()
+            raise
+    return handle
+
+
+def _original_class(model: Any) -> type:
+    """The model's class below what `attach` put on top."""
+    mro = type(model).__mro__
+    return mro[mro.index(LemoModel) + 1]
+
+
+def _check_plan(model: Any, plan: Plan, layers: nn.ModuleList, unsafe_no_bypass: bool) -> None:
+    """Raises PlanError unless the plan is for this model and safe; UnsupportedModelError when already attached."""
+    if "_lemo_handle" in model.__dict__ and model.__dict__["_lemo_handle"] is not None:
+        raise UnsupportedModelError("the model has a plan attached already; detach it first")
+    if len(plan.layers) != len(layers):
+        raise PlanError(f"the plan has {len(plan.layers)} layers, the model {len(layers)}")
+    if plan.fingerprint is not None:
+        found = fingerprint(model)
+        if found is not None and found != plan.fingerprint:
+            raise PlanError(
+                f"the plan was made for another base model (fingerprint {plan.fingerprint[:12]}, this one is "
+                f"{found[:12]}); calibrate a plan for this one"
+            )
+    if plan.needs_bypass and not unsafe_no_bypass:
+        raise PlanError(
+            "the plan lets rows skip layers (forward_ratio < 1) without a bypass, which ruins models; calibrate a plan, "
+            "use forward_ratio=1, or pass unsafe_no_bypass=True"
+        )
+    if plan.scorer == "predictor":
+        missing = [i for i, x in enumerate(plan.layers) if not x.is_dense and x.predictor is None]
+        if missing:
+            raise PlanError(f"scorer 'predictor' but layer {missing[0]} has no predictor; calibrate, or use 'random'")
+    if plan.policy == "threshold" and any(x.threshold is None and not x.is_dense for x in plan.layers):
+        raise PlanError("policy 'threshold' but some layers have no threshold; calibrate with tune_steps > 0")

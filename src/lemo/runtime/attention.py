@@ -1,0 +1,262 @@
+"""Attention of selected rows, registered with Transformers' attention interface as `lemo`.
+
+Inside a layer call of lemo the rows' own documents and positions decide who attends to whom; positions, not the
+compact order, count for sliding windows. Outside of one, the implementation that the model was loaded with runs.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lemo.errors import UnsupportedModelError
+from lemo.runtime.pairs import attend_pairs, attend_with_lse
+from lemo.runtime.rows import ACTIVE, LayerCall, RowRange
+
+NAME = "lemo"
+_QUERY_CHUNK = 1024  # rows whose mask or scores exist at a time
+
+
+class CapturedKeys(Exception):  # noqa: N818 - not an error: it ends a layer's forward once its keys and values exist
+    """Carries keys and values of rows that offer nothing else; raised and caught inside one layer call."""
+
+    def __init__(self, key_GSD: Tensor, value_GSD: Tensor) -> None:
+        """Args: key_GSD, value_GSD: (G, S, D) keys after RoPE, and values."""
+        super().__init__()
+        self.key_GSD, self.value_GSD = key_GSD, value_GSD
+
+
+class AttentionConfig:
+    """A layer's configuration that names lemo's attention and is the model's own in everything else."""
+
+    def __init__(self, config: Any) -> None:
+        """Args: config: the configuration that the attention module had."""
+        self.__dict__["base"] = config
+
+    _attn_implementation = NAME
+
+    def __getattr__(self, name: str) -> Any:
+        """Everything else comes from the model's configuration, as it is now."""
+        return getattr(self.__dict__["base"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Writes go to the model's configuration."""
+        setattr(self.__dict__["base"], name, value)
+
+    def __deepcopy__(self, memo: dict) -> AttentionConfig:
+        """A copy around a copy of the configuration."""
+        import copy
+
+        return AttentionConfig(copy.deepcopy(self.__dict__["base"], memo))
+
+    def __reduce__(self) -> tuple:
+        """Pickles as itself around its configuration."""
+        return AttentionConfig, (self.__dict__["base"],)
+
+
+def register() -> None:
+    """Adds `lemo` to Transformers' attention interface (an entry of its own; nothing existing changes)."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, attention)
+
+
+def register_mask() -> None:
+    """Adds `lemo` to Transformers' mask interface: no mask at all, because rows carry documents and positions."""
+    from transformers import AttentionMaskInterface
+
+    AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
+
+
+def attention_module(layer: nn.Module) -> nn.Module | None:
+    """The one child of a decoder layer that computes softmax attention through Transformers' interface."""
+    found = [child for child in layer.children() if hasattr(child, "config") and "Attention" in type(child).__name__]
+    return found[0] if len(found) == 1 else None
+
+
+def attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """The attention function. query (B, H, T, D), key and value (B, G, T, D); returns ((B, T, H, D), weights or None).
+
+    Keywords as Transformers passes them: scaling, dropout, sliding_window, softcap, s_aux (sinks).
+    """
+    call = ACTIVE.call
+    if ACTIVE.capture:
+        raise CapturedKeys(_flat(key), _flat(value))
+    if call is None:
+        return _base_function(module)(module, query, key, value, attention_mask, **kwargs)
+    if call.queries is None:
+        return _recorded_dense(call, module, query, key, value, attention_mask, kwargs)
+    query_HND, key_GND, value_GND = query[0], key[0], value[0]
+    output_HND = _attend_rows(call, module, query_HND, key_GND, value_GND, kwargs)
+    return output_HND.transpose(0, 1).unsqueeze(0), None
+
+
+def _base_function(module: nn.Module) -> Callable:
+    """The attention function that would run without lemo."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    config = module.config
+    name = ACTIVE.base_implementation or config.__dict__["base"]._attn_implementation
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
+
+
+def _flat(state_BGTD: Tensor) -> Tensor:
+    """(B, G, T, D) → (G, B·T, D)."""
+    return state_BGTD.transpose(0, 1).flatten(1, 2)
+
+
+def _recorded_dense(
+    call: LayerCall, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kwargs: dict
+) -> tuple[Tensor, Tensor | None]:
+    """All rows in their usual shape; keys, values and, if asked, log-sum-exp are recorded."""
+    record = call.record
+    assert record is not None
+    record.key_GND, record.value_GND = _flat(key), _flat(value)
+    record.scaling = _scaling(query, kwargs)
+    if record.want_query:
+        record.query_HND = _flat(query)
+    if not record.want_lse:
+        return _base_function(module)(module, query, key, value, mask, **kwargs)
+    raise AssertionError("the exact pass of the `pairs` gradient gives its rows as a range")
+
+
+def _attend_rows(
+    call: LayerCall, module: nn.Module, query_HND: Tensor, key_GND: Tensor, value_GND: Tensor, kwargs: dict
+) -> Tensor:
+    """Attention of the packed rows of one layer call: (H, N, D)."""
+    queries, record = call.queries, call.record
+    assert queries is not None
+    scaling = _scaling(query_HND, kwargs)
+    window, softcap, sinks = kwargs.get("sliding_window"), kwargs.get("softcap"), kwargs.get("s_aux")
+    dropout = kwargs.get("dropout") or 0.0
+    plain = window is None and softcap is None and sinks is None
+    if (call.dense is not None or (record is not None and record.want_lse)) and not plain:
+        raise UnsupportedModelError(
+            f"the `pairs` gradient needs plain causal attention, but {type(module).__name__} has a sliding window, "
+            "soft cap or sinks; use gradient='rows'"
+        )
+    if call.dense is not None:
+        return attend_pairs(query_HND, key_GND, value_GND, *call.dense, queries, scaling)
+    keys = queries
+    if call.keys is not None:
+        keys = call.keys.range
+        key_GND, value_GND = _all_keys(call, key_GND, value_GND)
+    if record is not None:
+        record.key_GND, record.value_GND, record.scaling = key_GND, value_GND, scaling
+        if record.want_lse:
+            output_HND, lse_HN = attend_with_lse(query_HND, key_GND, value_GND, queries, keys, scaling)
+            record.output_HND, record.lse_HN = output_HND, lse_HN
+            return output_HND
+    if keys is queries and plain:
+        return _causal(query_HND, key_GND, value_GND, queries, scaling, dropout)
+    return _positioned(query_HND, key_GND, value_GND, queries, keys, (scaling, dropout, window, softcap, sinks))
+
+
+def _scaling(query: Tensor, kwargs: dict) -> float:
+    scaling = kwargs.get("scaling")
+    return query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+
+
+def _all_keys(call: LayerCall, key_GND: Tensor, value_GND: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of every key row: the queries' own with gradient, the others as the call gives them."""
+    keys = call.keys
+    assert keys is not None
+    if keys.constant is not None:
+        key_GKD, value_GKD = keys.constant
+    else:
+        size = keys.range.position_N.shape[0]
+        key_GKD = key_GND.new_zeros(key_GND.shape[0], size, key_GND.shape[2])
+        value_GKD = value_GND.new_zeros(value_GND.shape[0], size, value_GND.shape[2])
+        if ACTIVE.scratch:
+            key_GKD = key_GKD.index_copy(1, keys.offered_S, ACTIVE.scratch["key"].to(key_GKD.dtype))
+            value_GKD = value_GKD.index_copy(1, keys.offered_S, ACTIVE.scratch["value"].to(value_GKD.dtype))
+    return key_GKD.index_copy(1, keys.own_N, key_GND), value_GKD.index_copy(1, keys.own_N, value_GND)
+
+
+def _causal(
+    query_HND: Tensor, key_GND: Tensor, value_GND: Tensor, rows: RowRange, scaling: float, dropout: float
+) -> Tensor:
+    """Causal attention inside each document of the compact rows, by the vendor's kernel."""
+    grouped = query_HND.shape[0] != key_GND.shape[0]
+    pieces = []
+    for start, length in zip(rows.starts, rows.lengths, strict=True):
+        piece = slice(start, start + length)
+        pieces.append(
+            F.scaled_dot_product_attention(
+                query_HND[None, :, piece],
+                key_GND[None, :, piece],
+                value_GND[None, :, piece],
+                dropout_p=dropout,
+                is_causal=length > 1,
+                scale=scaling,
+                enable_gqa=grouped,
+            )[0]
+        )
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+
+
+def _positioned(
+    query_HND: Tensor, key_GKD: Tensor, value_GKD: Tensor, queries: RowRange, keys: RowRange, options: tuple
+) -> Tensor:
+    """Attention by original positions: causal, windowed, capped, with sinks; masks exist for one chunk at a time."""
+    scaling, dropout, window, softcap, sinks = options
+    repeat = query_HND.shape[0] // key_GKD.shape[0]
+    pieces = []
+    for q_start, q_length, k_start, k_length in zip(
+        queries.starts, queries.lengths, keys.starts, keys.lengths, strict=True
+    ):
+        key_HKD = key_GKD[:, k_start : k_start + k_length].repeat_interleave(repeat, 0)
+        value_HKD = value_GKD[:, k_start : k_start + k_length].repeat_interleave(repeat, 0)
+        for begin in range(0, q_length, _QUERY_CHUNK):
+            end = min(begin + _QUERY_CHUNK, q_length)
+            # Rows ascend, so the last query of the chunk cannot see past this key (invalid rows break the order).
+            ordered = queries.valid_N is None and keys.valid_N is None
+            seen = k_length - (q_length - end) if ordered else k_length
+            rows = slice(q_start + begin, q_start + end)
+            mask_QK = _mask(queries, keys, rows, slice(k_start, k_start + seen), window)
+            inputs = (query_HND[:, rows], key_HKD[:, :seen], value_HKD[:, :seen], mask_QK)
+            if softcap is None and sinks is None:
+                pieces.append(
+                    F.scaled_dot_product_attention(
+                        *(x[None] for x in inputs[:3]), attn_mask=mask_QK[None, None], dropout_p=dropout, scale=scaling
+                    )[0]
+                )
+            else:
+                pieces.append(_explicit(*inputs, (scaling, dropout, softcap, sinks)))
+    return torch.cat(pieces, dim=1)
+
+
+def _mask(queries: RowRange, keys: RowRange, q: slice, k: slice, window: int | None) -> Tensor:
+    """(Q, K) bool: which keys a query may see."""
+    distance_QK = queries.position_N[q, None] - keys.position_N[None, k]
+    mask_QK = distance_QK >= 0
+    if window is not None:
+        mask_QK &= distance_QK < window
+    if keys.valid_N is not None:
+        mask_QK &= keys.valid_N[None, k]
+    # A row that was not chosen is computed to no effect; without its own key its softmax would be empty (NaN).
+    return mask_QK | (distance_QK == 0)
+
+
+def _explicit(query_HQD: Tensor, key_HKD: Tensor, value_HKD: Tensor, mask_QK: Tensor, options: tuple) -> Tensor:
+    """Scores written out, for soft caps and sinks that no vendor kernel takes."""
+    scaling, dropout, softcap, sinks = options
+    scores_HQK = query_HQD @ key_HKD.transpose(1, 2) * scaling
+    if softcap is not None:
+        scores_HQK = torch.tanh(scores_HQK / softcap) * softcap
+    scores_HQK = scores_HQK.masked_fill(~mask_QK, torch.finfo(scores_HQK.dtype).min)
+    if sinks is not None:
+        sink_HQ1 = sinks.reshape(-1, 1, 1).expand(-1, scores_HQK.shape[1], 1).to(scores_HQK.dtype)
+        scores_HQK = torch.cat([scores_HQK, sink_HQ1], dim=-1)
+    accumulate = torch.float64 if scores_HQK.dtype == torch.float64 else torch.float32
+    weights_HQK = torch.softmax(scores_HQK, dim=-1, dtype=accumulate).to(query_HQD.dtype)
+    weights_HQK = F.dropout(weights_HQK[..., : key_HKD.shape[1]], p=dropout, training=dropout > 0)
+    return weights_HQK @ value_HKD

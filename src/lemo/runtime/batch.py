@@ -1,0 +1,167 @@
+"""What one forward of the model tells the layers: documents, supervised rows, and the selections made from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lemo.core.layout import Layout
+from lemo.core.plan import LayerPlan, Plan
+from lemo.core.policy import select
+from lemo.core.score import Random, ScoreInputs
+from lemo.core.selection import RowSet, Selection
+
+_IGNORED = -100
+
+
+class RunDense(Exception):  # noqa: N818 - not an error: the reason why a batch runs without selection
+    """A batch that lemo runs densely; the message says why and is shown to the user once."""
+
+
+@dataclass
+class BatchContext:
+    """One forward of the model under selection. Lives from its start to its end; backward never reads it.
+
+    Attributes:
+        plan: ratios, predictors and bypass of every layer.
+        layout: documents and blocks of the batch.
+        step: number of sparse forwards so far, for the `random` scorer.
+        in_place: whether rows are written into the residual stream itself.
+        maskless: whether the model was kept from building its own attention masks, so that every layer runs by rows.
+        document_keys_D: (D,) what tells documents apart for the `random` scorer.
+        selections: selection of every layer that has run.
+        mlp_selections: rows of the MLP of every layer that has its own.
+    """
+
+    plan: Plan
+    layout: Layout
+    step: int = 0
+    in_place: bool = True
+    maskless: bool = False
+    document_keys_D: Tensor | None = None
+    selections: dict[int, Selection] = field(default_factory=dict)
+    mlp_selections: dict[int, RowSet] = field(default_factory=dict)
+
+    def select(self, index: int, x_NM: Tensor) -> Selection:
+        """Selection of layer `index` for its input, (B·T, M). Runs without gradient and without host synchronisation."""
+        layer = self.plan.layers[index]
+        if layer.is_dense:
+            selection = Selection(None, None)
+        else:
+            with torch.no_grad():
+                scores_K = self._scores(index, layer, x_NM)
+                selection = select(
+                    self.layout,
+                    scores_K,
+                    forward_ratio=layer.forward_ratio,
+                    backward_ratio=layer.backward_ratio,
+                    policy=self.plan.policy,
+                    threshold=layer.threshold,
+                )
+        self.selections[index] = selection
+        return selection
+
+    def select_mlp(self, index: int, x_NM: Tensor, rows: RowSet) -> RowSet | None:
+        """Rows of layer `index` that also run its MLP, a subset of `rows`; None when all of them do."""
+        layer = self.plan.layers[index]
+        if self.plan.mlp != "own" or layer.mlp_ratio is None or layer.mlp_ratio >= layer.forward_ratio:
+            return None
+        with torch.no_grad():
+            if layer.mlp_predictor is None or self.plan.scorer == "random":
+                scores_K = self._random(index, self.plan.seed + 1)
+            else:
+                scores_K = layer.mlp_predictor.scores(x_NM, self.layout)
+            kept_K = torch.zeros(len(scores_K), dtype=torch.bool, device=scores_K.device)
+            kept_K[self.layout.block_of_row_N[rows.rows_N]] = True
+            # Every block that the attention keeps outranks every block that it does not.
+            scores_K = torch.where(kept_K, scores_K.float().sigmoid(), -1.0)
+            chosen = select(self.layout, scores_K, forward_ratio=layer.mlp_ratio, backward_ratio=layer.mlp_ratio)
+        self.mlp_selections[index] = chosen.forward
+        return chosen.forward
+
+    def _scores(self, index: int, layer: LayerPlan, x_NM: Tensor) -> Tensor:
+        if self.plan.scorer == "random":
+            return self._random(index, self.plan.seed)
+        return layer.predictor.scores(x_NM, self.layout)
+
+    def _random(self, index: int, seed: int) -> Tensor:
+        inputs = ScoreInputs(self.layout, layer=index, step=self.step, document_keys_D=self.document_keys_D)
+        return Random(seed).scores(inputs)
+
+
+def document_keys(layout: Layout, input_ids_BT: Tensor | None) -> Tensor | None:
+    """(D,) int64 numbers made of the documents' own tokens, so that a document is drawn alike wherever it is packed."""
+    if input_ids_BT is None:
+        return None
+    tokens_N = input_ids_BT.detach().reshape(-1).cpu()
+    document_N, position_N = layout.document_of_row_N.cpu(), layout.position_of_row_N.cpu()
+    real = document_N >= 0
+    mixed = (tokens_N[real] + 1) * (2 * position_N[real] + 1) * 2_654_435_761
+    return torch.zeros(len(layout.document_start_D), dtype=torch.int64).index_add_(0, document_N[real], mixed)
+
+
+def read_layout(inputs: Mapping[str, Any], supervised_BT: Tensor | None, block_size: int) -> Layout:
+    """Documents and supervised rows of a call of the model.
+
+    Documents follow what Transformers' dense attention would see: `seq_idx` or cumulative lengths where the batch has
+    them, restarts of `position_ids` where there is no attention mask, else one document per sequence; rows that the
+    mask hides belong to none.
+
+    Args:
+        inputs: keywords of the model's forward: input_ids or inputs_embeds, attention_mask, position_ids, seq_idx,
+            cu_seq_lens_q, labels, shift_labels.
+        supervised_BT: (B, T) rows that carry loss, when labels do not say.
+        block_size: C.
+
+    Raises:
+        RunDense: masks that are not (B, T), or that hide rows inside a sequence.
+    """
+    source = inputs.get("input_ids")
+    source = inputs.get("inputs_embeds") if source is None else source
+    if source is None:
+        raise RunDense("the call has neither input_ids nor inputs_embeds")
+    batch, tokens = source.shape[:2]
+    document_BT = _documents(inputs, batch, tokens)
+    if supervised_BT is None:
+        supervised_BT = supervised_rows(inputs)
+    return Layout.build(document_BT, supervised_BT, block_size=block_size, device=source.device)
+
+
+def supervised_rows(inputs: Mapping[str, Any]) -> Tensor | None:
+    """(B, T) bool: row t predicts a token that counts in the loss, that is `shift_labels[t]` or `labels[t+1]` != -100."""
+    shift_labels, labels = inputs.get("shift_labels"), inputs.get("labels")
+    if shift_labels is not None:
+        return shift_labels != _IGNORED
+    if labels is None:
+        return None
+    supervised_BT = torch.zeros_like(labels, dtype=torch.bool)
+    supervised_BT[:, :-1] = labels[:, 1:] != _IGNORED
+    return supervised_BT
+
+
+def _documents(inputs: Mapping[str, Any], batch: int, tokens: int) -> Tensor:
+    mask, position_ids = inputs.get("attention_mask"), inputs.get("position_ids")
+    seq_idx, cumulative = inputs.get("seq_idx"), inputs.get("cu_seq_lens_q")
+    if seq_idx is not None:
+        document_BT = seq_idx.detach().cpu().to(torch.int64).expand(batch, tokens).clone()
+    elif cumulative is not None:
+        ends = cumulative.detach().cpu().to(torch.int64)[1:]
+        document_BT = torch.searchsorted(ends, torch.arange(batch * tokens), right=True).view(batch, tokens)
+    elif position_ids is not None and mask is None and position_ids.dim() == 2:
+        ids_BT = position_ids.detach().cpu().expand(batch, tokens)
+        document_BT = torch.zeros(batch, tokens, dtype=torch.int64)
+        document_BT[:, 1:] = (ids_BT[:, 1:] != ids_BT[:, :-1] + 1).cumsum(1)
+    else:
+        document_BT = torch.zeros(batch, tokens, dtype=torch.int64)
+    if mask is None:
+        return document_BT
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        raise RunDense("the attention mask is not one (B, T) tensor, so documents and padding cannot be read from it")
+    seen_BT = mask.detach().cpu().bool()
+    if ((seen_BT[:, 1:] != seen_BT[:, :-1]).sum(1) + seen_BT[:, 0] > 2).any():
+        raise RunDense("the attention mask hides rows inside a sequence; only padding at its ends is supported")
+    return document_BT.masked_fill(~seen_BT, -1)

@@ -1,0 +1,128 @@
+"""The causal language model under lemo: every call of its forward passes here, with labels, before the layers run."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from functools import cache
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lemo.families import head_transform
+from lemo.ops import linear_ce, linear_ce_module
+
+
+class ForwardSlot:
+    """`forward` of a model under lemo, as a data descriptor.
+
+    Peers assign `model.forward = ...` on the instance (TRL and Liger their fused heads, accelerate its mixed
+    precision), before or after lemo. A data descriptor sees the assignment, keeps it, and still gets every call.
+    """
+
+    def __init__(self, base: type) -> None:
+        """Args: base: the model's own class."""
+        self.base = base
+
+    def __get__(self, model: Any, owner: type | None = None) -> Callable:
+        """The forward that is in force now, bound at this moment, behind the handle."""
+        if model is None:
+            return self.base.forward
+        replaced = model.__dict__.get("forward")
+        inner = MethodType(self.base.forward, model) if replaced is None else replaced
+        handle = model.__dict__.get("_lemo_handle")
+        if handle is None:
+            return inner
+
+        @functools.wraps(inner)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return handle.run_model(inner, replaced is None, args, kwargs)
+
+        return forward
+
+    def __set__(self, model: Any, value: Callable) -> None:
+        """A peer replaces the forward of this model."""
+        model.__dict__["forward"] = value
+
+    def __delete__(self, model: Any) -> None:
+        """A peer takes its forward back."""
+        try:
+            del model.__dict__["forward"]
+        except KeyError:
+            raise AttributeError("forward") from None
+
+
+class LemoModel:
+    """Mixed in before a causal language model's class; marks what `attach` made."""
+
+
+@cache
+def model_class(base: type) -> type:
+    """The subclass of a causal language model's class whose calls a handle sees; same `__name__`, one per class."""
+    body = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    return type(base.__name__, (LemoModel, base), body | {"forward": ForwardSlot(base)})
+
+
+@cache
+def forward_parameters(base: type) -> tuple[str, ...]:
+    """Names of the model's forward parameters after self, in order."""
+    return tuple(inspect.signature(base.forward).parameters)[1:]
+
+
+def why_not_segmented(model: Any) -> str | None:
+    """Why the model's own loss must run; None when a segmented loss can stand for it."""
+    text = model.config.get_text_config()
+    if getattr(text, "output_router_logits", False):
+        return "config.output_router_logits adds a loss of the routers"
+    if model.get_output_embeddings() is None:
+        return "the model names no output embedding"
+    return None
+
+
+def segmented_forward(model: Any, arguments: dict[str, Any], segment_rows: int) -> Any:
+    """The model's forward with a loss whose logits exist for one segment of rows at a time.
+
+    Args:
+        model: a Transformers causal language model.
+        arguments: keywords of its forward; `labels` or `shift_labels` among them.
+        segment_rows: rows of a segment.
+
+    Returns:
+        CausalLMOutputWithPast with `loss` (sum / num_items_in_batch, else the mean) and `logits=None`.
+    """
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    arguments = dict(arguments)
+    labels, shift_labels = arguments.pop("labels", None), arguments.pop("shift_labels", None)
+    num_items = arguments.pop("num_items_in_batch", None)
+    for name in ("logits_to_keep", "return_dict"):
+        arguments.pop(name, None)
+    hidden_BTM = model.base_model(**arguments).last_hidden_state
+    if shift_labels is None:
+        shift_labels = torch.full_like(labels, -100)
+        shift_labels[:, :-1] = labels[:, 1:]
+    loss = head_loss(model, hidden_BTM, shift_labels.to(hidden_BTM.device), num_items, segment_rows)
+    return CausalLMOutputWithPast(loss=loss, logits=None)
+
+
+def head_loss(
+    model: Any, hidden_BTM: Tensor, shift_labels_BT: Tensor, num_items: int | Tensor | None, segment_rows: int = 2048
+) -> Tensor:
+    """Cross-entropy of hidden states through the model's head, in segments: 0-d fp32.
+
+    A plain linear head takes the op whose gradient is computed in the forward; any other head (an adapter on it, a
+    sharded weight) is called as the module it is, under checkpointing per segment.
+    """
+    head = model.get_output_embeddings()
+    scale, softcap = head_transform(model.config)
+    hidden_NM, labels_N = hidden_BTM.flatten(0, -2), shift_labels_BT.flatten()
+    if isinstance(num_items, Tensor):
+        num_items = num_items.to(hidden_NM.device)
+    options = {"softcap": softcap, "logit_scale": scale, "num_items": num_items, "segment_rows": segment_rows}
+    plain = type(head) is nn.Linear and not hasattr(head.weight, "full_tensor")
+    if plain and not head._forward_hooks and not head._forward_pre_hooks:
+        return linear_ce(hidden_NM, head.weight, labels_N, bias_V=head.bias, **options)
+    return linear_ce_module(head, hidden_NM, labels_N, **options)

@@ -1,0 +1,315 @@
+"""The generated sparse layer: `y = x; y[rows] = layer(x[rows])` around Transformers' own decoder layer.
+
+Each decoder layer gets one cached subclass of its class under the same name. Its `__call__` selects, gathers and
+scatters, outside gradient checkpointing in every release; its `forward` only tells attention and MLP, for the time of
+one call, which rows they see. A checkpoint therefore saves the compact input and replays the same rows.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lemo.core.plan import LayerPlan
+from lemo.core.selection import RowSet, Selection
+from lemo.errors import UnsupportedModelError
+from lemo.ops import gather_rows, scatter_rows
+from lemo.runtime.attention import AttentionConfig, CapturedKeys, attention_module, register
+from lemo.runtime.batch import BatchContext
+from lemo.runtime.mlp import mlp_rows
+from lemo.runtime.rows import (
+    ACTIVE,
+    Keys,
+    LayerCall,
+    MlpRows,
+    Recorder,
+    RowRange,
+    active,
+    gather_keywords,
+    inverse,
+)
+
+CALL = "lemo_call"  # keyword of a layer's forward that carries the LayerCall
+
+
+class SkippingLayer:
+    """Mixed in before a decoder layer's class. `_lemo_layer` is set on the instance by `attach`."""
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Runs the layer on the rows that the current batch selects, or densely outside of one."""
+        state = self.__dict__.get("_lemo_layer")
+        dense_call = super().__call__
+        if state is None or (state.handle.context is None and state.handle.tap is None):
+            return dense_call(hidden_states, *args, **kwargs)
+        kwargs = dict(zip(_parameter_names(type(self)), args, strict=False)) | kwargs
+        if state.handle.tap is not None:
+            return state.handle.tap(state.index, hidden_states, kwargs)
+        return run_layer(dense_call, hidden_states, kwargs, state.handle.context, state.index)
+
+    def forward(self, hidden_states: Tensor, *args: Any, lemo_call: LayerCall | None = None, **kwargs: Any) -> Any:
+        """The layer's own forward, with `lemo_call` in force for its attention and MLP."""
+        inner = super().forward
+        if lemo_call is None:
+            return inner(hidden_states, *args, **kwargs)
+        with active(lemo_call):
+            keys = lemo_call.keys
+            if keys is not None and keys.offered is not None:
+                key_GSD, value_GSD = _capture_keys(inner, *keys.offered)
+                ACTIVE.scratch = {"key": key_GSD, "value": value_GSD}
+            if lemo_call.mlp is None:
+                return inner(hidden_states, *args, **kwargs)
+            with mlp_rows(self.__dict__["_lemo_layer"].mlp_modules(self), lemo_call.mlp):
+                return inner(hidden_states, *args, **kwargs)
+
+
+def _capture_keys(inner: Callable, hidden_1SM: Tensor, kwargs: Any) -> tuple[Tensor, Tensor]:
+    """Keys and values of rows that otherwise skip the layer: its forward runs up to its attention, no further."""
+    try:
+        with active(ACTIVE.call, capture=True):
+            inner(hidden_1SM, **kwargs)
+    except CapturedKeys as captured:
+        return captured.key_GSD, captured.value_GSD
+    raise UnsupportedModelError("the layer's attention did not go through Transformers' attention interface")
+
+
+@cache
+def skipping_class(layer_class: type) -> type:
+    """The subclass of a decoder layer's class that skips rows; same `__name__`, one per class."""
+    body = {"__module__": layer_class.__module__, "__qualname__": layer_class.__qualname__, "__doc__": layer_class.__doc__}
+    return type(layer_class.__name__, (SkippingLayer, layer_class), body)
+
+
+@cache
+def _parameter_names(layer_class: type) -> tuple[str, ...]:
+    """Names of the original forward's parameters after `hidden_states`."""
+    original = next(c for c in layer_class.__mro__ if not issubclass(c, SkippingLayer) and "forward" in c.__dict__)
+    return tuple(inspect.signature(original.forward).parameters)[2:]
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One layer of one batch: what `run_layer` passes around."""
+
+    dense_call: Callable
+    x_BTM: Tensor
+    kwargs: dict[str, Any]
+    context: BatchContext
+    index: int
+
+    @property
+    def x_NM(self) -> Tensor:  # noqa: N802 - shape suffix
+        return self.x_BTM.flatten(0, 1)
+
+    @property
+    def plan(self) -> LayerPlan:
+        return self.context.plan.layers[self.index]
+
+    def call_rows(self, rows: RowSet, call: LayerCall) -> Tensor:
+        """The layer on packed rows: (capacity, M)."""
+        kwargs = self.gathered(rows.rows_N)
+        output = self.dense_call(gather_rows(self.x_NM, rows.rows_N).unsqueeze(0), **kwargs, **{CALL: call})
+        return _tensor(output).squeeze(0)
+
+    def gathered(self, rows_N: Tensor) -> dict[str, Any]:
+        return gather_keywords(self.kwargs, rows_N, *self.x_BTM.shape[:2])
+
+
+def run_layer(dense_call: Callable, x_BTM: Tensor, kwargs: dict[str, Any], context: BatchContext, index: int) -> Any:
+    """One layer under selection.
+
+    Args:
+        dense_call: the layer's own call.
+        x_BTM: residual stream before the layer.
+        kwargs: the layer's keywords.
+        context: the batch.
+        index: the layer's number in the plan.
+
+    Returns:
+        The residual stream after the layer; the same tensor, written in place, where autograd allows it.
+    """
+    step = _Step(dense_call, x_BTM, kwargs, context, index)
+    selection = context.select(index, step.x_NM)
+    if selection.is_dense:
+        if not context.maskless:
+            return dense_call(x_BTM, **kwargs)
+        everything = all_rows(context.layout)
+        selection = Selection(everything, everything)
+    if selection.forward is selection.backward:
+        return _skip(step, selection.forward)
+    return _exact(step, selection)
+
+
+def _skip(step: _Step, rows: RowSet) -> Tensor:
+    """The same rows run forward and backward; the others take the bypass."""
+    call = LayerCall(queries=RowRange.of_rows(step.context.layout, rows), mlp=_mlp_rows(step, rows))
+    if step.context.plan.kv == "all" and len(rows.skipped_S):
+        call = replace(call, keys=_offered_keys(step, rows))
+    values_NM = step.call_rows(rows, call)
+    return _write(step, rows, values_NM)
+
+
+def _offered_keys(step: _Step, rows: RowSet) -> Keys:
+    """Keys of every row of the batch, the skipped ones' computed inside the layer call with gradient."""
+    hidden = gather_rows(step.x_NM, rows.skipped_S).unsqueeze(0)
+    return Keys(
+        range=RowRange.of_batch(step.context.layout),
+        own_N=rows.rows_N,
+        offered=(hidden, step.gathered(rows.skipped_S)),
+        offered_S=rows.skipped_S,
+    )
+
+
+def _exact(step: _Step, selection: Selection) -> Tensor:
+    """Forward rows run without gradient, then backward rows again with it, against the recorded pass."""
+    layout, pairs = step.context.layout, step.context.plan.gradient == "pairs"
+    forward, backward = selection.forward, selection.backward
+    assert backward is not None
+    recorder = Recorder(want_lse=pairs)
+    if forward is None and not pairs and not step.context.maskless:
+        with torch.no_grad():
+            passed_NM = _tensor(step.dense_call(step.x_BTM, **step.kwargs, **{CALL: LayerCall(record=recorder)}))
+        passed_NM, own_N, key_range = passed_NM.flatten(0, 1), backward.rows_N, RowRange.of_batch(layout)
+        value_places, constant_rows = backward.rows_N, None
+    else:
+        rows = all_rows(layout) if forward is None else forward
+        queries = RowRange.of_rows(layout, rows)
+        call = LayerCall(queries=queries, record=recorder)
+        offer = step.context.plan.kv == "all" and len(rows.skipped_S) > 0
+        with torch.no_grad():
+            if offer:
+                call = replace(call, keys=_offered_keys(step, rows))
+            passed_NM = step.call_rows(rows, call)
+        places = inverse(rows.rows_N, step.x_NM.shape[0])
+        value_places, constant_rows = places[backward.rows_N], rows
+        own_N, key_range = (backward.rows_N, call.keys.range) if call.keys else (value_places, queries)
+    call = LayerCall(queries=RowRange.of_rows(layout, backward))
+    if pairs:
+        call = replace(call, dense=(recorder.output_HND[:, value_places], recorder.lse_HN[:, value_places]))
+    else:
+        call = replace(call, keys=Keys(key_range, own_N, constant=(recorder.key_GND, recorder.value_GND)))
+    values_NM = _ReplaceValue.apply(step.call_rows(backward, call), passed_NM[value_places])
+    if constant_rows is None:
+        # Every row of the batch has a value: write them all, then let the backward rows carry gradient.
+        constant_rows = RowSet(torch.arange(len(passed_NM), device=passed_NM.device), (len(passed_NM),), value_places[:0])
+    return _write(step, backward, values_NM, constant=(constant_rows, passed_NM))
+
+
+def _write(
+    step: _Step, rows: RowSet, values_NM: Tensor, constant: tuple[RowSet, Tensor] | None = None
+) -> Tensor:
+    """Puts the layer's rows into the stream; skipped rows get the bypass."""
+    bypass = step.plan.bypass
+    skipped = rows if constant is None else constant[0]
+    factors = {}
+    if bypass is not None and (len(skipped.skipped_S) or rows.valid_N is not None):
+        bypass = bypass.to(step.x_BTM.device, step.x_BTM.dtype)
+        factors = {"down_MR": bypass.down_MR, "up_RM": bypass.up_RM}
+    if constant is not None:
+        factors |= {"constant_rows": constant[0].rows_N, "constant_values": constant[1]}
+    return scatter_rows(
+        step.x_BTM,
+        rows.rows_N,
+        values_NM.to(step.x_BTM.dtype),
+        skipped_rows=skipped.skipped_S,
+        valid_N=rows.valid_N,
+        inplace=step.context.in_place,
+        **factors,
+    )
+
+
+def _mlp_rows(step: _Step, rows: RowSet) -> MlpRows | None:
+    chosen = step.context.select_mlp(step.index, step.x_NM.detach(), rows)
+    if chosen is None:
+        return None
+    places = inverse(rows.rows_N, step.x_NM.shape[0])
+    rows_n = places[chosen.rows_N].sort().values
+    runs_N = torch.zeros(rows.capacity, dtype=torch.bool, device=rows_n.device)
+    runs_N[rows_n] = True
+    skipped_s = torch.argsort(runs_N.to(torch.uint8), stable=True)[: rows.capacity - chosen.capacity]
+    bypass = step.plan.mlp_bypass
+    if bypass is None:
+        return MlpRows(rows_n, skipped_s, None, None)
+    bypass = bypass.to(step.x_BTM.device, step.x_BTM.dtype)
+    return MlpRows(rows_n, skipped_s, bypass.down_MR, bypass.up_RM)
+
+
+def all_rows(layout: Any) -> RowSet:
+    """Every row of every document."""
+    count = layout.real_rows
+    rows_N = torch.argsort((layout.document_of_row_N < 0).to(torch.uint8), stable=True)[:count]
+    return RowSet(rows_N, tuple(layout.document_length_D.tolist()), rows_N[:0])
+
+
+def _tensor(output: Any) -> Tensor:
+    """The hidden states of a layer's output, which some families wrap in a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+class _ReplaceValue(torch.autograd.Function):
+    """Value of the dense pass, gradient of the recomputed rows."""
+
+    @staticmethod
+    def forward(ctx: Any, recomputed: Tensor, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+@dataclass
+class LayerState:
+    """What a layer knows of its handle: its number, its MLP's names, and how to find the batch that is running.
+
+    Attributes:
+        index: number of the layer in the plan.
+        handle: anything with attributes `context` (the running batch or None) and `tap` (None, or a function that gets
+            index, hidden states and keywords of a layer's call and replaces it).
+        mlp: attribute names of the MLP's modules, first to last.
+    """
+
+    index: int
+    handle: Any
+    mlp: tuple[str, ...] = ()
+
+    def mlp_modules(self, layer: nn.Module) -> tuple[nn.Module, nn.Module]:
+        """First and last module of the layer's MLP as they are now, adapters included."""
+        return getattr(layer, self.mlp[0]), getattr(layer, self.mlp[-1])
+
+
+def install(layer: nn.Module, state: LayerState) -> None:
+    """Makes a decoder layer skip rows while a batch runs under its handle.
+
+    Raises:
+        UnsupportedModelError: the layer has no softmax attention that goes through Transformers' interface.
+    """
+    attention = attention_module(layer)
+    if attention is None:
+        raise UnsupportedModelError(
+            f"layer {state.index} ({type(layer).__name__}) has no single softmax attention module that uses "
+            "Transformers' attention interface; name it in dense_layers to run it densely"
+        )
+    register()
+    attention.config = AttentionConfig(attention.config)
+    layer.__dict__["_lemo_layer"] = state
+    layer.__class__ = skipping_class(type(layer))
+
+
+def removable(layer: nn.Module) -> bool:
+    """Whether `remove` can give the layer its class back: nobody subclassed it further since `install`."""
+    return type(layer).__mro__[1] is SkippingLayer
+
+
+def remove(layer: nn.Module) -> None:
+    """Undoes `install`."""
+    attention = attention_module(layer)
+    if attention is not None and isinstance(attention.config, AttentionConfig):
+        attention.config = attention.config.__dict__["base"]
+    layer.__dict__.pop("_lemo_layer", None)
+    layer.__class__ = type(layer).__mro__[2]

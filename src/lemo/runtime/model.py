@@ -1,0 +1,72 @@
+"""Finding a Transformers model's parts, whatever wraps it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from lemo.core.plan import fingerprint_tensors
+from lemo.errors import UnsupportedModelError
+from lemo.families import find_family
+
+
+def causal_model(model: nn.Module) -> Any:
+    """The Transformers causal language model inside `model`: unwraps DDP, FSDP1 and PEFT.
+
+    Raises:
+        UnsupportedModelError: there is none.
+    """
+    current: Any = model
+    while True:
+        if hasattr(current, "get_base_model"):
+            current = current.get_base_model()
+        elif hasattr(current, "module") and not hasattr(current, "get_output_embeddings"):
+            current = current.module
+        else:
+            break
+    if not hasattr(current, "get_output_embeddings") or not hasattr(current, "config"):
+        raise UnsupportedModelError(f"{type(model).__name__} is not a Transformers causal language model")
+    return current
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The list of decoder layers.
+
+    Raises:
+        UnsupportedModelError: there is no list of `num_hidden_layers` modules.
+    """
+    base = causal_model(model)
+    count = base.config.get_text_config().num_hidden_layers
+    for module in base.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise UnsupportedModelError(f"{type(base).__name__} has no list of {count} decoder layers")
+
+
+def mlp_names(model: nn.Module) -> tuple[str, ...]:
+    """Attribute names of a layer's MLP modules; empty when no family file states them."""
+    family = find_family(causal_model(model).config)
+    return () if family is None else family.mlp
+
+
+def fingerprint(model: nn.Module) -> str | None:
+    """Hash of the base model for plans; None when its weights are sharded or not there (meta).
+
+    Sees sizes, the first rows of the embedding and every norm of the decoder layers: weights that adapters, extended
+    vocabularies and quantised linears leave alone.
+    """
+    base = causal_model(model)
+    config = base.config.get_text_config()
+    described = {
+        "model_type": config.model_type,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_hidden_layers,
+    }
+    tensors: list[Tensor] = [base.get_input_embeddings().weight[:4096]]
+    for name, parameter in decoder_layers(base).named_parameters():
+        if "norm" in name and "lora_" not in name and "modules_to_save" not in name:
+            tensors.append(parameter)
+    if any(t.is_meta or hasattr(t, "full_tensor") for t in tensors):
+        return None
+    return fingerprint_tensors(described, tensors)

@@ -1,0 +1,174 @@
+"""Rows on their way through one layer call: what is gathered for them, and what their attention must know."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lemo.core.layout import Layout
+from lemo.core.selection import RowSet
+
+
+@dataclass(frozen=True)
+class RowRange:
+    """Rows of a packed tensor, document by document, as attention sees them.
+
+    Attributes:
+        starts: first entry of each document in the packed tensor (host).
+        lengths: entries of each document (host).
+        position_N: (N,) int64 place of each entry's row inside its document.
+        valid_N: (N,) bool, entries that may serve as keys; None when all may.
+    """
+
+    starts: tuple[int, ...]
+    lengths: tuple[int, ...]
+    position_N: Tensor
+    valid_N: Tensor | None = None
+
+    @classmethod
+    def of_rows(cls, layout: Layout, rows: RowSet) -> RowRange:
+        """Range of a packed tensor that holds just `rows`."""
+        starts, total = [], 0
+        for length in rows.segment_lengths:
+            starts.append(total)
+            total += length
+        return cls(tuple(starts), rows.segment_lengths, layout.position_of_row_N[rows.rows_N], rows.valid_N)
+
+    @classmethod
+    def of_batch(cls, layout: Layout) -> RowRange:
+        """Range of a tensor that holds all B·T rows of the batch."""
+        return cls(
+            tuple(layout.document_start_D.tolist()),
+            tuple(layout.document_length_D.tolist()),
+            layout.position_of_row_N,
+        )
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Keys and values that queries attend to beyond their own.
+
+    Attributes:
+        range: documents and positions of the key rows.
+        own_N: (N,) place of every query row among the key rows.
+        constant: keys and values (G, K, D) of all key rows, without gradient; None when they are computed from
+            `offered`.
+        offered: hidden states (1, S, M) and layer keywords of the rows that only offer keys and values.
+        offered_S: (S,) place of every offered row among the key rows.
+    """
+
+    range: RowRange
+    own_N: Tensor
+    constant: tuple[Tensor, Tensor] | None = None
+    offered: tuple[Tensor, Mapping[str, Any]] | None = None
+    offered_S: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class MlpRows:
+    """Rows of the compact batch that run the MLP, and the low-rank update of those that do not.
+
+    Attributes:
+        rows_n: (n,) ascending entries of the compact batch that run the MLP.
+        skipped_s: the other entries.
+        down_MR: first factor of the bypass, applied to the RMS-normalised input of the MLP; None for no update.
+        up_RM: second factor.
+    """
+
+    rows_n: Tensor
+    skipped_s: Tensor
+    down_MR: Tensor | None
+    up_RM: Tensor | None
+
+
+class Recorder:
+    """Catches what the attention of a pass without gradient produced: keys, values, and, if asked, output and lse."""
+
+    def __init__(self, want_lse: bool = False, want_query: bool = False) -> None:
+        """Args: want_lse: also compute the log-sum-exp of every row; want_query: also keep the queries."""
+        self.want_lse, self.want_query = want_lse, want_query
+        self.query_HND: Tensor | None = None
+        self.key_GND: Tensor | None = None
+        self.value_GND: Tensor | None = None
+        self.output_HND: Tensor | None = None
+        self.lse_HN: Tensor | None = None
+        self.scaling: float | None = None
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """Travels as one keyword of a layer's forward, so that a checkpoint replays the call with the same rows.
+
+    Attributes:
+        queries: the rows that run the layer; None when all rows of the batch run in their usual shape.
+        keys: further keys; None when the queries attend to each other only.
+        dense: attention output (H, N, D) and log-sum-exp (H, N) of the queries from the exact pass, for the `pairs`
+            gradient.
+        record: catches keys and values of this call.
+        mlp: rows of the MLP when it has its own.
+    """
+
+    queries: RowRange | None = None
+    keys: Keys | None = None
+    dense: tuple[Tensor, Tensor] | None = None
+    record: Recorder | None = None
+    mlp: MlpRows | None = None
+
+
+class _Active(threading.local):
+    call: LayerCall | None = None
+    capture: bool = False
+    scratch: dict[str, Tensor] | None = None
+    base_implementation: str | None = None
+
+
+ACTIVE = _Active()
+"""The layer call that this thread is inside of. Set and cleared within one forward of one layer."""
+
+
+@contextmanager
+def active(call: LayerCall | None, *, capture: bool = False) -> Iterator[None]:
+    """Makes `call` what attention and MLP of the layer running in this thread see."""
+    before = (ACTIVE.call, ACTIVE.capture, ACTIVE.scratch)
+    ACTIVE.call, ACTIVE.capture, ACTIVE.scratch = call, capture, {}
+    try:
+        yield
+    finally:
+        ACTIVE.call, ACTIVE.capture, ACTIVE.scratch = before
+
+
+def gather_keywords(kwargs: Mapping[str, Any], rows_N: Tensor, batch: int, tokens: int) -> dict[str, Any]:
+    """Keywords of a layer call for a packed batch of chosen rows: (1, N, ...) for (B, T, ...).
+
+    Every tensor whose leading sizes are (B, T) or (1, T) is gathered, also inside tuples; one-dimensional ones of T
+    entries (cache positions) too. The attention mask is dropped: rows carry documents and positions of their own.
+    """
+    place_N = rows_N % tokens
+
+    def gather(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(gather(item) for item in value)
+        if not isinstance(value, Tensor):
+            return value
+        if value.dim() >= 2 and value.shape[0] == 1 and value.shape[1] == tokens:
+            return value[:, place_N]
+        if value.dim() >= 2 and value.shape[0] == batch and value.shape[1] == tokens:
+            return value.flatten(0, 1)[rows_N].unsqueeze(0)
+        if value.dim() == 1 and value.shape[0] == tokens:
+            return value[place_N]
+        return value
+
+    return {name: None if name == "attention_mask" else gather(value) for name, value in kwargs.items()}
+
+
+def inverse(rows_N: Tensor, size: int) -> Tensor:
+    """(size,) place of each row in `rows_N`; only entries of rows that are in it mean anything."""
+    places = torch.zeros(size, dtype=torch.int64, device=rows_N.device)
+    places[rows_N] = torch.arange(len(rows_N), device=rows_N.device)
+    return places

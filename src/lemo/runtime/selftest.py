@@ -1,0 +1,120 @@
+"""The laws of design section 2, checked on the user's own layers before anything is trained."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lemo.core.layout import Layout
+from lemo.core.plan import LayerPlan, Plan
+from lemo.core.policy import select
+from lemo.core.selection import Selection
+from lemo.errors import UnsupportedModelError
+from lemo.runtime.model import decoder_layers
+
+_BLOCK, _BLOCKS = 4, 8
+# Largest relative error of a layer's update. Low precision rounds differently in every attention kernel; a row that
+# attends to wrong keys differs by order one.
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
+
+
+def check_layers(handle: Any) -> None:
+    """Compares one layer of each kind with dense and masked references on random tokens.
+
+    Raises:
+        UnsupportedModelError: a layer does not obey `y = x; y[rows] = layer(x[rows])`; the message says which.
+    """
+    from lemo.runtime.stream import LayerStream
+
+    model = handle.model
+    parameters = list(model.parameters())
+    if any(p.is_meta or hasattr(p, "full_tensor") for p in parameters):
+        handle.note("self-test skipped: weights are sharded or not loaded")
+        return
+    tokens = _BLOCK * _BLOCKS
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, model.config.get_text_config().vocab_size, (1, tokens), generator=generator)
+    training = model.training
+    model.eval()
+    attached, model.__dict__["_lemo_handle"] = model.__dict__.get("_lemo_handle"), None
+    devices = [parameters[0].device] if parameters[0].is_cuda else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            stream = LayerStream.open(model, ids, block_size=_BLOCK)
+            for index in _one_of_each_kind(handle.plan, decoder_layers(model)):
+                _check_layer(stream, index)
+    finally:
+        model.__dict__["_lemo_handle"] = attached
+        model.train(training)
+
+
+def _one_of_each_kind(plan: Plan, layers: Any) -> list[int]:
+    """First skipping layer of each (class, attention type)."""
+    found: dict[tuple, int] = {}
+    for index, layer in enumerate(layers):
+        kind = (type(layer).__mro__[2], getattr(layer, "attention_type", None), getattr(layer, "layer_type", None))
+        attention = getattr(layer, "self_attn", None)
+        kind += (getattr(attention, "sliding_window", None), getattr(attention, "use_rope", None))
+        if not plan.layers[index].is_dense:
+            found.setdefault(kind, index)
+    return sorted(found.values())
+
+
+def _check_layer(stream: Any, index: int) -> None:
+    from lemo.runtime.rows import ACTIVE
+
+    x_BTM, layout = stream.hidden_BTM, stream.layout
+    dense_BTM = stream.dense(index, x_BTM).output_BTM
+    scores_K = torch.rand(len(layout.block_start_K), generator=torch.Generator().manual_seed(1)).to(x_BTM.device)
+    half = Plan(tuple(LayerPlan(0.5, 0.5) for _ in range(stream.layers)), block_size=_BLOCK, scorer="random")
+    rows = select(layout, scores_K, forward_ratio=0.5, backward_ratio=0.5).forward
+    assert rows is not None and ACTIVE.call is None
+    kept_T = torch.zeros(layout.tokens, dtype=torch.bool, device=x_BTM.device)
+    kept_T[rows.rows_N] = True
+    for kv, keys_T in (("kept", kept_T), ("all", torch.ones_like(kept_T))):
+        seen_TT = _window(stream, index, layout) & keys_T[None, :] | torch.eye(layout.tokens, dtype=torch.bool).to(kept_T.device)
+        wanted = torch.where(kept_T[None, :, None], stream.masked(index, x_BTM, seen_TT), x_BTM)
+        got = _run(stream, index, replace(half, kv=kv), Selection(rows, rows))
+        _compare(stream, index, got - x_BTM, wanted - x_BTM, f"rows kept by half (kv: {kv}) and a masked dense run")
+    exact = replace(half, layers=tuple(LayerPlan(1.0, 0.5) for _ in range(stream.layers)))
+    got = _run(stream, index, exact, Selection(None, rows))
+    _compare(stream, index, got - x_BTM, dense_BTM - x_BTM, "exact forward and a dense run")
+
+
+def _run(stream: Any, index: int, plan: Plan, selection: Selection) -> Tensor:
+    """The layer under a selection given from outside."""
+    from types import SimpleNamespace
+
+    from lemo.runtime.batch import BatchContext
+    from lemo.runtime.stream import _installed
+
+    context = BatchContext(plan, stream.layout, in_place=False)
+    context.select = lambda i, x: selection  # type: ignore[method-assign]
+    with torch.no_grad(), _installed(stream.model, SimpleNamespace(context=context, tap=None), only=index):
+        output = decoder_layers(stream.model)[index](stream.hidden_BTM, **stream.keywords[index])
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _window(stream: Any, index: int, layout: Layout) -> Tensor:
+    """(T, T) bool causal mask of the layer, with its sliding window."""
+    from lemo.runtime.attention import attention_module
+
+    module = attention_module(decoder_layers(stream.model)[index])
+    window = getattr(module, "sliding_window", None)
+    position_T = layout.position_of_row_N
+    distance_TT = position_T[:, None] - position_T[None, :]
+    seen_TT = distance_TT >= 0
+    return seen_TT if window is None else seen_TT & (distance_TT < window)
+
+
+def _compare(stream: Any, index: int, got: Tensor, wanted: Tensor, what: str) -> None:
+    error = float((got.float() - wanted.float()).norm() / wanted.float().norm().clamp_min(1e-30))
+    if not error <= _TOLERANCE[got.dtype]:
+        kind = type(decoder_layers(stream.model)[index]).__name__
+        raise UnsupportedModelError(
+            f"layer {index} ({kind}) cannot skip rows: {what} differ by {error:.1e} of the layer's update. "
+            "Name it in dense_layers to run it densely"
+        )
