@@ -12,6 +12,7 @@ from torch import Tensor
 from lemo.core.layout import Layout
 from lemo.core.predictor import PatternPredictor, block_positions, pool_rows, to_device
 from lemo.errors import ConfigError
+from lemo.ops import block_score
 
 T = TypeVar("T")
 
@@ -94,8 +95,6 @@ class Interaction:
 
     def scores(self, inputs: ScoreInputs) -> Tensor:
         """(K,) fp32. Needs `query_HND`, `key_GND` and `scaling`."""
-        from lemo.ops import block_score
-
         layout = inputs.layout
         pairs_KK = block_score(
             _given(inputs.query_HND, "query_HND", "interaction"),

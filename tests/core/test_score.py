@@ -1,0 +1,149 @@
+"""Laws of scorers: each equals its definition written out, and packing changes nothing."""
+
+import pytest
+import torch
+
+from lemo.core.layout import Layout
+from lemo.core.predictor import PatternPredictor
+from lemo.core.score import (
+    AttentionMass,
+    Fixed,
+    Interaction,
+    Random,
+    ScoreInputs,
+    UpdateNorm,
+    mlp_scores,
+    scorer_named,
+)
+from lemo.errors import ConfigError
+
+HEADS, GROUPS, DIM = 4, 2, 6
+
+
+def _layout(*lengths, padding=0, block_size=8):
+    ids = torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)] + [torch.full((padding,), -1)])
+    return Layout.build(ids[None], None, block_size=block_size)
+
+
+def _inputs(*lengths, padding=0, seed=0, **changes):
+    torch.manual_seed(seed)
+    rows = sum(lengths) + padding
+    fields = {
+        "x_NM": torch.randn(rows, 10),
+        "query_HND": torch.randn(HEADS, rows, DIM),
+        "key_GND": torch.randn(GROUPS, rows, DIM),
+        "scaling": 0.4,
+        "output_NM": torch.randn(rows, 10),
+    }
+    return ScoreInputs(_layout(*lengths, padding=padding), **{**fields, **changes})
+
+
+def _logits(inputs):
+    key = inputs.key_GND.repeat_interleave(HEADS // GROUPS, 0)
+    logits = torch.einsum("hid,hjd->hij", inputs.query_HND, key) * inputs.scaling
+    document = inputs.layout.document_of_row_N
+    index = torch.arange(len(document))
+    allowed = (document[:, None] == document) & (document >= 0) & (index[:, None] >= index)
+    return logits, allowed
+
+
+@pytest.mark.parametrize("stride", [1, 3])
+@pytest.mark.parametrize("lengths", [(40,), (23, 17)])
+def test_attention_mass_is_the_mean_probability(lengths, stride):
+    inputs = _inputs(*lengths, padding=4)
+    layout = inputs.layout
+    logits, allowed = _logits(inputs)
+    probability = logits.masked_fill(~allowed, -torch.inf).softmax(-1).nan_to_num().mean(0)
+    expected = []
+    for start, length, document in zip(
+        layout.block_start_K.tolist(), layout.block_length_K.tolist(), layout.block_document_K.tolist(), strict=True
+    ):
+        end = int(layout.document_start_D[document] + layout.document_length_D[document])
+        rows = [i for i in range(start, end) if (end - 1 - i) % stride == 0]
+        expected.append(probability[rows, start : start + length].sum() / len(rows))
+    result = AttentionMass(query_stride=stride).scores(inputs)
+    torch.testing.assert_close(result, torch.stack(expected), rtol=1e-5, atol=1e-6)
+
+
+def test_attention_mass_does_not_depend_on_the_slice():
+    inputs = _inputs(40)
+    small = AttentionMass(limit_bytes=2000).scores(inputs)
+    torch.testing.assert_close(small, AttentionMass().scores(inputs))
+
+
+@pytest.mark.parametrize("lengths", [(40,), (23, 17)])
+def test_interaction_is_the_papers_formula(lengths):
+    inputs = _inputs(*lengths, padding=4)
+    layout = inputs.layout
+    logits, allowed = _logits(inputs)
+    s = logits.relu().mean(0) * allowed
+    starts, sizes = layout.block_start_K.tolist(), layout.block_length_K.tolist()
+    expected = []
+    for n, document in enumerate(layout.block_document_K.tolist()):
+        pairs = [
+            s[starts[m] : starts[m] + sizes[m], starts[n] : starts[n] + sizes[n]].max()
+            for m in range(n, len(starts))
+            if layout.block_document_K[m] == document
+        ]
+        expected.append(torch.stack(pairs).mean())
+    torch.testing.assert_close(Interaction().scores(inputs), torch.stack(expected), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("scorer", [AttentionMass(), Interaction(), Random(3), UpdateNorm(), scorer_named("position")])
+def test_a_packed_document_scores_as_it_does_alone(scorer):
+    packed = _inputs(23, 17)
+    parts = []
+    for rows in (slice(0, 23), slice(23, 40)):
+        alone = ScoreInputs(
+            _layout(rows.stop - rows.start),
+            packed.x_NM[rows],
+            packed.query_HND[:, rows],
+            packed.key_GND[:, rows],
+            packed.scaling,
+            packed.output_NM[rows],
+        )
+        parts.append(scorer.scores(alone))
+    torch.testing.assert_close(scorer.scores(packed), torch.cat(parts), rtol=1e-5, atol=1e-6)
+
+
+def test_random_depends_on_seed_layer_step_and_document_only():
+    inputs = _inputs(400)
+    base = Random(1).scores(inputs)
+    assert torch.equal(base, Random(1).scores(_inputs(400, seed=7)))
+    others = [
+        Random(2).scores(inputs),
+        Random(1).scores(_inputs(400, layer=1)),
+        Random(1).scores(_inputs(400, step=1)),
+        Random(1).scores(_inputs(400, document_keys_D=torch.tensor([99]))),
+    ]
+    for i, draw in enumerate([base, *others]):
+        assert 0 <= float(draw.min()) and float(draw.max()) < 1
+        assert all(not torch.equal(draw, other) for other in others[i:])
+
+
+def test_random_is_uniform_and_uncorrelated_across_layers():
+    layout = Layout.build(torch.zeros(1, 4096, dtype=torch.int64), None, block_size=1)
+    draws = torch.stack([Random(0).scores(ScoreInputs(layout, layer=layer)) for layer in range(4)])
+    assert abs(float(draws.mean()) - 0.5) < 0.02 and abs(float(draws.var()) - 1 / 12) < 0.01
+    off_diagonal = torch.corrcoef(draws) - torch.eye(4)
+    assert float(off_diagonal.abs().max()) < 0.08
+
+
+def test_mlp_scores_pool_the_norm():
+    layout, norm = _layout(11), torch.rand(11)
+    torch.testing.assert_close(mlp_scores(norm, layout), torch.stack([norm[:8].mean(), norm[8:].mean()]))
+    torch.testing.assert_close(mlp_scores(norm, layout, "max"), torch.stack([norm[:8].max(), norm[8:].max()]))
+
+
+def test_names_and_missing_inputs():
+    predictor = PatternPredictor(10, pooled_features=4, rank=2)
+    inputs = _inputs(40)
+    named = scorer_named("predictor", predictor=predictor).scores(inputs)
+    assert torch.equal(named, predictor.scores(inputs.x_NM, inputs.layout))
+    assert torch.equal(Fixed(named).scores(inputs), named)
+    with pytest.raises(ConfigError, match="predictor"):
+        scorer_named("predictor")
+    with pytest.raises(ConfigError, match="scorer must be"):
+        scorer_named("atention_mass")
+    with pytest.raises(ConfigError, match="query_HND"):
+        AttentionMass().scores(ScoreInputs(inputs.layout))
