@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -20,7 +22,7 @@ def documents_of(lengths):
     start = np.concatenate([[0], np.cumsum(lengths)])
     return [
         Document(f"d{i}", f"place {i}", tokens_T=np.arange(a, b, dtype=np.uint32))
-        for i, (a, b) in enumerate(zip(start[:-1], start[1:], strict=True))
+        for i, (a, b) in enumerate(pairwise(start))
     ]
 
 

@@ -1,0 +1,194 @@
+"""Recipes: what is read is what was written, and every mistake is one line that names key and file."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lemo.cli.recipe import build_run, dump_recipe, load_recipe, parse_yaml
+from lemo.config import DataConfig, ModelConfig, RunConfig, SparsityConfig, TrainingConfig
+from lemo.errors import ConfigError
+
+GOOD = "output: out\nmodel: {path: m}\ndata: {train: [a.txt]}\n"
+
+
+def recipe(tmp_path, text):
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_defaults_are_those_of_the_dataclasses(tmp_path):
+    run = load_recipe(recipe(tmp_path, GOOD))
+    assert run == RunConfig(output="out", model=ModelConfig(path="m"), data=DataConfig(train=("a.txt",)))
+
+
+@given(
+    rate=st.floats(1e-9, 1.0),
+    ratio=st.floats(0.01, 1.0),
+    window=st.integers(2, 10**7),
+    layers=st.lists(st.integers(-50, 50), max_size=4),
+    name=st.text(min_size=1, max_size=12).filter(lambda t: t.isprintable()),
+)
+def test_a_dumped_recipe_reads_back_equal(tmp_path_factory, rate, ratio, window, layers, name):
+    run = RunConfig(
+        output=name,
+        model=ModelConfig(path=name),
+        data=DataConfig(train=(name, "no", "1e-4"), window_tokens=window),
+        sparsity=SparsityConfig(forward_ratio=ratio, backward_ratio=ratio, dense_layers=tuple(layers)),
+        training=TrainingConfig(learning_rate=rate, max_steps=3),
+    )
+    path = tmp_path_factory.mktemp("r") / "r.yaml"
+    path.write_text(dump_recipe(run), encoding="utf-8")
+    assert load_recipe(path) == run
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4),
+        ("1E5", 1e5),
+        ("-2.5e+3", -2500.0),
+        (".5", 0.5),
+        ("3.", 3.0),
+        ("010", 10),
+        ("16_384", 16384),
+        ("no", "no"),
+        ("on", "on"),
+        ("true", True),
+        ("~", None),
+        ("", None),
+        ("1:30", "1:30"),
+        ("2024-01-01", "2024-01-01"),
+        ("'1e-4'", "1e-4"),
+        ("[0, -1]", [0, -1]),
+    ],
+)
+def test_yaml_scalars_are_those_of_version_1_2(text, value):
+    read = parse_yaml(text, "x")
+    assert read == value
+    assert type(read) is type(value)
+
+
+def test_overrides_win_and_are_typed(tmp_path):
+    path = recipe(tmp_path, GOOD + "training:\n")
+    run = load_recipe(
+        path,
+        [
+            "training.learning_rate=3e-4",
+            "training.max_steps=7",
+            "data.train=[x.txt, y.npz]",
+            "sparsity.enabled=false",
+            "data.max_windows=5",
+            "data.max_windows=null",
+            "model.gguf_file=a=b.gguf",
+        ],
+    )
+    assert (run.training.learning_rate, run.training.max_steps) == (3e-4, 7)
+    assert run.data.train == ("x.txt", "y.npz")
+    assert (run.sparsity.enabled, run.data.max_windows, run.model.gguf_file) == (False, None, "a=b.gguf")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("training: {learning_rte: 1}", "unknown key training.learning_rte; did you mean training.learning_rate?"),
+        ("trainng: {}", "unknown key trainng; did you mean training?"),
+        ("learning_rate: 1", "unknown key learning_rate; did you mean training.learning_rate?"),
+        ("sparsity: {max_steps: 1}", "unknown key sparsity.max_steps; did you mean training.max_steps?"),
+        ("lora: {zzz: 1}", "unknown key lora.zzz; keys there are rank, alpha, dropout, targets, modules_to_save"),
+        ("training: {learning_rate: fast}", "training.learning_rate must be a number, got the text 'fast'"),
+        ("training: {learning_rate: '1e-4'}", "training.learning_rate must be a number, got the text '1e-4'"),
+        ("training: {learning_rate: .nan}", "training.learning_rate must be a"),
+        ("training: {max_steps: 1.5}", "training.max_steps must be an integer, got 1.5"),
+        ("training: {max_steps: true}", "training.max_steps must be an integer, got true"),
+        ("sparsity: {enabled: yes}", "sparsity.enabled must be true or false, got the text 'yes'"),
+        ("sparsity: {kv: some}", "sparsity.kv must be one of kept, all, got the text 'some'"),
+        ("sparsity: {block_size: 64.5}", "sparsity.block_size must be an integer, got 64.5"),
+        ("sparsity: {block_size: 0}", "sparsity.block_size must be positive, got 0"),
+        ("sparsity: {block_size: -64}", "sparsity.block_size must be positive, got -64"),
+        ("sparsity: {forward_ratio: 0}", "sparsity.forward_ratio must lie in (0, 1], got 0"),
+        ("sparsity: {forward_ratio: 1.2}", "sparsity.forward_ratio must lie in (0, 1], got 1.2"),
+        ("sparsity: {backward_ratio: -0.1}", "sparsity.backward_ratio must lie in (0, 1], got -0.1"),
+        (
+            "sparsity: {forward_ratio: 0.3}",
+            "sparsity.backward_ratio (0.5) must not exceed sparsity.forward_ratio (0.3)",
+        ),
+        ("calibration: {bypass_rank: 0}", "rows that skip layers without a bypass ruin the model"),
+        ("loss_rows: {share: 0.0}", "loss_rows.share must lie in (0, 1]"),
+        ("sparsity: {mlp: own}", "set sparsity.mlp_ratio"),
+        ("sparsity: {mlp_ratio: 0.2}", "sparsity.mlp_ratio needs sparsity.mlp=own"),
+        ("model: {path: m, context_length: 100}", "data.window_tokens (4096) exceeds model.context_length (100)"),
+        ("model: 3", "model must be a section with keys of its own, got 3"),
+        ("data: {train: a.txt}", "data.train must be a list of texts, got the text 'a.txt'"),
+        ("data: {train: [a.txt, 3]}", "data.train must be a list of texts, got 3"),
+        ("model: {}", "model.path is empty"),
+        ("training: {max_steps: 0}", "training.max_steps must be positive"),
+        ("training: {max_steps: 1, max_steps: 2}", "line 4: key 'max_steps' stands twice"),
+        ("training: {max_steps: 1", "line 5: "),
+        ("training: {1: 2}", "key 1 is no text"),
+        ("training: !!python/object:os.system {}", "line 4: could not determine a constructor"),
+        ("sparsity: {plan: p, forward_ratio: 0.9}", "sparsity.forward_ratio stands beside sparsity.plan"),
+    ],
+)
+def test_mistakes_are_one_line_with_key_and_file(tmp_path, text, message):
+    good = (
+        GOOD
+        if not text.startswith(("model:", "data:"))
+        else "\n".join(line for line in GOOD.splitlines() if not line.startswith(text.split(":")[0])) + "\n"
+    )
+    path = recipe(tmp_path, good + text + "\n")
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(path)
+    assert message in str(caught.value)
+    assert str(caught.value).startswith(str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_each_mistake_has_its_line(tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(recipe(tmp_path, GOOD + "lora: {rnk: 8, alpha: big}\n"))
+    assert len(str(caught.value).splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.learning_rte=1", "command line: unknown key training.learning_rte; did you mean"),
+        ("training.learning_rate=fast", "command line: training.learning_rate must be a number"),
+        ("sparsity.forward_ratio=2", "command line: sparsity.forward_ratio must lie in (0, 1], got 2"),
+        ("training.learning_rate", "command line: 'training.learning_rate' is no override"),
+        ("--debug=1", "is no override"),
+        ("output.x=1", "command line: output.x cannot be set, output is no section"),
+        ("training.max_steps=[1", "command line, training.max_steps, line 1"),
+    ],
+)
+def test_bad_overrides_name_the_command_line(tmp_path, override, message):
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(recipe(tmp_path, GOOD), [override])
+    assert message in str(caught.value)
+
+
+def test_unreadable_recipes_are_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"absent\.yaml: the recipe cannot be read \(no such file\)"):
+        load_recipe(tmp_path / "absent.yaml")
+    with pytest.raises(ConfigError, match="a recipe is a mapping of keys, got the list"):
+        load_recipe(recipe(tmp_path, "- a\n- b\n"))
+    with pytest.raises(ConfigError, match=r"model\.path is empty"):
+        load_recipe(recipe(tmp_path, ""))
+
+
+def test_every_range_key_exists_and_is_checked():
+    from lemo import config
+
+    good = {"output": "o", "model": {"path": "m"}}
+    for names, bad in ((config._POSITIVE, -1), (config._NOT_NEGATIVE, -1), (config._SHARES, 1.5)):
+        for key in names:
+            section, name = key.split(".")
+            values = {**good, section: {**good.get(section, {}), name: bad}}
+            with pytest.raises(ConfigError, match=key.replace(".", r"\.")):
+                build_run(values)
+    assert dataclasses.is_dataclass(build_run(good))
