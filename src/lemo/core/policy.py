@@ -10,6 +10,7 @@ from torch import Tensor
 from lemo.core.layout import Layout
 from lemo.core.selection import RowSet, Selection
 from lemo.errors import ConfigError
+from lemo.ops import rank_blocks, select_rows
 
 POLICIES = ("topk", "threshold")
 
@@ -72,7 +73,7 @@ def select(
         raise ConfigError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}")
     if policy == "threshold" and threshold is None:
         raise ConfigError("policy 'threshold' needs a threshold for every layer; calibrate the plan first")
-    rank_K = rank_blocks(layout, scores_K)
+    rank_K = rank_blocks(scores_K, layout.block_document_K, layout.forced_K)
     keep_K = None
     if policy == "threshold":
         keep_K = (scores_K >= threshold) | layout.forced_K.to(scores_K.device)
@@ -83,58 +84,18 @@ def select(
     return Selection(forward, _row_set(layout, rank_K, backward_ratio, bucket, keep_K))
 
 
-def rank_blocks(layout: Layout, scores_K: Tensor) -> Tensor:
-    """Rank of each block inside its document, 0 for the first to keep: forced blocks, then by falling score. (K,)."""
-    device = scores_K.device
-    scores_K = torch.where(layout.forced_K.to(device), torch.inf, scores_K.detach().float().nan_to_num(nan=-torch.inf))
-    by_score = torch.argsort(scores_K, descending=True, stable=True)
-    document_K = layout.block_document_K.to(device)
-    order = by_score[torch.argsort(document_K[by_score], stable=True)]
-    documents = len(layout.document_start_D)
-    blocks = torch.bincount(layout.block_document_K, minlength=documents)
-    first = (torch.cumsum(blocks, 0) - blocks).to(device)
-    rank = torch.empty_like(order)
-    rank[order] = torch.arange(len(order), device=device) - first[document_K[order]]
-    return rank
-
-
 def _row_set(layout: Layout, rank_K: Tensor, ratio: float, bucket: int, keep_K: Tensor | None) -> RowSet | None:
     """Rows of the best-ranked blocks; None when that is every row of the batch and nothing may be dropped."""
     budget_D = document_budgets(layout, ratio, bucket)
-    blocks_kept = int(budget_D.sum())
-    total_blocks = len(layout.block_start_K)
-    if blocks_kept == total_blocks and keep_K is None:
+    if int(budget_D.sum()) == len(layout.block_start_K) and keep_K is None:
         return None
-    device = rank_K.device
-    inside_K = rank_K < budget_D.to(device)[layout.block_document_K.to(device)]
-    # Competing blocks all have block_size rows (a document's last block is a guard): the host knows the row counts.
-    documents = len(budget_D)
-    forced_blocks = torch.bincount(layout.block_document_K[layout.forced_K], minlength=documents)
-    forced_rows = torch.zeros(documents, dtype=torch.int64).index_add_(
-        0, layout.block_document_K[layout.forced_K], layout.block_length_K[layout.forced_K]
+    selected = select_rows(
+        rank_K,
+        budget_D,
+        layout.block_start_K,
+        layout.block_length_K,
+        layout.block_document_K,
+        layout.forced_K,
+        keep_K=keep_K,
     )
-    rows_D = forced_rows + (budget_D - forced_blocks) * layout.block_size
-
-    kept = _first(inside_K, blocks_kept)
-    rows_N = _rows_of(layout, kept, int(rows_D.sum()), device)
-    skipped = _first(~inside_K, total_blocks - blocks_kept)
-    skipped_S = _rows_of(layout, skipped, layout.real_rows - int(rows_D.sum()), device)
-    lengths = tuple(rows_D.tolist())
-    if keep_K is None:
-        return RowSet(rows_N, lengths, skipped_S)
-    valid_N = keep_K[layout.block_of_row_N[rows_N]]
-    # Rows that were not chosen go to the end of their document, where causal attention of the others cannot see them.
-    order = torch.argsort(layout.document_of_row_N[rows_N] * 2 + (~valid_N).long(), stable=True)
-    return RowSet(rows_N[order], lengths, skipped_S, valid_N[order])
-
-
-def _first(mask_K: Tensor, count: int) -> Tensor:
-    """Ascending indices where the mask holds; `count` of them, known to the host, so the device is not asked."""
-    return torch.argsort(mask_K.to(torch.uint8), descending=True, stable=True)[:count]
-
-
-def _rows_of(layout: Layout, blocks: Tensor, total: int, device: torch.device) -> Tensor:
-    """Flat rows of blocks, `total` of them."""
-    start, length = layout.block_start_K.to(device)[blocks], layout.block_length_K.to(device)[blocks]
-    index = torch.repeat_interleave(torch.arange(len(blocks), device=device), length, output_size=total)
-    return start[index] + torch.arange(total, device=device) - (torch.cumsum(length, 0) - length)[index]
+    return RowSet(selected.rows_N, selected.segment_lengths, selected.skipped_S, selected.valid_N)

@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lemo.errors import BackendError
+
 MAX_BLOCK_ROWS = 128
 MAX_HEAD_DIM = 256
 
@@ -40,34 +42,36 @@ class Tiling:
     group: int = 8
 
 
-# What the benchmark compares, widest first.
+# Tried in this order for 16-bit operands; the benchmark times those that fit.
 CANDIDATES = (
     Tiling(),
     Tiling(stages=2),
     Tiling(key_rows=64, stages=3),
-    Tiling(key_rows=64, warps=4, stages=3),
-    Tiling(group=16),
+    Tiling(key_rows=64, warps=4, stages=2),
+    Tiling(key_rows=64, stages=2),
+    Tiling(stages=1),
+    Tiling(key_rows=64, stages=1),
 )
+# The product of fp32 operands runs on the ordinary units: small tiles, or the accumulators spill.
+CANDIDATES_FP32 = (Tiling(64, 64, 4, 2), Tiling(64, 64, 4, 1), Tiling(stages=2), Tiling(stages=1))
 
 
-def choose_tiling(head_dim: int, block_rows: int, dtype: torch.dtype) -> Tiling:
-    """A tiling whose operands fit into shared memory and accumulators into registers.
+def choose_tiling(head_dim: int, block_rows: int, dtype: torch.dtype) -> Tiling | None:
+    """The first candidate whose tile holds a block and whose operands fit into shared memory; None if none does.
 
-    A table and not an autotuner: the first call costs nothing extra and two runs do the same thing.
+    A table and not an autotuner: the first call costs nothing extra, and two runs do the same thing.
     """
-    padded_block = _padded(block_rows)
     if interpreting():
-        return Tiling(padded_block, padded_block, warps=1, stages=1, group=2)
-    row_bytes = _padded(head_dim) * dtype.itemsize
-    if dtype.itemsize >= 4:
-        # The product of fp32 operands runs on the ordinary units: small tiles, or the accumulators spill.
-        side = max(padded_block, 64)
-        return Tiling(side, side, warps=8 if side > 64 else 4, stages=2 if 4 * side * row_bytes <= 160 * 1024 else 1)
-    for tiling in CANDIDATES[:3]:
-        fits = tiling.stages * (tiling.query_rows + tiling.key_rows) * row_bytes <= shared_memory_bytes()
-        if fits and tiling.key_rows >= padded_block:
-            return tiling
-    return Tiling(stages=1)
+        side = padded(block_rows)
+        return Tiling(side, side, warps=1, stages=1, group=2)
+    candidates = CANDIDATES_FP32 if dtype.itemsize >= 4 else CANDIDATES
+    return next((tiling for tiling in candidates if fits(tiling, head_dim, block_rows, dtype)), None)
+
+
+def fits(tiling: Tiling, head_dim: int, block_rows: int, dtype: torch.dtype) -> bool:
+    """Whether a tile holds a block, and the operands of its stages fit into shared memory."""
+    operand_bytes = (tiling.query_rows + tiling.key_rows) * padded(head_dim) * dtype.itemsize
+    return tiling.key_rows >= padded(block_rows) and tiling.stages * operand_bytes <= shared_memory_bytes()
 
 
 def shared_memory_bytes() -> int:
@@ -95,6 +99,8 @@ def why_not(query: Tensor, block_rows: int) -> str | None:
         return f"the tensors are on {query.device.type}, it needs a CUDA device"
     if torch.cuda.get_device_capability(query.device) < (8, 0):
         return "it needs compute capability 8.0 or newer"
+    if choose_tiling(query.shape[-1], block_rows, query.dtype) is None:
+        return f"no tile for blocks of {block_rows} rows, {query.shape[-1]} wide {query.dtype} fits into shared memory"
     return None
 
 
@@ -113,7 +119,9 @@ def launch(
     blocks = len(start)
     out = torch.zeros(blocks, blocks, dtype=torch.float32, device=query.device)
     tiling = tiling or choose_tiling(head_dim, block_rows, query.dtype)
-    padded_block = _padded(block_rows)
+    if tiling is None:
+        raise BackendError(f"block_score: no tiling for head dimension {head_dim} and blocks of {block_rows} rows")
+    padded_block = padded(block_rows)
     query_blocks, key_blocks = tiling.query_rows // padded_block, tiling.key_rows // padded_block
     groups = triton.cdiv(triton.cdiv(blocks, query_blocks), tiling.group)
     # Group g spans `group` tile rows and the columns up to its last row: group · width · (g + 1) tiles.
@@ -136,7 +144,7 @@ def launch(
             float(softcap or 1.0),
             HEADS_PER_KEY=heads // key.shape[0],
             HEAD_DIM=head_dim,
-            PADDED_DIM=_padded(head_dim),
+            PADDED_DIM=padded(head_dim),
             BLOCK=padded_block,
             QUERY_BLOCKS=query_blocks,
             KEY_BLOCKS=key_blocks,
@@ -149,7 +157,7 @@ def launch(
     return out
 
 
-def _padded(size: int) -> int:
+def padded(size: int) -> int:
     """Next power of two, at least 16, the least a matrix instruction takes."""
     return max(16, triton.next_power_of_2(size))
 

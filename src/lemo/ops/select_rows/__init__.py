@@ -1,0 +1,1 @@
+"""From scores of blocks to the rows that run, without asking the device."""
