@@ -17,7 +17,7 @@ from lemo.runtime.attention import NAME, attention_module, register_mask
 from lemo.runtime.batch import BatchContext, RunDense, document_keys, read_layout
 from lemo.runtime.head import LemoModel, forward_parameters, model_class, segmented_forward, why_not_segmented
 from lemo.runtime.layer import LayerState, install, removable, remove
-from lemo.runtime.model import causal_model, decoder_layers, fingerprint, mlp_names
+from lemo.runtime.model import causal_model, check_no_dropout, decoder_layers, fingerprint, mlp_names
 
 _LOG = logging.getLogger("lemo")
 MASK_LIMIT_TOKENS = 8192  # longest sequence for which the model may still build a (T, T) mask of its own
@@ -184,6 +184,8 @@ class Handle:
                     "a training forward reached the model without labels, so lemo cannot tell which rows carry loss "
                     "and must not be skipped; pass labels, or run it inside `with handle.supervised(mask):`"
                 )
+            if training and any(x.backward_ratio < x.forward_ratio for x in self.plan.layers):
+                check_no_dropout(self.model)
             layout = read_layout(arguments, self._supervised, self.plan.block_size)
         except RunDense as reason:
             self.dense_batches += training

@@ -44,6 +44,20 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     raise UnsupportedModelError(f"{type(base).__name__} has no list of {count} decoder layers")
 
 
+def check_no_dropout(model: nn.Module) -> None:
+    """Raises UnsupportedModelError when a decoder layer would draw dropout: exact forward runs its rows twice."""
+    for layer in decoder_layers(model):
+        for name, module in layer.named_modules():
+            # nn.Dropout, and the numbers that families keep for functional dropout (OPT's `dropout`, `attention_dropout`)
+            values = {"p": getattr(module, "p", 0.0)} if isinstance(module, nn.Dropout) else vars(module)
+            active = [k for k, v in values.items() if (k == "p" or "dropout" in k) and isinstance(v, float) and v > 0]
+            if active and module.training:
+                raise UnsupportedModelError(
+                    f"exact forward (backward_ratio < forward_ratio) needs dropout off: {name or 'the layer'} has "
+                    f"{active[0]}={values[active[0]]}"
+                )
+
+
 def mlp_names(model: nn.Module) -> tuple[str, ...]:
     """Attribute names of a layer's MLP modules; empty when no family file states them."""
     family = find_family(causal_model(model).config)

@@ -16,9 +16,9 @@ from lemo.errors import UnsupportedModelError
 from lemo.runtime.model import decoder_layers
 
 _BLOCK, _BLOCKS = 4, 8
-# Largest relative error of a layer's update. Low precision rounds differently in every attention kernel; a row that
-# attends to wrong keys differs by order one.
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
+# Largest relative error of a layer's update. Eager softmax runs in fp32 whatever the dtype. Low precision rounds
+# differently in every attention kernel; a row that attends to wrong keys differs by order one.
+_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
 
 
 def check_layers(handle: Any) -> None:
