@@ -150,7 +150,7 @@ class Handle:
         training = self.model.training and torch.is_grad_enabled()
         labelled = arguments.get("labels") is not None or arguments.get("shift_labels") is not None
         context = self._open(arguments, training)
-        if training and arguments.get("use_cache") is None and "use_cache" in names:
+        if (training or context is not None) and arguments.get("use_cache") is None and "use_cache" in names:
             arguments["use_cache"] = False
         segmented = labelled and own and self._segmented(training)
         with self._running(context):
