@@ -1,0 +1,198 @@
+"""Loss of a model over text, dense or sparse, in all and by position. Logits exist for a segment of rows at a time."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lemo.errors import ConfigError, DataError
+from lemo.families import head_transform
+from lemo.runtime.attach import Handle
+from lemo.runtime.batch import read_layout, supervised_rows
+from lemo.runtime.head import forward_parameters
+from lemo.runtime.model import causal_model
+
+
+@dataclass(frozen=True)
+class PositionLoss:
+    """Mean loss of the rows at positions [start, end) of their document; nats is NaN when there are none."""
+
+    start: int
+    end: int
+    nats: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class LossReport:
+    """Loss over a data set.
+
+    Attributes:
+        mode: `dense`, or `sparse (look-ahead)`: selection sees later tokens, so the latter is no causal model's loss.
+        nats: mean loss per predicted token.
+        tokens: predicted tokens.
+        by_position: the same by position in the document, in equal bins.
+        by_sequence: mean loss of each sequence, in order, for paired comparisons; NaN where nothing is predicted.
+    """
+
+    mode: str
+    nats: float
+    tokens: int
+    by_position: tuple[PositionLoss, ...]
+    by_sequence: tuple[float, ...]
+
+    @property
+    def perplexity(self) -> float:
+        """exp(nats)."""
+        return math.exp(self.nats)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {**asdict(self), "perplexity": self.perplexity}
+
+
+def evaluate_loss(
+    model: Any,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    handle: Handle | None = None,
+    sparse: bool = False,
+    bins: int = 8,
+    segment_rows: int = 2048,
+    progress: Callable[[], None] | None = None,
+) -> LossReport:
+    """Loss of every labelled token.
+
+    Args:
+        model: a Transformers causal language model, PEFT-wrapped or not, with or without an attached plan.
+        batches: batches with `labels`; tensors are moved to the model's device.
+        handle: the attached plan, needed when `sparse`.
+        sparse: select rows as training does. Otherwise the forward is dense, attached or not.
+        bins: number of position bins over the longest document.
+        segment_rows: rows whose logits exist at a time.
+        progress: called after each batch.
+
+    Returns:
+        LossReport.
+
+    Raises:
+        ConfigError: `sparse` without a handle.
+        DataError: no token carries a label.
+
+    Numerics:
+        logits and loss in fp32, sums in fp64.
+    """
+    if sparse and handle is None:
+        raise ConfigError("a sparse evaluation needs the handle of an attached plan")
+    was_training = model.training
+    model.eval()
+    sums, counts, sequences = torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.float64), []
+    try:
+        for batch in batches:
+            loss_BT, mask_BT, position_BT = _batch_losses(model, batch, handle, sparse, segment_rows)
+            most = int(position_BT.max()) + 1
+            if most > len(sums):
+                sums, counts = (F.pad(x, (0, most - len(x))) for x in (sums, counts))
+            sums.index_add_(0, position_BT[mask_BT], loss_BT[mask_BT])
+            counts.index_add_(0, position_BT[mask_BT], torch.ones(int(mask_BT.sum()), dtype=torch.float64))
+            totals_B, counts_B = (loss_BT * mask_BT).sum(1), mask_BT.sum(1)
+            sequences += [t / c if c else math.nan for t, c in zip(totals_B.tolist(), counts_B.tolist(), strict=True)]
+            if progress is not None:
+                progress()
+    finally:
+        model.train(was_training)
+    tokens = int(counts.sum())
+    if tokens == 0:
+        raise DataError("no token of the evaluation data carries a label")
+    return LossReport(
+        mode="sparse (look-ahead)" if sparse else "dense",
+        nats=float(sums.sum()) / tokens,
+        tokens=tokens,
+        by_position=_bin(sums, counts, bins),
+        by_sequence=tuple(sequences),
+    )
+
+
+@torch.no_grad()
+def _batch_losses(
+    model: Any, batch: Mapping[str, Any], handle: Handle | None, sparse: bool, segment_rows: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, T) fp64 losses of rows, which of them count, and rows' positions in their document; on the CPU."""
+    base = causal_model(model)
+    device = base.get_input_embeddings().weight.device
+    inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+    mask_BT = supervised_rows(inputs)
+    if mask_BT is None:
+        raise DataError("evaluation needs batches with labels")
+    labels_BT = inputs.get("shift_labels")
+    if labels_BT is None:
+        labels_BT = torch.full_like(inputs["labels"], -100)
+        labels_BT[:, :-1] = inputs["labels"][:, 1:]
+    layout = read_layout(inputs, mask_BT, handle.plan.block_size if handle is not None else 64)
+    hidden_BTM = _hidden(model, base, inputs, mask_BT, handle, sparse)
+    loss_BT = torch.zeros(mask_BT.shape, dtype=torch.float64, device=device)
+    loss_BT[mask_BT] = row_losses(base, hidden_BTM[mask_BT], labels_BT[mask_BT], segment_rows).double()
+    return loss_BT.cpu(), mask_BT.cpu(), layout.position_of_row_N.reshape(mask_BT.shape).cpu()
+
+
+def _hidden(
+    model: Any, base: Any, inputs: dict[str, Any], mask_BT: Tensor, handle: Handle | None, sparse: bool
+) -> Tensor:
+    """Last hidden state, (B, T, M), of the model's own call: whatever wraps it takes part, the head does not."""
+    arguments = {key: value for key, value in inputs.items() if key not in ("labels", "shift_labels")}
+    arguments["use_cache"] = False
+    if "logits_to_keep" in forward_parameters(type(base)):
+        arguments["logits_to_keep"] = 1
+    caught: list[Tensor] = []
+    # Most families call the base model, OPT its decoder directly; where both run, the outer one is last.
+    backbones = {id(module): module for module in (base.get_decoder(), base.base_model)}
+    hooks = [
+        module.register_forward_hook(lambda module, args, output: caught.append(output.last_hidden_state))
+        for module in backbones.values()
+    ]
+    try:
+        with ExitStack() as stack:
+            if handle is not None:
+                stack.enter_context(handle.sparse_evaluation(sparse))
+                stack.enter_context(handle.supervised(mask_BT))
+            model(**arguments)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return caught[-1]
+
+
+def row_losses(base: Any, hidden_NM: Tensor, labels_N: Tensor, segment_rows: int = 2048) -> Tensor:
+    """Cross-entropy of each row, (N,) fp32, through the model's head with its scale and softcap."""
+    head = base.get_output_embeddings()
+    scale, softcap = head_transform(base.config)
+    losses = []
+    for segment_NM, segment_labels_N in zip(hidden_NM.split(segment_rows), labels_N.split(segment_rows), strict=True):
+        logits_NV = head(segment_NM).float()
+        if scale != 1.0:
+            logits_NV *= scale
+        if softcap is not None:
+            logits_NV = torch.tanh(logits_NV / softcap) * softcap
+        losses.append(F.cross_entropy(logits_NV, segment_labels_N, reduction="none"))
+    return torch.cat(losses) if losses else hidden_NM.new_zeros(0, dtype=torch.float32)
+
+
+def _bin(sums: Tensor, counts: Tensor, bins: int) -> tuple[PositionLoss, ...]:
+    """Means over equal bins of positions."""
+    total = len(sums)
+    edges = [round(i * total / bins) for i in range(bins + 1)]
+    found = []
+    for start, end in itertools.pairwise(edges):
+        if end > start:
+            tokens = int(counts[start:end].sum())
+            nats = float(sums[start:end].sum()) / tokens if tokens else math.nan
+            found.append(PositionLoss(start, end, nats, tokens))
+    return tuple(found)

@@ -1,0 +1,57 @@
+"""Adapters through PEFT, the only place that imports it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lemo.config import LoraConfig
+from lemo.errors import ConfigError
+
+
+def add_adapter(model: Any, config: LoraConfig) -> Any:
+    """Wraps a model with a trainable LoRA adapter; the base is frozen.
+
+    The adapter has the dtype of the model. By default PEFT keeps adapters of a bf16 model in fp32; each LoRA linear
+    then casts and saves an fp32 copy of its input, about a third of the activations of a dense run. Dense and sparse
+    runs are compared with the same adapter dtype.
+
+    Raises:
+        ConfigError: targets that the model does not have.
+    """
+    import peft
+
+    targets: Any = "all-linear" if config.targets == ("all-linear",) else list(config.targets)
+    try:
+        settings = peft.LoraConfig(
+            task_type="CAUSAL_LM",
+            r=config.rank,
+            lora_alpha=config.alpha,
+            lora_dropout=config.dropout,
+            target_modules=targets,
+            modules_to_save=list(config.modules_to_save) or None,
+        )
+        return peft.get_peft_model(model, settings, autocast_adapter_dtype=False)
+    except ValueError as error:
+        raise ConfigError(f"lora.targets: {str(error).splitlines()[0]}") from error
+
+
+def load_adapter(model: Any, folder: str | Path, *, trainable: bool = False) -> Any:
+    """Wraps a model with a saved adapter.
+
+    Raises:
+        ConfigError: the folder holds no adapter, or one that does not fit.
+    """
+    import peft
+
+    if not (Path(folder) / "adapter_config.json").is_file():
+        raise ConfigError(f"{folder} is no adapter: adapter_config.json is missing")
+    try:
+        return peft.PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, autocast_adapter_dtype=False)
+    except (ValueError, RuntimeError, OSError) as error:
+        raise ConfigError(f"{folder}: the adapter cannot be loaded ({str(error).splitlines()[0]})") from error
+
+
+def trainable_parameters(model: Any) -> int:
+    """Number of parameters that training changes."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
