@@ -195,13 +195,13 @@ def _pack_layer(layer: LayerPlan, prefix: str, tensors: dict[str, Tensor]) -> di
         net = getattr(layer, name)
         packed[name] = None if net is None else net.config()
         for key, value in ({} if net is None else net.state_dict()).items():
-            tensors[f"{prefix}.{name}.{key}"] = value.detach().cpu().contiguous()
+            tensors[f"{prefix}.{name}.{key}"] = value.detach().cpu().clone().contiguous()
     for name in ("bypass", "mlp_bypass"):
         bypass = getattr(layer, name)
         packed[name] = bypass is not None
         if bypass is not None:
-            tensors[f"{prefix}.{name}.down"] = bypass.down_MR.detach().cpu().contiguous()
-            tensors[f"{prefix}.{name}.up"] = bypass.up_RM.detach().cpu().contiguous()
+            tensors[f"{prefix}.{name}.down"] = bypass.down_MR.detach().cpu().clone().contiguous()
+            tensors[f"{prefix}.{name}.up"] = bypass.up_RM.detach().cpu().clone().contiguous()
     return packed
 
 

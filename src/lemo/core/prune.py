@@ -63,6 +63,13 @@ def prune(predictor: PatternPredictor, census: NeuronCensus, target_share: float
     Raises:
         ConfigError: the target is outside (0, 1], or the census has seen no block.
     """
+    return prune_with_inputs(predictor, census, target_share)[0]
+
+
+def prune_with_inputs(
+    predictor: PatternPredictor, census: NeuronCensus, target_share: float
+) -> tuple[PatternPredictor, Tensor]:
+    """As `prune`, and the ascending indices of the features that the smaller predictor still reads."""
     if not 0 < target_share <= 1:
         raise ConfigError(f"prune target must lie in (0, 1], got {target_share!r}")
     if census.blocks == 0:
@@ -91,7 +98,9 @@ def _sized(predictor: PatternPredictor, share: float) -> PatternPredictor:
         return PatternPredictor(**config)
 
 
-def _cut(predictor: PatternPredictor, zero_share: dict[tuple[str, int], Tensor], share: float) -> PatternPredictor:
+def _cut(
+    predictor: PatternPredictor, zero_share: dict[tuple[str, int], Tensor], share: float
+) -> tuple[PatternPredictor, Tensor]:
     """Copies the surviving neurons and columns."""
     pruned = _sized(predictor, share).to_empty(device=predictor.projection_MF.device)
     neurons = {
@@ -120,7 +129,7 @@ def _cut(predictor: PatternPredictor, zero_share: dict[tuple[str, int], Tensor],
                 target.weight.copy_(source.weight[out][:, into])
                 target.bias.copy_(source.bias[out])
                 into = out
-    return pruned
+    return pruned, inputs
 
 
 def _pool_parts(predictor: PatternPredictor, weight: Tensor) -> list[Tensor]:

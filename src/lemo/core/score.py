@@ -12,7 +12,7 @@ from torch import Tensor
 from lemo.core.layout import Layout
 from lemo.core.predictor import PatternPredictor, block_positions, pool_rows, to_device
 from lemo.errors import ConfigError
-from lemo.ops import block_score
+from lemo.ops import block_score, key_block_scores
 
 T = TypeVar("T")
 
@@ -104,7 +104,7 @@ class Interaction:
             to_device(layout.block_document_K, layout.device),
             scaling=_given(inputs.scaling, "scaling", "interaction"),
         )
-        return key_scores(pairs_KK.float(), layout)
+        return key_block_scores(pairs_KK.float(), to_device(layout.block_document_K, pairs_KK.device))
 
 
 @dataclass(frozen=True)
@@ -123,15 +123,18 @@ class AttentionMass:
 
     def scores(self, inputs: ScoreInputs) -> Tensor:
         """(K,) fp32. Needs `query_HND`, `key_GND` and `scaling`."""
-        layout = inputs.layout
-        row_mass_N = self.row_mass(inputs).sum(0)
+        return self.of_rows(self.row_mass(inputs), inputs.layout)
+
+    def of_rows(self, row_mass_HN: Tensor, layout: Layout) -> Tensor:
+        """(K,) fp32 from the result of `row_mass`."""
+        row_mass_N = row_mass_HN.mean(0)
         length_K = to_device(layout.block_length_K, row_mass_N.device)
         mass_K = pool_rows(row_mass_N[:, None], layout, "mean")[:, 0] * length_K
         # Query rows seen at or after the block's first row, counted as row_mass takes them: from the document's end.
         end_D = layout.document_start_D + layout.document_length_D
         rows_K = end_D[layout.block_document_K] - layout.block_start_K
         seen_K = (rows_K + self.query_stride - 1) // self.query_stride
-        return mass_K / to_device(seen_K, mass_K.device) / inputs.query_HND.shape[0]
+        return mass_K / to_device(seen_K, mass_K.device)
 
     def row_mass(self, inputs: ScoreInputs) -> Tensor:
         """Probability that each row receives, summed over the query rows looked at: (H, N) fp32; 0 for padding."""
@@ -209,14 +212,6 @@ def scorer_named(name: str, *, predictor: PatternPredictor | None = None, seed: 
     if name in STUDY_SCORERS:
         return STUDY_SCORERS[name]()
     raise ConfigError(f"scorer must be one of {', '.join((*TRAINING_SCORERS, *STUDY_SCORERS))}, got {name!r}")
-
-
-def key_scores(pairs_KK: Tensor, layout: Layout) -> Tensor:
-    """Score of key blocks from a block map (query block, key block): mean over m >= n of the same document. (K,)."""
-    document_K = to_device(layout.block_document_K, pairs_KK.device)
-    index_K = torch.arange(len(document_K), device=pairs_KK.device)
-    allowed_KK = (document_K[:, None] == document_K) & (index_K[:, None] >= index_K)
-    return pairs_KK.masked_fill(~allowed_KK, 0).sum(0) / allowed_KK.sum(0)
 
 
 def mlp_scores(norm_N: Tensor, layout: Layout, pool: str = "mean") -> Tensor:
