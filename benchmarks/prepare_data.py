@@ -17,7 +17,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from lemo.config import ModelConfig
 from lemo.errors import DataError, LemoError
+from lemo.train.model import load_model, load_tokenizer
 from lemo.train.sources import read_documents, write_npz
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -39,20 +41,13 @@ def find_gguf() -> Path:
 
 def export_model(out: Path, gguf: Path | None = None, *, with_tokenizer: bool = True) -> None:
     """Writes a GGUF file (SmolLM2's by default) as a Hugging Face folder in bf16."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     path = gguf or find_gguf()
+    config = ModelConfig(path=str(path.parent), gguf_file=path.name, dtype="bfloat16")
     # The file holds 4-bit numbers with 16-bit scales: bf16 rounds what they stand for once, as any bf16 run would.
-    loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.bfloat16)
-    # Transformers refuses to save a model that it unpacked from GGUF; a model of the same config has no such mark.
-    if hasattr(loaded.config, "quantization_config"):
-        del loaded.config.quantization_config
-    model = AutoModelForCausalLM.from_config(loaded.config, dtype=torch.bfloat16)
-    model.load_state_dict(loaded.state_dict())
+    model = load_model(config, device="cpu")
     model.save_pretrained(out)
     if with_tokenizer:
-        AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(out)
+        load_tokenizer(config).save_pretrained(out)
     print(f"{out}: {sum(p.numel() for p in model.parameters()):,} parameters")
 
 
