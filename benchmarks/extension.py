@@ -24,6 +24,7 @@ import torch
 
 import lemo
 from benchmarks.study import Study, add_options, make_optimizer, step_function
+from lemo.eval.perplexity import evaluate_loss
 from lemo.measure.memory import track_peak
 from lemo.measure.profile import StepTimer
 from lemo.measure.record import Record, read_records
@@ -63,13 +64,14 @@ GAPS = (
 
 def evaluate(study: Study, model: Any, use: str) -> dict[str, list[float]]:
     """Validation losses of a model that no plan is attached to: dense, and under a plan on its loss rows."""
-    model.eval()
-    with lemo.attach(model, study.plan_of(use), self_test=False) as handle, handle.loss_only():
-        found = {"dense_validation_loss": study.validation_losses(model, loss_rows=False)}
-        found["dense_validation_loss_on_loss_rows"] = study.validation_losses(model, loss_rows=True)
-        with handle.sparse_evaluation():
-            found["sparse_validation_loss"] = study.validation_losses(model, loss_rows=True)
-    return found
+    everything, drawn = study.validation_batches(loss_rows=False), study.validation_batches(loss_rows=True)
+    with lemo.attach(model, study.plan_of(use), self_test=False) as handle:
+        reports = {
+            "dense_validation_loss": evaluate_loss(model, everything),
+            "dense_validation_loss_on_loss_rows": evaluate_loss(model, drawn),
+            "sparse_validation_loss": evaluate_loss(model, drawn, handle=handle, sparse=True),
+        }
+    return {name: list(report.by_sequence) for name, report in reports.items()}
 
 
 def run_cell(study: Study, name: str, seed: int) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import lemo
-from lemo.config import CalibrationConfig, DataConfig, LoraConfig, ModelConfig, RunConfig, SparsityConfig
+from lemo.config import CalibrationConfig, DataConfig, LoraConfig, ModelConfig
 from lemo.core.plan import LayerPlan, Plan
 from lemo.measure.record import config_hash
 from lemo.train.data import LossRows, WindowCollator, load_windows
@@ -40,6 +40,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--validation-windows", type=int, default=16)
     add("--calibration-windows", type=int, default=8)
     add("--tune-windows", type=int, default=2)
+    add("--predictor-steps", type=int, default=CalibrationConfig.predictor_steps)
     add("--checkpointing", action="store_true")
     add("--dtype", default="bfloat16")
     add("--device", default="cuda")
@@ -104,28 +105,35 @@ class Study:
         """The calibrated plan; made once and kept beside the results."""
         if self._plan is None:
             folder = self.options.work / f"plan-{config_hash(self._plan_setting())}"
-            if not (folder / "plan.json").exists():
+            if not (folder / "plan" / "plan.json").exists():
                 start = time.perf_counter()
-                self._calibrate().save(folder)
+                self._calibrate(folder)
                 print(f"calibrated in {time.perf_counter() - start:.0f} s: {folder}", flush=True)
-            self._plan = Plan.load(folder)
+            self._plan = Plan.load(folder / "plan")
         return self._plan
 
     def _plan_setting(self) -> dict[str, Any]:
-        names = ("window", "loss_share", "keep", "kv", "domains", "calibration_windows", "dtype")
+        names = ("window", "loss_share", "keep", "kv", "domains", "calibration_windows", "predictor_steps", "dtype")
         return {name: getattr(self.options, name) for name in names}
 
-    def _calibrate(self) -> Plan:
-        reserved = self.order(0)[-self.options.calibration_windows - self.options.tune_windows :]
-        batches = [self.calibration_batch(i) for i in reserved]
-        keep = self.options.keep
-        config = RunConfig(
-            sparsity=SparsityConfig(forward_ratio=keep, backward_ratio=keep, kv=self.options.kv),
-            calibration=CalibrationConfig(windows=self.options.calibration_windows),
-        )
+    def _calibrate(self, folder: Path) -> Plan:
+        options, split = self.options, self.options.calibration_windows
         model = self.base_model().eval()
-        split = self.options.calibration_windows
-        return lemo.calibrate(model, batches[:split], config, held_out=batches[split:])
+        skeleton = Plan.uniform(
+            model,
+            forward_ratio=options.keep,
+            backward_ratio=options.keep,
+            dense_layers=(0, -1),
+            kv=options.kv,
+            scorer="predictor",
+        )
+        batches = [self.calibration_batch(i) for i in self.order(0)[-split - options.tune_windows :]]
+        config = CalibrationConfig(
+            windows=split, tune_windows=options.tune_windows, predictor_steps=options.predictor_steps
+        )
+        return lemo.calibrate(
+            model, batches[:split], config, plan=skeleton, held_out=batches[split:], output_dir=folder
+        )
 
     def calibration_batch(self, index: int) -> dict[str, Any]:
         """One window as calibration reads it."""
@@ -152,15 +160,10 @@ class Study:
         made = self.loss_rows(samples) if loss_rows else self.collator(samples)
         return {name: tensor.to(self.device) for name, tensor in made.items()}
 
-    def validation_losses(self, model: Any, loss_rows: bool) -> list[float]:
-        """Loss of each validation window; on its loss rows only, or on all tokens."""
-        losses = []
+    def validation_batches(self, loss_rows: bool) -> list[dict[str, torch.Tensor]]:
+        """Validation windows, labelled on their loss rows only, or on all tokens."""
         collate = self.loss_rows if loss_rows else self.collator
-        with torch.no_grad():
-            for i in range(len(self.validation)):
-                batch = {name: tensor.to(self.device) for name, tensor in collate([self.validation[i]]).items()}
-                losses.append(float(model(**batch).loss))
-        return losses
+        return [collate([self.validation[i]]) for i in range(len(self.validation))]
 
 
 def _own_context(folder: Path) -> int | None:
