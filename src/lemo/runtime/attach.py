@@ -48,7 +48,7 @@ class Handle:
         self._supervised: Tensor | None = None
         self._loss_only = False
         self._real_rows = 0
-        self._attached = False
+        self._attached = self._running_forward = False
 
     def __enter__(self) -> Handle:
         """The handle itself."""
@@ -143,7 +143,8 @@ class Handle:
             args: positional arguments.
             kwargs: keywords.
         """
-        if self.context is not None:
+        # A peer may have kept the forward that it found while lemo was attached, and call it inside its own or later.
+        if self._running_forward or not self._attached:
             return inner(*args, **kwargs)
         names = forward_parameters(_original_class(self.model))
         arguments = dict(zip(names, args, strict=False)) | kwargs
@@ -175,6 +176,11 @@ class Handle:
         """The batch for the layers, or None when this forward runs densely."""
         sparse_eval = self._options["sparse_eval"] and not training
         if not (training or sparse_eval) or all(x.is_dense for x in self.plan.layers):
+            if self.model.training and not training and any(x.forward_ratio < 1 for x in self.plan.layers):
+                self.note(
+                    "a forward without gradients ran densely, while training forwards skip rows; where a loss compares "
+                    "the two, as DPO does with its reference, use a plan with forward_ratio 1"
+                )
             return None
         try:
             self._check_capturing(arguments, sparse_eval)
@@ -221,20 +227,19 @@ class Handle:
 
     @contextmanager
     def _running(self, context: BatchContext | None) -> Iterator[None]:
-        if context is None:
-            yield
-            return
         config = self.model.config.get_text_config()
         implementation = config._attn_implementation
-        self.context = context
+        maskless = context is not None and context.maskless
+        self.context, self._running_forward = context, True
         try:
-            if context.maskless:
+            if maskless:
                 register_mask()
                 config._attn_implementation_internal = NAME
             yield
         finally:
-            self.context = None
-            config._attn_implementation_internal = implementation
+            self.context, self._running_forward = None, False
+            if maskless:
+                config._attn_implementation_internal = implementation
 
     def _close(self, context: BatchContext) -> None:
         self.selections, self._real_rows = context.selections, context.layout.real_rows
@@ -330,8 +335,8 @@ def _check_plan(model: Any, plan: Plan, layers: nn.ModuleList, unsafe_no_bypass:
             )
     if plan.needs_bypass and not unsafe_no_bypass:
         raise PlanError(
-            "the plan lets rows skip layers (forward_ratio < 1) without a bypass, which ruins models; calibrate a plan, "
-            "use forward_ratio=1, or pass unsafe_no_bypass=True"
+            "the plan lets rows skip layers (forward_ratio < 1) without a bypass, which ruins models; calibrate a "
+            "plan, use forward_ratio=1, or pass unsafe_no_bypass=True"
         )
     if plan.scorer == "predictor":
         missing = [i for i, x in enumerate(plan.layers) if not x.is_dense and x.predictor is None]
