@@ -11,7 +11,7 @@ import torch
 import lemo.ops
 from lemo.ops import block_score
 from lemo.ops.block_score.cases import SPEC as BLOCK_SCORE
-from lemo.ops.block_score.cases import _inputs, layout
+from lemo.ops.block_score.cases import Shape, layout
 from lemo.ops.block_score.reference import block_score_reference
 from lemo.testing import Case, check_case, check_error_budget
 
@@ -54,7 +54,7 @@ def test_op_meets_its_reference(spec, case, dtype, monkeypatch):
 @pytest.mark.parametrize("name", SHAPES)
 def test_block_score_kernel(name, dtype, monkeypatch):
     _no_tf32(monkeypatch)
-    case = Case(name, lambda g: _inputs(g, **SHAPES[name]))
+    case = Case(name, Shape(**SHAPES[name]).inputs)
     exact = block_score_reference(**case.inputs(0, torch.float64, "cuda"))
     working = block_score_reference(**case.inputs(0, dtype, "cuda"))
     actual = block_score(**case.inputs(0, dtype, "cuda"), backend="triton")
@@ -64,7 +64,7 @@ def test_block_score_kernel(name, dtype, monkeypatch):
 def test_every_tiling_gives_the_same_map():
     from lemo.ops.block_score import kernel
 
-    case = Case("tilings", lambda g: _inputs(g, **SHAPES["grouped, packed"]))
+    case = Case("tilings", Shape(**SHAPES["grouped, packed"]).inputs)
     inputs = case.inputs(0, torch.bfloat16, "cuda")
     blocks = tuple(inputs[f"block_{part}_K"] for part in ("start", "length", "document"))
     arguments = (inputs["query_HND"], inputs["key_GND"], blocks, inputs["scaling"], None, 64)

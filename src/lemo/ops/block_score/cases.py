@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,35 +23,50 @@ def layout(documents: tuple[int, ...], block: int, gap: int = 0) -> dict[str, to
     return {"block_start_K": start, "block_length_K": length, "block_document_K": document}
 
 
-def _inputs(
-    generator: torch.Generator,
-    *,
-    documents: tuple[int, ...] = (70,),
-    block: int = 16,
-    gap: int = 0,
-    heads: int = 2,
-    groups: int = 2,
-    head_dim: int = 16,
-    order: str = "HND",
-    gaps: bool = False,
-    **options: Any,
-) -> Inputs:
-    blocks = layout(documents, block, gap)
-    rows = sum(documents) + gap * len(documents)
+@dataclass(frozen=True)
+class Shape:
+    """What a case draws.
 
-    def draw(count: int) -> torch.Tensor:
-        sizes = {"H": count, "N": rows, "D": head_dim}
-        t = torch.randn([sizes[axis] for axis in order], generator=generator, dtype=torch.float64)
-        t = t.permute([order.index(axis) for axis in "HND"])
-        return with_gaps(t) if gaps else t
+    Attributes:
+        documents: rows of each.
+        block: rows of a block.
+        gap: padding rows before each document.
+        heads: H.
+        groups: G.
+        head_dim: D.
+        order: order of the dimensions in memory.
+        gaps: every second element of the storage is unused.
+        softcap: of the logits.
+    """
 
-    return {"query_HND": draw(heads), "key_GND": draw(groups), **blocks, "scaling": head_dim**-0.5, **options}
+    documents: tuple[int, ...] = (70,)
+    block: int = 16
+    gap: int = 0
+    heads: int = 2
+    groups: int = 2
+    head_dim: int = 16
+    order: str = "HND"
+    gaps: bool = False
+    softcap: float | None = None
+
+    def inputs(self, generator: torch.Generator) -> Inputs:
+        """Arguments of block_score in fp64."""
+        blocks = layout(self.documents, self.block, self.gap)
+        query, key = self._draw(self.heads, generator), self._draw(self.groups, generator)
+        options = {"scaling": self.head_dim**-0.5, "softcap": self.softcap}
+        return {"query_HND": query, "key_GND": key, **blocks, **options}
+
+    def _draw(self, heads: int, generator: torch.Generator) -> torch.Tensor:
+        sizes = {"H": heads, "N": sum(self.documents) + self.gap * len(self.documents), "D": self.head_dim}
+        t = torch.randn([sizes[axis] for axis in self.order], generator=generator, dtype=torch.float64)
+        t = t.permute([self.order.index(axis) for axis in "HND"])
+        return with_gaps(t) if self.gaps else t
 
 
 def large(rows: int, heads: int = 32, groups: int = 32, head_dim: int = 128, block: int = 64) -> Case:
     """One document in the layout of a model's projections, (N, H, D) in memory; for the benchmark."""
-    options = {"documents": (rows,), "block": block, "heads": heads, "groups": groups, "head_dim": head_dim}
-    return Case(f"{rows} rows, {heads}/{groups} heads x {head_dim}", lambda g: _inputs(g, order="NHD", **options))
+    shape = Shape((rows,), block, heads=heads, groups=groups, head_dim=head_dim, order="NHD")
+    return Case(f"{rows} rows, {heads}/{groups} heads x {head_dim}", shape.inputs)
 
 
 def _flops(inputs: Inputs) -> int:
@@ -75,7 +91,7 @@ def _library_call(inputs: Inputs) -> tuple[Any, tuple]:
 
 
 def _case(name: str, ulps: float = 4.0, **options: Any) -> Case:
-    return Case(name, lambda g: _inputs(g, **options), ulps=ulps)
+    return Case(name, Shape(**options).inputs, ulps=ulps)
 
 
 SPEC = OpSpec(

@@ -9,6 +9,7 @@ once. Rows that are padding are loaded as zeros; their score is 0, which no maxi
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass
 
@@ -127,7 +128,7 @@ def launch(
     # Group g spans `group` tile rows and the columns up to its last row: group · width · (g + 1) tiles.
     width = tiling.group * query_blocks // key_blocks
     grid = (tiling.group * width * groups * (groups + 1) // 2,)
-    with torch.cuda.device(query.device) if query.is_cuda else torch.autograd.profiler.record_function("block_score"):
+    with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
         _block_score_kernel[grid](
             query,
             key,
@@ -199,6 +200,38 @@ def _tanh(x):
 
 
 @triton.jit
+def _operand_pointers(ptr, row, stride_n, stride_d, valid, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr):
+    """(ROWS, PADDED_DIM) pointers to rows of the first head, and which of them may be read. 64-bit addresses."""
+    dim = tl.arange(0, PADDED_DIM)
+    pointers = ptr + row[:, None] * stride_n + dim[None, :].to(tl.int64) * stride_d
+    mask = valid[:, None]
+    if PADDED_DIM != HEAD_DIM:
+        mask = mask & (dim[None, :] < HEAD_DIM)
+    return pointers, mask
+
+
+@triton.jit
+def _store_maxima(
+    total,
+    out_ptr,
+    out_stride,
+    first_m,
+    first_n,
+    blocks,
+    BLOCK: tl.constexpr,
+    QUERY_BLOCKS: tl.constexpr,
+    KEY_BLOCKS: tl.constexpr,
+):
+    """Writes the largest element of every pair of blocks of a tile, those on and below the diagonal."""
+    best = tl.max(tl.reshape(total, (QUERY_BLOCKS * BLOCK, KEY_BLOCKS, BLOCK)), axis=2)
+    best = tl.max(tl.reshape(best, (QUERY_BLOCKS, BLOCK, KEY_BLOCKS)), axis=1)
+    block_m = first_m + tl.arange(0, QUERY_BLOCKS)
+    block_n = first_n + tl.arange(0, KEY_BLOCKS)
+    out_ptrs = out_ptr + block_m[:, None].to(tl.int64) * out_stride + block_n[None, :]
+    tl.store(out_ptrs, best, mask=(block_m[:, None] < blocks) & (block_n[None, :] <= block_m[:, None]))
+
+
+@triton.jit
 def _block_score_kernel(
     query_ptr,
     key_ptr,
@@ -231,30 +264,25 @@ def _block_score_kernel(
     KEY_ROWS: tl.constexpr = KEY_BLOCKS * BLOCK
     tile_m, tile_n = _tile_of(tl.program_id(0), GROUP, GROUP * QUERY_BLOCKS // KEY_BLOCKS)
     first_m, first_n = tile_m * QUERY_BLOCKS, tile_n * KEY_BLOCKS
-    last_n = tl.minimum(first_n + KEY_BLOCKS, blocks) - 1
-    outside = (first_m >= blocks) | (first_n > tl.minimum(first_m + QUERY_BLOCKS, blocks) - 1)
-    if outside:
+    if (first_m >= blocks) | (first_n >= tl.minimum(first_m + QUERY_BLOCKS, blocks)):
         return
     # Blocks are ordered by document: the tile is empty when its last key block belongs to an earlier one.
-    if tl.load(document_ptr + last_n) < tl.load(document_ptr + first_m):
+    if tl.load(document_ptr + tl.minimum(first_n + KEY_BLOCKS, blocks) - 1) < tl.load(document_ptr + first_m):
         return
 
     row_m, valid_m, document_m = _tile_rows(start_ptr, length_ptr, document_ptr, first_m, blocks, BLOCK, QUERY_ROWS)
     row_n, valid_n, document_n = _tile_rows(start_ptr, length_ptr, document_ptr, first_n, blocks, BLOCK, KEY_ROWS)
-    dim = tl.arange(0, PADDED_DIM)
-    query_ptrs = query_ptr + row_m[:, None] * query_stride_n + dim[None, :].to(tl.int64) * query_stride_d
-    key_ptrs = key_ptr + row_n[None, :] * key_stride_n + dim[:, None].to(tl.int64) * key_stride_d
-    mask_m, mask_n = valid_m[:, None], valid_n[None, :]
-    if PADDED_DIM != HEAD_DIM:
-        mask_m = mask_m & (dim[None, :] < HEAD_DIM)
-        mask_n = mask_n & (dim[:, None] < HEAD_DIM)
+    query_ptrs, mask_m = _operand_pointers(
+        query_ptr, row_m, query_stride_n, query_stride_d, valid_m, HEAD_DIM, PADDED_DIM
+    )
+    key_ptrs, mask_n = _operand_pointers(key_ptr, row_n, key_stride_n, key_stride_d, valid_n, HEAD_DIM, PADDED_DIM)
 
     total = tl.zeros((QUERY_ROWS, KEY_ROWS), dtype=tl.float32)
     for head in tl.range(0, heads, num_stages=STAGES):
         far = tl.cast(head, tl.int64)
         query = tl.load(query_ptrs + far * query_stride_h, mask=mask_m, other=0.0)
         key = tl.load(key_ptrs + (far // HEADS_PER_KEY) * key_stride_g, mask=mask_n, other=0.0)
-        score = tl.maximum(tl.dot(query, key, input_precision="ieee"), 0.0)
+        score = tl.maximum(tl.dot(query, tl.trans(key), input_precision="ieee"), 0.0)
         if SOFTCAP:
             score = _tanh(score * (scaling / softcap))
         total += score
@@ -262,11 +290,5 @@ def _block_score_kernel(
     total = total * ((softcap if SOFTCAP else scaling) / heads)
 
     seen = (row_n[None, :] <= row_m[:, None]) & (document_n[None, :] == document_m[:, None])
-    seen = seen & valid_m[:, None] & valid_n[None, :]
-    total = tl.where(seen, total, 0.0)
-    best = tl.max(tl.reshape(total, (QUERY_ROWS, KEY_BLOCKS, BLOCK)), axis=2)
-    best = tl.max(tl.reshape(best, (QUERY_BLOCKS, BLOCK, KEY_BLOCKS)), axis=1)
-    block_m = first_m + tl.arange(0, QUERY_BLOCKS)
-    block_n = first_n + tl.arange(0, KEY_BLOCKS)
-    out_ptrs = out_ptr + block_m[:, None].to(tl.int64) * out_stride + block_n[None, :]
-    tl.store(out_ptrs, best, mask=(block_m[:, None] < blocks) & (block_n[None, :] <= block_m[:, None]))
+    total = tl.where(seen & valid_m[:, None] & valid_n[None, :], total, 0.0)
+    _store_maxima(total, out_ptr, out_stride, first_m, first_n, blocks, BLOCK, QUERY_BLOCKS, KEY_BLOCKS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -116,7 +118,8 @@ _SCHEMA = (
 
 
 @torch.library.custom_op("lemo::block_score", mutates_args=(), schema=_SCHEMA)
-def _block_score(query, key, start, length, document, scaling, softcap, block_rows, triton):  # type: ignore[no-untyped-def]
+def _block_score(query: Tensor, key: Tensor, *rest: Any) -> Tensor:
+    start, length, document, scaling, softcap, block_rows, triton = rest
     if triton and len(start):
         from lemo.ops.block_score import kernel
 
@@ -125,5 +128,5 @@ def _block_score(query, key, start, length, document, scaling, softcap, block_ro
 
 
 @_block_score.register_fake
-def _fake(query, key, start, length, document, scaling, softcap, block_rows, triton):  # type: ignore[no-untyped-def]
+def _fake(query: Tensor, key: Tensor, start: Tensor, *_: Any) -> Tensor:
     return query.new_empty(len(start), len(start), dtype=torch.promote_types(query.dtype, torch.float32))

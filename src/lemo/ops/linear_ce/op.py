@@ -163,19 +163,9 @@ _SCHEMA = (
 
 
 @torch.library.custom_op("lemo::linear_ce", mutates_args=(), schema=_SCHEMA)
-def _linear_ce(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    logit_scale: float,
-    segment_rows: int,
-    grad_hidden: bool,
-    grad_weight: bool,
-    grad_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _linear_ce(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     """Summed loss and its gradients; a gradient that is not asked for is an empty tensor."""
+    softcap, logit_scale, segment_rows, grad_hidden, grad_weight, grad_bias = rest
     total, d_hidden, d_weight, d_bias = _outputs(hidden, weight, bias, (grad_hidden, grad_weight, grad_bias))
     total.zero_()
     wide_weight = d_weight.new_zeros(d_weight.shape, dtype=total.dtype)
@@ -220,7 +210,7 @@ def _segment_loss(
 
 
 def _outputs(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, grads: tuple[bool, bool, bool]
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, grads: tuple[bool, ...]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Uninitialised outputs of the op, of final shape and dtype."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
@@ -238,8 +228,8 @@ def _outputs(
 
 
 @_linear_ce.register_fake
-def _fake(hidden, weight, labels, bias, softcap, logit_scale, segment_rows, *grads):  # type: ignore[no-untyped-def]
-    return _outputs(hidden, weight, bias, grads)
+def _fake(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    return _outputs(hidden, weight, bias, rest[-3:])
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:

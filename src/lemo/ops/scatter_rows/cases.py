@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -12,40 +13,53 @@ from lemo.ops.scatter_rows.reference import scatter_rows_reference
 from lemo.testing import Case, Inputs, OpSpec, with_gaps
 
 
-def _inputs(
-    generator: torch.Generator,
-    *,
-    shape: tuple[int, ...] = (23, 12),
-    rank: int = 3,
-    rows: int = 7,
-    constants: int = 0,
-    overlap: int = 0,
-    skipped: int = 0,
-    bypass: bool = False,
-    valid: bool = False,
-    gaps: bool = False,
-) -> Inputs:
-    """Disjoint random row sets of the given sizes; `overlap` of the rows are constant rows as well."""
-    draw = partial(torch.randn, generator=generator, dtype=torch.float64)
-    width = shape[-1]
-    total = draw(shape).numel() // width
-    order = torch.randperm(total, generator=generator)
-    stream = draw(shape)
-    made: dict[str, Any] = {
-        "stream_NM": with_gaps(stream) if gaps else stream,
-        "rows_N": order[:rows].sort().values,
-        "values_NM": draw(rows, width),
-    }
-    if constants or overlap:
-        made["constant_rows"] = torch.cat([order[rows : rows + constants], made["rows_N"][:overlap]])
-        made["constant_values"] = draw(constants + overlap, width)
-    if skipped:
-        made["skipped_rows"] = order[rows + constants : rows + constants + skipped]
-    if bypass:
-        made["down_MR"], made["up_RM"] = draw(width, rank) / width**0.5, draw(rank, width)
-    if valid:
-        made["valid_N"] = torch.rand(rows, generator=generator) < 0.5
-    return made
+@dataclass(frozen=True)
+class Sets:
+    """What a case draws: a stream, and disjoint random sets of its rows.
+
+    Attributes:
+        shape: of the stream.
+        rank: of the bypass.
+        rows: size of `rows_N`.
+        constants: constant rows that are not in `rows_N`.
+        overlap: constant rows that are.
+        skipped: skipped rows.
+        bypass: there is one.
+        valid: some entries of `rows_N` were not chosen.
+        gaps: every second element of the stream's storage is unused.
+    """
+
+    shape: tuple[int, ...] = (23, 12)
+    rank: int = 3
+    rows: int = 7
+    constants: int = 0
+    overlap: int = 0
+    skipped: int = 0
+    bypass: bool = False
+    valid: bool = False
+    gaps: bool = False
+
+    def inputs(self, generator: torch.Generator) -> Inputs:
+        """Arguments of scatter_rows."""
+        draw = partial(torch.randn, generator=generator, dtype=torch.float64)
+        width, stream = self.shape[-1], draw(self.shape)
+        order = torch.randperm(stream.numel() // width, generator=generator)
+        rows, others = order[: self.rows].sort().values, order[self.rows :]
+        made: dict[str, Any] = {
+            "stream_NM": with_gaps(stream) if self.gaps else stream,
+            "rows_N": rows,
+            "values_NM": draw(self.rows, width),
+        }
+        if self.constants or self.overlap:
+            made["constant_rows"] = torch.cat([others[: self.constants], rows[: self.overlap]])
+            made["constant_values"] = draw(self.constants + self.overlap, width)
+        if self.skipped:
+            made["skipped_rows"] = others[self.constants : self.constants + self.skipped]
+        if self.bypass:
+            made["down_MR"], made["up_RM"] = draw(width, self.rank) / width**0.5, draw(self.rank, width)
+        if self.valid:
+            made["valid_N"] = torch.rand(self.rows, generator=generator) < 0.5
+        return made
 
 
 def _flops(inputs: Inputs) -> int:
@@ -64,7 +78,7 @@ _BOTH = ("stream_NM", "values_NM")
 
 
 def _case(name: str, *, gradcheck: bool = True, ulps: float = 4.0, **options: Any) -> Case:
-    return Case(name, lambda g: _inputs(g, **options), _BOTH, gradcheck, ulps)
+    return Case(name, Sets(**options).inputs, _BOTH, gradcheck, ulps)
 
 
 SPEC = OpSpec(
@@ -81,7 +95,7 @@ SPEC = OpSpec(
         _case("gaps", gaps=True),
         # Gradients are stopped from here on: the value's derivative is not the gradient.
         _case("constants", gradcheck=False, constants=6),
-        _case("no constants", gradcheck=False, valid=True, constants=0, overlap=0, skipped=4),
+        _case("valid and skipped without bypass", valid=True, skipped=4),
         _case("constants that are rows", gradcheck=False, constants=4, overlap=5, valid=True),
         _case("bypass", gradcheck=False, skipped=9, bypass=True),
         _case("bypass, none skipped", gradcheck=False, rows=23, valid=True, bypass=True),
