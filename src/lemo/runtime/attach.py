@@ -134,6 +134,13 @@ class Handle:
         self.model.__class__ = type(self.model).__mro__[2]
         self._attached = False
 
+    def check_generation(self) -> None:
+        """Raises UnsupportedModelError when evaluation forwards select rows: generation must not look ahead."""
+        if self._options["sparse_eval"]:
+            raise UnsupportedModelError(
+                "generation under selection is refused: selection looks at later tokens. Leave sparse_eval off"
+            )
+
     def run_model(self, inner: Callable, own: bool, args: tuple, kwargs: dict[str, Any]) -> Any:
         """One call of the model's forward: opens the batch for the layers, then runs `inner` or the segmented loss.
 
@@ -213,9 +220,7 @@ class Handle:
                 raise RunDense(f"{name} asks for every row of every layer")
         if arguments.get("use_cache") or arguments.get("past_key_values") is not None:
             if sparse_eval:
-                raise UnsupportedModelError(
-                    "generation under selection is refused: selection looks at later tokens. Leave sparse_eval off"
-                )
+                self.check_generation()
             raise RunDense("the call uses a key/value cache")
 
     def _wants_no_mask(self, layout: Any) -> bool:

@@ -58,6 +58,13 @@ class ForwardSlot:
 class LemoModel:
     """Mixed in before a causal language model's class; marks what `attach` made."""
 
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own generation, which runs densely."""
+        handle = self.__dict__.get("_lemo_handle")
+        if handle is not None:
+            handle.check_generation()
+        return super().generate(*args, **kwargs)  # type: ignore[misc]
+
 
 @cache
 def model_class(base: type) -> type:
@@ -91,7 +98,8 @@ def segmented_forward(model: Any, arguments: dict[str, Any], segment_rows: int) 
         segment_rows: rows of a segment.
 
     Returns:
-        CausalLMOutputWithPast with `loss` (sum / num_items_in_batch, else the mean) and `logits=None`.
+        CausalLMOutputWithPast with `loss` (sum / num_items_in_batch, else the mean), `logits=None`, and whatever else
+        the decoder was asked for.
     """
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -100,12 +108,14 @@ def segmented_forward(model: Any, arguments: dict[str, Any], segment_rows: int) 
     num_items = arguments.pop("num_items_in_batch", None)
     for name in ("logits_to_keep", "return_dict"):
         arguments.pop(name, None)
-    hidden_BTM = model.base_model(**arguments).last_hidden_state
+    decoded = model.base_model(**arguments)
+    hidden_BTM = decoded.last_hidden_state
     if shift_labels is None:
         shift_labels = torch.full_like(labels, -100)
         shift_labels[:, :-1] = labels[:, 1:]
     loss = head_loss(model, hidden_BTM, shift_labels.to(hidden_BTM.device), num_items, segment_rows)
-    return CausalLMOutputWithPast(loss=loss, logits=None)
+    kept = {name: getattr(decoded, name, None) for name in ("past_key_values", "hidden_states", "attentions")}
+    return CausalLMOutputWithPast(loss=loss, logits=None, **kept)
 
 
 def head_loss(
