@@ -1,0 +1,152 @@
+"""Markdown tables from Records, and the places in documents that such tables fill.
+
+A document holds a pair of comments, `<!-- records:NAME -->` and `<!-- /records -->`; `fill` writes the table of that
+name between them. `python -m lemo.report.tables README.md FILE.jsonl ...` does it for a file.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from lemo.errors import DataError
+from lemo.measure.record import Record, read_records
+
+NOT_MEASURED = "*Not measured yet.*"
+_MARKED = re.compile(r"(<!-- records:(?P<name>[\w-]+) -->\n).*?(<!-- /records -->)", re.DOTALL)
+_MARKER = re.compile(r"<!-- /?records")
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table with aligned columns; numbers, which begin with a digit or sign, are set to the right."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    right = [all(re.match(r"[-+–\d]", row[i]) for row in rows) for i in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        cells = (
+            cell.rjust(width) if to_right else cell.ljust(width)
+            for cell, width, to_right in zip(row, widths, right, strict=True)
+        )
+        return "| " + " | ".join(cells) + " |"
+
+    rule = (
+        ("-" * (width - 1) + ":") if to_right else "-" * width for width, to_right in zip(widths, right, strict=True)
+    )
+    return "\n".join([line(header), "| " + " | ".join(rule) + " |", *map(line, rows)])
+
+
+def latest(records: Sequence[Record], name: str) -> list[Record]:
+    """The newest Record of a name for each seed, of the setting that was measured last."""
+    named = sorted((r for r in records if r.name == name), key=lambda r: r.time)
+    same = [r for r in named if r.config_hash == named[-1].config_hash]
+    return list({r.seeds: r for r in same}.values())
+
+
+def mean_value(records: Sequence[Record], name: str) -> float | None:
+    """Mean over seeds of the newest values of a name; None when it was not measured."""
+    found = latest(records, name)
+    return statistics.fmean(r.value for r in found) if found else None
+
+
+def variants(records: Sequence[Record], study: str) -> list[str]:
+    """Variants of a study, Records named `study/variant/...`, in the order in which they were measured."""
+    names = (r.name.split("/") for r in records)
+    return list(dict.fromkeys(parts[1] for parts in names if parts[0] == study and len(parts) == 3))
+
+
+def _study_table(study: str, columns: dict[str, tuple[str, str]]) -> Callable[[Sequence[Record]], str]:
+    """A table with one line per variant; `columns` maps the measured thing to heading and number format."""
+
+    def table(records: Sequence[Record]) -> str:
+        rows = []
+        for variant in variants(records, study):
+            values = [mean_value(records, f"{study}/{variant}/{what}") for what in columns]
+            if any(v is not None for v in values):
+                cells = ["–" if v is None else format(v, f[1]) for v, f in zip(values, columns.values(), strict=True)]
+                rows.append([variant.replace("_", " "), *cells])
+        if not rows:
+            return NOT_MEASURED
+        newest = max((r for r in records if r.name.startswith(f"{study}/")), key=lambda r: r.time)
+        text = markdown(["variant", *(heading for heading, _ in columns.values())], rows)
+        software = f"torch {newest.versions.get('torch', '?')}"
+        return f"{text}\n\n{newest.device}, {software}, {newest.time[:10]}, `{newest.script}`."
+
+    return table
+
+
+def bar_table(records: Sequence[Record]) -> str:
+    """Newest value of every Record that answers a bar."""
+    newest = {r.bar: r for r in sorted(records, key=lambda r: r.time) if r.bar}
+    if not newest:
+        return NOT_MEASURED
+    rows = [
+        [f"`{bar}`", f"{r.value:.4g}", r.unit, r.device, r.time[:10], f"`{r.script}`"]
+        for bar, r in sorted(newest.items())
+    ]
+    return markdown(["bar", "value", "unit", "device", "measured", "by"], rows)
+
+
+TABLES: dict[str, Callable[[Sequence[Record]], str]] = {
+    "bars": bar_table,
+    "demo": _study_table(
+        "demo",
+        {
+            "validation_loss_before": ("loss before, nats", ".3f"),
+            "validation_loss_after": ("after", ".3f"),
+            "sparse_validation_loss_after": ("after, look-ahead sparse", ".3f"),
+            "tokens_per_second": ("tokens/s", ".0f"),
+            "peak_memory": ("peak memory, GiB", ".2f"),
+            "forward_share": ("rows run per layer, share", ".2f"),
+        },
+    ),
+    "extension": _study_table(
+        "extension",
+        {
+            "dense_validation_loss": ("dense validation loss, nats", ".4f"),
+            "sparse_validation_loss": ("sparse, look-ahead, on loss rows", ".4f"),
+            "tokens_per_second": ("tokens/s", ",.0f"),
+            "peak_memory": ("peak memory, GiB", ".1f"),
+            "speedup": ("step time, dense over lemo", ".2f"),
+        },
+    ),
+}
+
+
+def fill(text: str, records: Sequence[Record]) -> str:
+    """The document with every marked place filled.
+
+    Raises:
+        DataError: a place names a table that does not exist, or its markers do not pair.
+    """
+
+    def replace(match: re.Match[str]) -> str:
+        name = match["name"]
+        if name not in TABLES:
+            raise DataError(f"no table is called {name!r}; there are {', '.join(TABLES)}")
+        return f"{match[1]}\n{TABLES[name](records)}\n\n{match[3]}"
+
+    places = len(_MARKED.findall(text))
+    if len(_MARKER.findall(text)) != 2 * places:
+        raise DataError("a records marker has no partner: each `<!-- records:NAME -->` needs `<!-- /records -->`")
+    return _MARKED.sub(replace, text)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Fills the first file from the Records in the others."""
+    if not arguments:
+        print("usage: python -m lemo.report.tables DOCUMENT [RECORDS.jsonl ...]", file=sys.stderr)
+        return 2
+    document = Path(arguments[0])
+    try:
+        document.write_text(fill(document.read_text(encoding="utf-8"), read_records(arguments[1:])), encoding="utf-8")
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
