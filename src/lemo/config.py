@@ -65,7 +65,8 @@ class LossRowsConfig:
     """Which rows of plain text carry loss.
 
     Attributes:
-        share: share of blocks drawn as loss rows; 1.0 for all.
+        share: share of blocks of plain text drawn as loss rows; 1.0 for all. `data.answer_only` samples are not
+            drawn from: their answers always carry loss.
         placement: how blocks are drawn.
     """
 
@@ -115,6 +116,9 @@ class CalibrationConfig:
         windows: calibration samples.
         tune_windows: held-out samples for thresholds and the report.
         target: block score that predictors learn.
+        query_stride: look at every n-th query row when attention mass is profiled; 1 for all.
+        scorer: what ranks blocks in the calibrated plan, and while the stream for later layers is made.
+        compare_dense_fit: also fit on the dense stream, for the report; about half as much time again.
         pooled_features: features per block after pooling and projection.
         predictor_width: width of the nets' middle maps.
         predictor_rank: width of the nets' outputs.
@@ -131,6 +135,9 @@ class CalibrationConfig:
     windows: int = 16
     tune_windows: int = 4
     target: Literal["interaction", "attention_mass"] = "attention_mass"
+    query_stride: int = 4
+    scorer: Literal["predictor", "random"] = "predictor"
+    compare_dense_fit: bool = True
     pooled_features: int = 128
     predictor_width: int = 64
     predictor_rank: int = 32
@@ -229,6 +236,8 @@ def check_run(run: RunConfig) -> None:
         raise ConfigError(
             f"data.window_tokens ({run.data.window_tokens}) exceeds model.context_length ({run.model.context_length})"
         )
+    if run.calibration.scorer == "random" and run.sparsity.scorer != "random":
+        raise ConfigError("calibration.scorer is random, but sparsity.scorer is not; a run has one scorer")
     _check_sparsity(run)
 
 
@@ -259,6 +268,11 @@ _POSITIVE = (
     "sparsity.block_size",
     "calibration.window_tokens",
     "calibration.windows",
+    "calibration.query_stride",
+    "calibration.pooled_features",
+    "calibration.predictor_width",
+    "calibration.predictor_rank",
+    "calibration.predictor_steps",
     "calibration.tune_windows",
     "calibration.memory_limit_gib",
     "lora.rank",

@@ -89,12 +89,10 @@ def test_sparse_and_dense_with_a_plan_attached():
     plan = lemo.Plan.uniform(3, forward_ratio=0.5, backward_ratio=0.5, block_size=8)
     with lemo.attach(model, plan, unsafe_no_bypass=True, self_test=False) as handle:
         assert evaluate_loss(model, batches, handle=handle) == plain
-        before = handle.sparse_batches
         sparse = evaluate_loss(model, batches, handle=handle, sparse=True)
-        assert handle.sparse_batches == before + 1
+        assert (handle.sparse_batches, handle.dense_batches, handle.selections) == (0, 0, {})
+        assert evaluate_loss(model, batches, handle=handle, sparse=True) == sparse
         with handle.sparse_evaluation(), handle.loss_only():
-            # The random draw depends on the batch number, so the reference runs at the same one.
-            handle.sparse_batches = before
             model.eval()
             with torch.no_grad():
                 own = model(**batches[0]).loss
@@ -107,6 +105,16 @@ def test_sparse_and_dense_with_a_plan_attached():
     with lemo.attach(model, keep_all, self_test=False) as handle:
         assert evaluate_loss(model, batches, handle=handle, sparse=True).nats == plain.nats
     assert model.training
+
+
+def test_a_sparse_evaluation_that_skips_nothing_is_refused():
+    model = tiny_llama(layers=3)
+    plan = lemo.Plan.uniform(3, forward_ratio=0.5, backward_ratio=0.5, block_size=8)
+    with (
+        lemo.attach(model, plan, unsafe_no_bypass=True, self_test=False) as handle,
+        pytest.raises(ConfigError, match="nothing to skip"),
+    ):
+        evaluate_loss(model, batches_of(64), handle=handle, sparse=True)
 
 
 def test_what_cannot_be_evaluated_is_refused():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -75,7 +75,8 @@ def evaluate_loss(
         model: a Transformers causal language model, PEFT-wrapped or not, with or without an attached plan.
         batches: batches with `labels`; tensors are moved to the model's device.
         handle: the attached plan, needed when `sparse`.
-        sparse: select rows as training does. Otherwise the forward is dense, attached or not.
+        sparse: select rows as training does, which needs labels that leave rows to skip (`LossRows`, answers only).
+            Otherwise the forward is dense, attached or not.
         bins: number of position bins over the longest document.
         segment_rows: rows whose logits exist at a time.
         progress: called after each batch.
@@ -84,11 +85,12 @@ def evaluate_loss(
         LossReport.
 
     Raises:
-        ConfigError: `sparse` without a handle.
+        ConfigError: `sparse` without a handle, or with so many labels that no batch had a row to skip.
         DataError: no token carries a label.
 
     Numerics:
-        logits and loss in fp32, sums in fp64.
+        logits and loss in fp32, sums in fp64. The draws of a `random` scorer are the same in every evaluation, and
+        training afterwards goes on as if there had been none.
     """
     if sparse and handle is None:
         raise ConfigError("a sparse evaluation needs the handle of an attached plan")
@@ -96,7 +98,7 @@ def evaluate_loss(
     model.eval()
     sums, counts, sequences = torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.float64), []
     try:
-        for batch in batches:
+        for batch in batches if handle is None else _uncounted(batches, handle, sparse):
             loss_BT, mask_BT, position_BT = _batch_losses(model, batch, handle, sparse, segment_rows)
             most = int(position_BT.max()) + 1
             if most > len(sums):
@@ -119,6 +121,21 @@ def evaluate_loss(
         by_position=_bin(sums, counts, bins),
         by_sequence=tuple(sequences),
     )
+
+
+def _uncounted(batches: Iterable[Mapping[str, Any]], handle: Handle, sparse: bool) -> Iterator[Mapping[str, Any]]:
+    """The batches, while the handle counts forwards from 0; its counts and selections of training come back after."""
+    before = (handle.sparse_batches, handle.dense_batches, handle.selections, handle._real_rows)
+    handle.sparse_batches = 0
+    try:
+        yield from batches
+        if sparse and handle.sparse_batches == 0 and not all(layer.is_dense for layer in handle.plan.layers):
+            raise ConfigError(
+                "the sparse evaluation had nothing to skip: nearly every row carries a label. Mask labels as training "
+                "does, with LossRows or answers only"
+            )
+    finally:
+        handle.sparse_batches, handle.dense_batches, handle.selections, handle._real_rows = before
 
 
 @torch.no_grad()

@@ -31,9 +31,21 @@ def add_adapter(model: Any, config: LoraConfig) -> Any:
             target_modules=targets,
             modules_to_save=list(config.modules_to_save) or None,
         )
-        return peft.get_peft_model(model, settings, autocast_adapter_dtype=False)
+        wrapped = peft.get_peft_model(model, settings, autocast_adapter_dtype=False)
     except ValueError as error:
         raise ConfigError(f"lora.targets: {str(error).splitlines()[0]}") from error
+    # With a base named here, every checkpoint would look for its config.json on the hub; `save_adapter` names it.
+    wrapped.peft_config["default"].base_model_name_or_path = None
+    return wrapped
+
+
+def save_adapter(model: Any, folder: str | Path, base_path: str) -> None:
+    """Saves the adapter in PEFT's format, which loads anywhere without lemo; `base_path` is written into it."""
+    model.peft_config["default"].base_model_name_or_path = base_path
+    try:
+        model.save_pretrained(str(folder), save_embedding_layers=False)
+    finally:
+        model.peft_config["default"].base_model_name_or_path = None
 
 
 def load_adapter(model: Any, folder: str | Path, *, trainable: bool = False) -> Any:

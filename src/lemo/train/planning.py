@@ -1,0 +1,143 @@
+"""Which plan a run trains under: loaded, calibrated on its own data, uniform, or dense."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lemo.config import RunConfig
+from lemo.core.plan import Plan
+from lemo.runtime.batch import supervised_rows
+from lemo.runtime.model import causal_model
+from lemo.train.data import LossRows, WindowCollator, WindowDataset, load_windows
+
+
+def dense_plan(model: Any, block_size: int = 64) -> Plan:
+    """Every row runs every layer: what a dense run attaches for the segmented loss."""
+    return Plan.uniform(causal_model(model), forward_ratio=1.0, backward_ratio=1.0, block_size=block_size)
+
+
+def skeleton_plan(model: Any, run: RunConfig) -> Plan:
+    """A plan with the recipe's ratios and choices, before anything is fitted.
+
+    Raises:
+        ConfigError: ratios, choices or dense layers that do not fit the model.
+    """
+    sparsity = run.sparsity
+    plan = Plan.uniform(
+        causal_model(model),
+        forward_ratio=sparsity.forward_ratio,
+        backward_ratio=sparsity.backward_ratio,
+        dense_layers=sparsity.dense_layers,
+        block_size=sparsity.block_size,
+        scorer=sparsity.scorer,
+        policy=sparsity.policy,
+        kv=sparsity.kv,
+        gradient=sparsity.gradient,
+        mlp=sparsity.mlp,
+        seed=run.training.seed,
+    )
+    if sparsity.mlp == "own":
+        for index, layer in enumerate(plan.layers):
+            if not layer.is_dense:
+                plan = plan.replace_layer(index, mlp_ratio=sparsity.mlp_ratio)
+    return plan
+
+
+def needs_calibration(run: RunConfig) -> bool:
+    """Whether the run's plan must be fitted: it skips rows in forward, or predictors rank its blocks."""
+    sparsity = run.sparsity
+    if not sparsity.enabled or sparsity.plan is not None or sparsity.backward_ratio == 1:
+        return False
+    return sparsity.forward_ratio < 1 or sparsity.scorer == "predictor"
+
+
+def make_plan(model: Any, run: RunConfig, tokenizer: Any, folder: str | Path | None, *, progress: bool = True) -> Plan:
+    """The plan of a run.
+
+    Args:
+        model: the base model, no plan attached.
+        run: the recipe.
+        tokenizer: for the calibration text; None for pre-tokenised data.
+        folder: keeps the stages of a calibration, so that it can be taken up again; None keeps nothing.
+        progress: show the calibration's progress and report.
+
+    Raises:
+        PlanError: a plan that cannot be read.
+        ConfigError, DataError: from calibration.
+    """
+    sparsity = run.sparsity
+    if not sparsity.enabled:
+        return dense_plan(model, sparsity.block_size)
+    if sparsity.plan is not None:
+        return Plan.load(sparsity.plan)
+    skeleton = skeleton_plan(model, run)
+    if not needs_calibration(run):
+        return skeleton
+    from lemo.calibrate.session import calibrate
+
+    batches = calibration_batches(run, tokenizer, causal_model(model))
+    return calibrate(
+        model,
+        batches,
+        replace(run.calibration, scorer=sparsity.scorer),
+        plan=skeleton,
+        output_dir=folder,
+        progress=progress,
+    )
+
+
+def calibration_batches(run: RunConfig, tokenizer: Any, model: Any) -> list[dict[str, Any]]:
+    """Windows of the training data as calibration reads them, with loss rows drawn as in training.
+
+    The held-out ones come last; they are other windows, and where there are several documents mostly other documents.
+    """
+    config = run.calibration
+    dataset, _ = load_windows(
+        run.data,
+        tokenizer,
+        "train",
+        window_tokens=config.window_tokens,
+        limit=config.windows + config.tune_windows,
+        vocabulary=model.config.get_text_config().vocab_size,
+    )
+    collator = training_collator(run, tokenizer)
+    device = model.get_input_embeddings().weight.device
+    batches = []
+    for index in range(len(dataset)):
+        batch = collator([dataset[index]])
+        found: dict[str, Any] = {k: v.to(device) for k, v in batch.items() if k in _READ}
+        found["supervised"] = supervised_rows(batch).to(device)  # type: ignore[union-attr]
+        found["domain"] = dataset.windows[index].sample_id.partition(":")[0].partition("#")[0]
+        batches.append(found)
+    return batches
+
+
+_READ = ("input_ids", "attention_mask", "position_ids")
+
+
+def training_collator(run: RunConfig, tokenizer: Any) -> Any:
+    """The collator of a run. Loss rows are drawn on plain text only: answers always count."""
+    pad = getattr(tokenizer, "pad_token_id", None)
+    collator = WindowCollator(pad_id=0 if pad is None else pad)
+    if run.data.answer_only or run.loss_rows.share == 1:
+        return collator
+    return LossRows(
+        collator,
+        run.loss_rows.share,
+        run.loss_rows.placement,
+        seed=run.training.seed,
+        block_size=run.sparsity.block_size,
+    )
+
+
+def validation_batches(
+    run: RunConfig, tokenizer: Any, dataset: WindowDataset, *, loss_rows: bool = False
+) -> Sequence[dict[str, Any]]:
+    """Batches of one window each, with all labels, or with labels drawn as in training (`loss_rows`)."""
+    collator = training_collator(run, tokenizer)
+    if isinstance(collator, LossRows):
+        collator.enabled = loss_rows
+    return [collator([dataset[index]]) for index in range(len(dataset))]

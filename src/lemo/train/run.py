@@ -1,0 +1,307 @@
+"""One training run from recipe to adapter."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lemo.config import RunConfig, check_run
+from lemo.core.plan import Plan
+from lemo.errors import ConfigError
+from lemo.measure.memory import GIB
+from lemo.measure.record import config_hash, device_name, versions
+from lemo.runtime.attach import Handle, attach
+from lemo.train.checkpoint import RunFolder, SaveOnRequest
+from lemo.train.data import DataReport, WindowDataset, load_windows
+from lemo.train.lora import add_adapter, save_adapter, trainable_parameters
+from lemo.train.model import load_model, load_tokenizer, resolve_path
+from lemo.train.planning import make_plan, training_collator, validation_batches
+from lemo.train.sources import list_sources
+from lemo.train.trainer import LemoTrainer
+
+# evaluate(model, batches, *, handle, sparse) -> an object with `nats` and `to_dict()`; `lemo.eval.perplexity` has one.
+Evaluate = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run came to. Losses are in nats per token; memory in bytes; None where there is no validation data.
+
+    Attributes:
+        output: folder with adapter, plan, recipe and metrics.
+        steps: optimizer steps done.
+        interrupted: stopped on request; the last checkpoint can be taken up.
+        losses: by name. `dense before` and `dense after` count every token. For plans that skip rows in forward also
+            `sparse, loss rows` (look-ahead) and, to compare it with, `dense, loss rows`, before and after: rows that
+            carry loss are never skipped, so a sparse forward needs labels drawn as in training.
+        tokens_per_s: of training, evaluation left out.
+        peak_memory_bytes: most memory during training.
+        ratios: per layer, (forward, backward) share of rows in the last step.
+        dense_batches: training batches that ran densely.
+        seconds: of training.
+        notes: what lemo did unasked.
+    """
+
+    output: Path
+    steps: int
+    interrupted: bool
+    losses: dict[str, float]
+    tokens_per_s: float
+    peak_memory_bytes: int
+    ratios: dict[int, tuple[float, float]]
+    dense_batches: int
+    seconds: float
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {**dataclasses.asdict(self), "output": str(self.output)}
+
+
+def train(
+    run: RunConfig, evaluate: Evaluate, *, resume: bool = False, recipe: str | None = None, console: Any = None
+) -> RunResult:
+    """Runs a recipe: data, model, plan, adapter, training, evaluation before and after, and everything saved.
+
+    Args:
+        run: the recipe.
+        evaluate: measures loss, `lemo.eval.perplexity.evaluate_loss`.
+        resume: take up the last checkpoint in the output folder.
+        recipe: the resolved recipe as YAML, stored beside the output; written as JSON (which is YAML) when None.
+        console: rich Console; None for standard error.
+
+    Raises:
+        LemoError: whatever makes the run impossible; nothing in the output folder is lost or overwritten.
+    """
+    check_run(run)
+    folder = RunFolder.open(run, resume=resume)
+    if run.data.train:
+        list_sources(run.data.train)
+        list_sources(run.data.validation) if run.data.validation else None
+    console = console or _console()
+    session = _Session(run, folder, evaluate, console)
+    return session.run_all(recipe or json.dumps(dataclasses.asdict(run), indent=1) + "\n")
+
+
+class _Session:
+    """The parts of one run, made in order."""
+
+    def __init__(self, run: RunConfig, folder: RunFolder, evaluate: Evaluate, console: Any) -> None:
+        self.run, self.folder, self.evaluate, self.console = run, folder, evaluate, console
+        self.saver = SaveOnRequest(folder.path)
+        self.saver.announce = lambda text: console.print(text, style="bold")
+        self.losses: dict[str, float] = {}
+        self.reports: dict[str, Any] = {}
+
+    def run_all(self, recipe: str) -> RunResult:
+        """Everything from loading to saving."""
+        from transformers import set_seed
+
+        run = self.run
+        set_seed(run.training.seed)
+        self.tokenizer = None if _only_npz(run) else load_tokenizer(run.model)
+        model = load_model(run.model, window_tokens=run.data.window_tokens)
+        vocabulary = model.config.get_text_config().vocab_size
+        self.dataset, report = load_windows(run.data, self.tokenizer, "train", vocabulary=vocabulary)
+        self._say_data("training data", report)
+        self.validation: WindowDataset | None = None
+        if run.data.validation:
+            self.validation, report = load_windows(run.data, self.tokenizer, "validation", vocabulary=vocabulary)
+            self._say_data("validation data", report)
+        self.folder.begin(recipe)
+        plan = self._plan(model)
+        model = add_adapter(model, run.lora)
+        self.console.print(f"adapter: {trainable_parameters(model):,} trainable parameters")
+        with ExitStack() as stack:
+            handle = stack.enter_context(
+                attach(model, plan, loss=run.training.loss, segment_rows=run.training.segment_rows)
+            )
+            trainer = self._trainer(model, handle)
+            self._before(model, handle)
+            with self.saver.signals():
+                output = trainer.train(resume_from_checkpoint=_text(self.folder.resume_from))
+            if not self.saver.interrupted:
+                self._measure("after", model, handle)
+            result = self._result(trainer, handle, output.global_step)
+        if not result.interrupted:
+            save_adapter(model, self.folder.adapter, resolve_path(run.model.path))
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(self.folder.adapter)
+            self._write_summary(result)
+        return result
+
+    def _plan(self, model: Any) -> Plan:
+        """The plan, stored in the output folder; a resumed run takes the stored one."""
+        if (self.folder.plan / "plan.json").exists():
+            plan = Plan.load(self.folder.plan)
+        else:
+            plan = make_plan(model, self.run, self.tokenizer, self.folder.path / "calibration")
+            plan.save(self.folder.plan)
+        sparse = [layer for layer in plan.layers if not layer.is_dense]
+        if not sparse:
+            self.console.print("plan: every layer dense")
+            return plan
+        forward = sum(layer.forward_ratio for layer in sparse) / len(sparse)
+        backward = sum(layer.backward_ratio for layer in sparse) / len(sparse)
+        self.console.print(
+            f"plan: {len(sparse)} of {len(plan.layers)} layers skip rows; forward {forward:.2f}, "
+            f"backward {backward:.2f}, blocks of {plan.block_size}, {plan.scorer} / {plan.policy}, kv {plan.kv}"
+        )
+        if plan.block_size != self.run.sparsity.block_size and self.run.loss_rows.share < 1:
+            raise ConfigError(
+                f"sparsity.block_size is {self.run.sparsity.block_size}, but the plan has blocks of {plan.block_size}; "
+                "loss rows would straddle blocks. Set sparsity.block_size to the plan's"
+            )
+        return plan
+
+    def _trainer(self, model: Any, handle: Handle) -> LemoTrainer:
+        """The Trainer of this run."""
+        return LemoTrainer(
+            model=model,
+            args=training_arguments(self.run, self.folder.checkpoints),
+            train_dataset=self.dataset,
+            eval_dataset=self.validation,
+            data_collator=training_collator(self.run, self.tokenizer),
+            callbacks=[self.saver],
+            handle=handle,
+            metrics_path=self.folder.metrics,
+            console=self.console,
+        )
+
+    def _before(self, model: Any, handle: Handle) -> None:
+        """Losses before training; a resumed run reads those of its first start."""
+        stored = self.folder.path / "before.json"
+        if stored.exists():
+            self.reports = json.loads(stored.read_text(encoding="utf-8"))
+            self.losses = {name: report["nats"] for name, report in self.reports.items()}
+            return
+        self._measure("before", model, handle)
+        stored.write_text(json.dumps(self.reports, indent=1) + "\n", encoding="utf-8")
+
+    def _measure(self, when: str, model: Any, handle: Handle) -> None:
+        """Validation losses, dense and, where rows skip layers in forward, sparse."""
+        if self.validation is None:
+            return
+        everything = validation_batches(self.run, self.tokenizer, self.validation)
+        measured = [("dense", everything, False)]
+        if any(layer.forward_ratio < 1 for layer in handle.plan.layers):
+            drawn = validation_batches(self.run, self.tokenizer, self.validation, loss_rows=True)
+            measured += [("dense, loss rows", drawn, False), ("sparse, loss rows", drawn, True)]
+        for name, batches, sparse in measured:
+            report = self.evaluate(model, batches, handle=handle, sparse=sparse)
+            self.reports[f"{name} {when}"] = report.to_dict()
+            self.losses[f"{name} {when}"] = report.nats
+            label = "sparse (look-ahead), loss rows" if sparse else name
+            self.console.print(f"validation loss {when} training, {label}: {report.nats:.4f}", highlight=False)
+
+    def _result(self, trainer: LemoTrainer, handle: Handle, steps: int) -> RunResult:
+        log = trainer.log_callback
+        return RunResult(
+            output=self.folder.path,
+            steps=steps,
+            interrupted=self.saver.interrupted,
+            losses=dict(self.losses),
+            tokens_per_s=log.tokens * trainer.args.world_size / log.seconds if log.seconds else 0.0,
+            peak_memory_bytes=log.peak.peak_bytes,
+            ratios=handle.ratios(),
+            dense_batches=handle.dense_batches,
+            seconds=log.seconds,
+            notes=list(handle.notes),
+        )
+
+    def _write_summary(self, result: RunResult) -> None:
+        content = {
+            **result.to_dict(),
+            "evaluations": self.reports,
+            "config_hash": self.folder.identity,
+            "setting_hash": config_hash(dataclasses.asdict(self.run)),
+            "device": device_name(),
+            "versions": versions(),
+            "time": time.strftime("%FT%TZ", time.gmtime()),
+        }
+        self.folder.summary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        self.console.print(
+            f"{result.steps} steps, {result.tokens_per_s:,.0f} tokens/s, "
+            f"peak {result.peak_memory_bytes / GIB:.2f} GiB; adapter in {self.folder.adapter}",
+            highlight=False,
+        )
+
+    def _say_data(self, title: str, report: DataReport) -> None:
+        lines = report.lines()
+        if title == "training data" and not self.run.data.answer_only and self.run.loss_rows.share < 1:
+            share = self.run.loss_rows.share
+            lines.append(f"of these rows, {share:.0%} of blocks carry loss, placement {self.run.loss_rows.placement}")
+        self.console.print(f"{title}: " + "\n  ".join(lines), highlight=False)
+
+
+def training_arguments(run: RunConfig, checkpoints: Path) -> Any:
+    """Transformers' TrainingArguments of a run, on every supported version.
+
+    Raises:
+        ConfigError: an optimizer, schedule or tracker that Transformers does not know.
+    """
+    import torch
+    from transformers import TrainingArguments
+
+    training = run.training
+    values: dict[str, Any] = {
+        "output_dir": str(checkpoints),
+        **_checkpointing(TrainingArguments, training.gradient_checkpointing),
+        "learning_rate": training.learning_rate,
+        "max_steps": training.max_steps,
+        "num_train_epochs": training.epochs,
+        "per_device_train_batch_size": training.batch_size,
+        "per_device_eval_batch_size": 1,
+        "gradient_accumulation_steps": training.gradient_accumulation_steps,
+        "warmup_steps": training.warmup_steps,
+        "lr_scheduler_type": training.lr_scheduler,
+        "weight_decay": training.weight_decay,
+        "max_grad_norm": training.max_grad_norm,
+        "optim": training.optimizer,
+        "logging_steps": training.logging_steps,
+        "eval_strategy": "steps" if training.eval_steps and run.data.validation else "no",
+        "eval_steps": training.eval_steps,
+        "save_strategy": "steps" if training.save_steps else "no",
+        "save_steps": training.save_steps or 500,
+        "seed": training.seed,
+        "report_to": list(training.report_to) or "none",
+        "remove_unused_columns": False,
+        "prediction_loss_only": True,
+        "label_names": ["labels"],
+        "disable_tqdm": True,
+        "logging_nan_inf_filter": False,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+    try:
+        return TrainingArguments(**values)
+    except ValueError as error:
+        raise ConfigError(f"training: {str(error).splitlines()[0]}") from error
+
+
+def _checkpointing(arguments: type, on: bool) -> dict[str, Any]:
+    """Keywords for gradient checkpointing: Transformers 5.23 renamed them, 5.17 has the old names only."""
+    names = {f.name for f in dataclasses.fields(arguments)}
+    name = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
+    return {name: on, f"{name}_kwargs": {"use_reentrant": False}}
+
+
+def _only_npz(run: RunConfig) -> bool:
+    """Whether all data is pre-tokenised, so that no tokenizer is needed."""
+    paths = list_sources([*run.data.train, *run.data.validation])
+    return all(path.name.endswith(".npz") for path in paths)
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(stderr=True)
