@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import lemo.ops
-from lemo.ops import block_score
+from lemo.ops import block_score, linear_ce
 from lemo.ops.block_score.cases import SPEC as BLOCK_SCORE
 from lemo.ops.block_score.cases import Shape, layout
 from lemo.ops.block_score.reference import block_score_reference
@@ -129,3 +129,18 @@ def test_auto_takes_the_kernel(caplog, monkeypatch):
     with caplog.at_level(logging.INFO, logger="lemo"):
         block_score(**BLOCK_SCORE.cases[0].inputs(0, torch.bfloat16, "cuda"))
     assert "triton" in caplog.text
+
+
+def test_linear_ce_holds_the_logits_of_one_segment():
+    """All logits in fp32 would take 1 GiB."""
+    rows, width, vocabulary, segment = 8192, 256, 32768, 1024
+    hidden = torch.randn(rows, width, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    weight = torch.randn(vocabulary, width, dtype=torch.bfloat16, device="cuda")
+    labels = torch.randint(vocabulary, (rows,), device="cuda")
+    linear_ce(hidden, weight, labels, segment_rows=segment).backward()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    linear_ce(hidden, weight, labels, segment_rows=segment).backward()
+    torch.cuda.synchronize()
+    assert torch.cuda.max_memory_allocated() - before <= 6 * segment * vocabulary + (24 << 20)

@@ -140,9 +140,9 @@ def launch(
             *key.stride(),
             out.stride(0),
             blocks,
-            heads,
             float(scaling),
             float(softcap or 1.0),
+            HEADS=heads,
             HEADS_PER_KEY=heads // key.shape[0],
             HEAD_DIM=head_dim,
             PADDED_DIM=padded(head_dim),
@@ -247,9 +247,9 @@ def _block_score_kernel(
     key_stride_d,
     out_stride,
     blocks,
-    heads,
     scaling,
     softcap,
+    HEADS: tl.constexpr,
     HEADS_PER_KEY: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
@@ -278,7 +278,7 @@ def _block_score_kernel(
     key_ptrs, mask_n = _operand_pointers(key_ptr, row_n, key_stride_n, key_stride_d, valid_n, HEAD_DIM, PADDED_DIM)
 
     total = tl.zeros((QUERY_ROWS, KEY_ROWS), dtype=tl.float32)
-    for head in tl.range(0, heads, num_stages=STAGES):
+    for head in tl.range(0, HEADS, num_stages=STAGES):
         far = tl.cast(head, tl.int64)
         query = tl.load(query_ptrs + far * query_stride_h, mask=mask_m, other=0.0)
         key = tl.load(key_ptrs + (far // HEADS_PER_KEY) * key_stride_g, mask=mask_n, other=0.0)
@@ -287,7 +287,7 @@ def _block_score_kernel(
             score = _tanh(score * (scaling / softcap))
         total += score
     # relu(s·q·k) = s·relu(q·k) for s > 0: scaling, softcap and the mean are one factor at the end.
-    total = total * ((softcap if SOFTCAP else scaling) / heads)
+    total = total * ((softcap if SOFTCAP else scaling) / HEADS)
 
     seen = (row_n[None, :] <= row_m[:, None]) & (document_n[None, :] == document_m[:, None])
     total = tl.where(seen & valid_m[:, None] & valid_n[None, :], total, 0.0)
