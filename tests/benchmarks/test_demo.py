@@ -1,0 +1,97 @@
+"""The demo runs end to end on a tiny model and leaves everything that it promises."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from examples import demo
+from lemo.measure.record import read_records
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe for a tiny model whose tokens are bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("demo")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({character: i for i, character in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder / "model")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=len(alphabet), max_position_embeddings=512)
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    path = folder / "demo.yaml"
+    path.write_text(
+        json.dumps(
+            {
+                "model": {"path": str(folder / "model"), "dtype": "float32"},
+                "data": {"window_tokens": 512, "max_windows": 8, "validation_windows": 2},
+                "loss_rows": {"share": 0.25},
+                "calibration": {"windows": 2, "tune_windows": 1, "predictor_steps": 20, "compare_dense_fit": False},
+                "lora": {"rank": 2},
+                "training": {"max_steps": 2, "gradient_checkpointing": False},
+            }
+        )
+    )
+    return path
+
+
+def test_the_demo_leaves_what_it_promises(recipe: Path, tmp_path: Path, capfd, monkeypatch: pytest.MonkeyPatch):
+    output = tmp_path / "demo-output"
+    # Processes of their own are for memory peaks; in one process the test need not import everything four times.
+    monkeypatch.setattr(demo, "run_stage", lambda arguments, stage: demo.main([*arguments, "--stage", stage]))
+    assert demo.main(["--recipe", str(recipe), "--output", str(output)]) == 0
+    for name in ("plan/plan.json", "dense/adapter/adapter_config.json", "skip/adapter/adapter_config.json"):
+        assert (output / name).exists(), name
+    assert (output / "report.png").read_bytes()[:4] == b"\x89PNG"
+    assert "base64," in (output / "report.html").read_text()
+    records = {record.name: record for record in read_records(output / "records.jsonl")}
+    for variant in demo.VARIANTS:
+        for what in ("validation_loss_before", "validation_loss_after", "tokens_per_second", "peak_memory"):
+            assert not records[f"demo/{variant}/{what}"].problems()
+        assert len(records[f"demo/{variant}/training_loss"].samples) == 2
+    before = [records[f"demo/{variant}/validation_loss_before"].value for variant in demo.VARIANTS]
+    assert before[0] == pytest.approx(before[1], rel=1e-6), "both variants start from the same model"
+    assert records["demo/skip/forward_share"].value < 1 == records["demo/dense/forward_share"].value
+    assert records["demo/skip/sparse_validation_loss_after"].value != records["demo/skip/validation_loss_after"].value
+    assert records["demo/minutes"].bar == "A.demo_minutes"
+    kept = json.loads((output / "keep_map.json").read_text())
+    assert len(kept["kept"]) == 3 and set(kept["kept"][0]) == {1.0} and 0.0 in kept["kept"][1]
+    assert all(kept["kept"][1][k] == 1.0 for k, flag in enumerate(kept["supervised"]) if flag)
+    assert "share of rows that run" in capfd.readouterr().out
+
+
+def test_train_and_validation_share_no_topic_and_no_file(tmp_path: Path):
+    demo.write_text(tmp_path)
+    train, validation = ({p.name for p in (tmp_path / s).iterdir()} for s in ("train", "validation"))
+    assert train & validation == {"topics.txt"} and len(validation) > 3
+    texts = [(tmp_path / s / "topics.txt").read_text() for s in ("train", "validation")]
+    train_paragraphs, validation_paragraphs = (set(text.split("\n\n")) for text in texts)
+    assert not train_paragraphs & validation_paragraphs
+    assert min(map(len, texts)) > 50_000
+
+
+def test_a_wrong_override_exits_with_two(recipe: Path, tmp_path: Path, capsys):
+    arguments = ["--recipe", str(recipe), "--output", str(tmp_path), "--set", "training.max_step=1"]
+    assert demo.main(arguments) == 2
+    assert "max_steps" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("layers", "groups"), [(30, 6), (3, 3), (6, 6)])
+def test_layer_groups_cover_every_layer_once(layers: int, groups: int):
+    found = demo.layer_groups(layers)
+    assert len(found) == groups and [i for a, b in found for i in range(a, b)] == list(range(layers))
+
+
+def test_a_failing_stage_ends_the_demo(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(demo, "__file__", str(Path(demo.__file__).with_name("missing.py")))
+    with pytest.raises(SystemExit) as stopped:
+        demo.run_stage([], "dense")
+    assert stopped.value.code != 0
