@@ -171,6 +171,30 @@ def test_output_folders_are_never_overwritten(base, tmp_path, quiet):
     assert not (tmp_path / "new").exists()
 
 
+def test_a_resumed_run_logs_each_step_once(base, tmp_path):
+    run = recipe(base, tmp_path / "run")
+    RunFolder.open(run).begin("{}\n")
+    checkpoint = tmp_path / "run" / "checkpoints" / "checkpoint-2"
+    checkpoint.mkdir(parents=True)
+    for name in ("trainer_state.json", "lemo.json"):
+        (checkpoint / name).write_text("{}")
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in (1, 2, 3)))
+    RunFolder.open(run, resume=True).begin("{}\n")
+    assert (tmp_path / "run" / "metrics.jsonl").read_text().splitlines() == ['{"step": 1}', '{"step": 2}']
+    assert (tmp_path / "run" / "metrics.aborted.jsonl").read_text().splitlines() == ['{"step": 3}']
+
+
+def test_a_folder_of_a_run_that_was_refused_before_it_began_is_free(base, tmp_path):
+    RunFolder.open(recipe(base, tmp_path / "run")).begin("{}\n")
+    other = recipe(base, tmp_path / "run", lora={"rank": 3})
+    folder = RunFolder.open(other)
+    folder.begin("{}\n")
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["config_hash"] == run_identity(other)
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    with pytest.raises(ConfigError, match="another run"):
+        RunFolder.open(recipe(base, tmp_path / "run"))
+
+
 def test_identity_ignores_where_and_how_often_one_looks():
     run = RunConfig(output="a")
     same = dataclasses.replace(run, output="b", training=TrainingConfig(logging_steps=9, save_steps=3, eval_steps=2))

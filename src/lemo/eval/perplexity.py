@@ -154,16 +154,29 @@ def _batch_losses(
         labels_BT = torch.full_like(inputs["labels"], -100)
         labels_BT[:, :-1] = inputs["labels"][:, 1:]
     layout = read_layout(inputs, mask_BT, handle.plan.block_size if handle is not None else 64)
-    hidden_BTM = _hidden(model, base, inputs, mask_BT, handle, sparse)
+    hidden_BTM = last_hidden(model, inputs, mask_BT, handle=handle, sparse=sparse)
     loss_BT = torch.zeros(mask_BT.shape, dtype=torch.float64, device=device)
     loss_BT[mask_BT] = row_losses(base, hidden_BTM[mask_BT], labels_BT[mask_BT], segment_rows).double()
     return loss_BT.cpu(), mask_BT.cpu(), layout.position_of_row_N.reshape(mask_BT.shape).cpu()
 
 
-def _hidden(
-    model: Any, base: Any, inputs: dict[str, Any], mask_BT: Tensor, handle: Handle | None, sparse: bool
+@torch.no_grad()
+def last_hidden(
+    model: Any, inputs: Mapping[str, Any], mask_BT: Tensor, *, handle: Handle | None = None, sparse: bool = False
 ) -> Tensor:
-    """Last hidden state, (B, T, M), of the model's own call: whatever wraps it takes part, the head does not."""
+    """Last hidden state of the model's own call, without logits: whatever wraps the model takes part.
+
+    Args:
+        model: in eval mode.
+        inputs: a batch on the model's device; labels in it are not passed on.
+        mask_BT: (B, T) bool, rows that carry loss.
+        handle: the attached plan, if any.
+        sparse: select rows; else the forward is dense.
+
+    Returns:
+        (B, T, M) in the model's dtype.
+    """
+    base = causal_model(model)
     arguments = {key: value for key, value in inputs.items() if key not in ("labels", "shift_labels")}
     arguments["use_cache"] = False
     if "logits_to_keep" in forward_parameters(type(base)):

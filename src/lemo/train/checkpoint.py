@@ -61,6 +61,8 @@ class RunFolder:
             return folder
         if RUN_FILE not in present:
             raise ConfigError(f"output: {folder.path} holds files that are no run ({present[0]}, ...); name another")
+        if set(present) <= {RUN_FILE, "recipe.yaml"} and not resume:
+            return folder  # a run that was refused before it did anything
         folder._check_identity()
         if folder.summary.exists():
             raise ConfigError(f"output: the run in {folder.path} is finished; name another folder to run again")
@@ -90,9 +92,22 @@ class RunFolder:
             "lemo": lemo.__version__,
             "time": time.strftime("%FT%TZ", time.gmtime()),
         }
-        if not (self.path / RUN_FILE).exists():
+        if self.resume_from is None:
             (self.path / RUN_FILE).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
         (self.path / "recipe.yaml").write_text(recipe, encoding="utf-8")
+        self._set_aside_metrics()
+
+    def _set_aside_metrics(self) -> None:
+        """Log entries of steps that will be done again go to metrics.aborted.jsonl."""
+        if not self.metrics.exists():
+            return
+        done = 0 if self.resume_from is None else int(self.resume_from.name.rpartition("-")[2])
+        lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+        again = [line for line in lines if json.loads(line)["step"] > done]
+        if again:
+            with (self.path / "metrics.aborted.jsonl").open("a", encoding="utf-8") as file:
+                file.writelines(again)
+            self.metrics.write_text("".join(line for line in lines if line not in again), encoding="utf-8")
 
     def last_checkpoint(self) -> Path | None:
         """The newest checkpoint that was written to its end."""

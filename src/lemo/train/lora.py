@@ -9,6 +9,17 @@ from lemo.config import LoraConfig
 from lemo.errors import ConfigError
 
 
+def check_targets(model: Any, config: LoraConfig) -> None:
+    """Raises ConfigError unless every target and module to save names a module of the model."""
+    dotted = [name for name, _ in model.named_modules() if name]
+    targets = () if config.targets == ("all-linear",) else config.targets
+    for key, wanted in (("lora.targets", targets), ("lora.modules_to_save", config.modules_to_save)):
+        for target in wanted:
+            if not any(name == target or name.endswith(f".{target}") for name in dotted):
+                known = sorted({name.rpartition(".")[2] for name in dotted if not name[-1].isdigit()})
+                raise ConfigError(f"{key}: the model has no module {target!r}; it has {', '.join(known)}")
+
+
 def add_adapter(model: Any, config: LoraConfig) -> Any:
     """Wraps a model with a trainable LoRA adapter; the base is frozen.
 

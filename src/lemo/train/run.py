@@ -19,10 +19,10 @@ from lemo.measure.record import config_hash, device_name, versions
 from lemo.runtime.attach import Handle, attach
 from lemo.train.checkpoint import RunFolder, SaveOnRequest
 from lemo.train.data import DataReport, WindowDataset, load_windows
-from lemo.train.lora import add_adapter, save_adapter, trainable_parameters
+from lemo.train.lora import add_adapter, check_targets, save_adapter, trainable_parameters
 from lemo.train.model import load_model, load_tokenizer, resolve_path
-from lemo.train.planning import make_plan, training_collator, validation_batches
-from lemo.train.sources import list_sources
+from lemo.train.planning import make_plan, skeleton_plan, training_collator, validation_batches
+from lemo.train.sources import list_sources, needs_tokenizer
 from lemo.train.trainer import LemoTrainer
 
 # evaluate(model, batches, *, handle, sparse) -> an object with `nats` and `to_dict()`; `lemo.eval.perplexity` has one.
@@ -46,6 +46,7 @@ class RunResult:
         dense_batches: training batches that ran densely.
         seconds: of training.
         notes: what lemo did unasked.
+        evaluations: the whole report behind each of `losses`: by position, by sequence.
     """
 
     output: Path
@@ -58,6 +59,7 @@ class RunResult:
     dense_batches: int
     seconds: float
     notes: list[str] = field(default_factory=list)
+    evaluations: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -81,9 +83,12 @@ def train(
     """
     check_run(run)
     folder = RunFolder.open(run, resume=resume)
-    if run.data.train:
-        list_sources(run.data.train)
-        list_sources(run.data.validation) if run.data.validation else None
+    if not run.data.train:
+        raise ConfigError("data.train is empty: name at least one file or folder")
+    # A missing file is found before minutes go into loading.
+    for paths in (run.data.train, run.data.validation):
+        if paths:
+            list_sources(paths)
     console = console or _console()
     session = _Session(run, folder, evaluate, console)
     return session.run_all(recipe or json.dumps(dataclasses.asdict(run), indent=1) + "\n")
@@ -104,9 +109,14 @@ class _Session:
         from transformers import set_seed
 
         run = self.run
+        # Whatever can be wrong is found before calibration takes minutes and before anything is written.
+        self.arguments = training_arguments(run, self.folder.checkpoints)
         set_seed(run.training.seed)
-        self.tokenizer = None if _only_npz(run) else load_tokenizer(run.model)
+        self.tokenizer = load_tokenizer(run.model) if needs_tokenizer([*run.data.train, *run.data.validation]) else None
         model = load_model(run.model, window_tokens=run.data.window_tokens)
+        check_targets(model, run.lora)
+        if run.sparsity.enabled and run.sparsity.plan is None:
+            skeleton_plan(model, run)
         vocabulary = model.config.get_text_config().vocab_size
         self.dataset, report = load_windows(run.data, self.tokenizer, "train", vocabulary=vocabulary)
         self._say_data("training data", report)
@@ -164,7 +174,7 @@ class _Session:
         """The Trainer of this run."""
         return LemoTrainer(
             model=model,
-            args=training_arguments(self.run, self.folder.checkpoints),
+            args=self.arguments,
             train_dataset=self.dataset,
             eval_dataset=self.validation,
             data_collator=training_collator(self.run, self.tokenizer),
@@ -213,12 +223,12 @@ class _Session:
             dense_batches=handle.dense_batches,
             seconds=log.seconds,
             notes=list(handle.notes),
+            evaluations=dict(self.reports),
         )
 
     def _write_summary(self, result: RunResult) -> None:
         content = {
             **result.to_dict(),
-            "evaluations": self.reports,
             "config_hash": self.folder.identity,
             "setting_hash": config_hash(dataclasses.asdict(self.run)),
             "device": device_name(),
@@ -289,12 +299,6 @@ def _checkpointing(arguments: type, on: bool) -> dict[str, Any]:
     names = {f.name for f in dataclasses.fields(arguments)}
     name = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
     return {name: on, f"{name}_kwargs": {"use_reentrant": False}}
-
-
-def _only_npz(run: RunConfig) -> bool:
-    """Whether all data is pre-tokenised, so that no tokenizer is needed."""
-    paths = list_sources([*run.data.train, *run.data.validation])
-    return all(path.name.endswith(".npz") for path in paths)
 
 
 def _text(path: Path | None) -> str | None:

@@ -71,6 +71,11 @@ def list_sources(paths: Sequence[str | Path]) -> list[Path]:
     return found
 
 
+def needs_tokenizer(paths: Sequence[str | Path]) -> bool:
+    """Whether any source holds text; .npz files hold tokens."""
+    return not all(path.name.endswith(".npz") for path in list_sources(paths))
+
+
 def read_documents(paths: Sequence[str | Path], *, text_field: str = "text") -> Iterator[Document]:
     """Documents of all sources, in order.
 

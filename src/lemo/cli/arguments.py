@@ -1,0 +1,88 @@
+"""Arguments that several verbs share, and what they stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lemo.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lemo.config import RunConfig
+
+Recipe = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)]
+Source = Annotated[Path, typer.Argument(help="A recipe, or the output folder of a run.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="Values that replace the recipe's: training.learning_rate=1e-4 ...", show_default=False),
+]
+AdapterOption = Annotated[Path | None, typer.Option("--adapter", help="Folder of an adapter. A run's own by default.")]
+PlanOption = Annotated[Path | None, typer.Option("--plan", help="Folder of a plan. A run's own by default.")]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a recipe or a run's folder names.
+
+    Attributes:
+        run: the recipe.
+        adapter: folder of the adapter, or None.
+        plan: folder of the plan, or None.
+    """
+
+    run: RunConfig
+    adapter: Path | None
+    plan: Path | None
+
+
+def load_source(source: Path, overrides: list[str] | None, adapter: Path | None, plan: Path | None) -> Loaded:
+    """Reads a recipe, or the resolved recipe in a run's folder with the adapter and plan beside it.
+
+    Raises:
+        ConfigError: the folder holds no run, or the recipe is wrong.
+    """
+    from lemo.cli.recipe import load_recipe
+
+    if not source.is_dir():
+        run = load_recipe(source, overrides or ())
+        named = run.sparsity.plan if run.sparsity.enabled else None
+        return Loaded(run, adapter, plan or (Path(named) if named else None))
+    recipe = source / "recipe.yaml"
+    if not recipe.is_file():
+        raise ConfigError(f"{source} is no output folder of a run: it holds no recipe.yaml")
+    run = load_recipe(recipe, overrides or ())
+    own_adapter, own_plan = source / "adapter", source / "plan"
+    return Loaded(
+        run,
+        adapter or (own_adapter if own_adapter.is_dir() else None),
+        plan or (own_plan if own_plan.is_dir() else None),
+    )
+
+
+def load_parts(loaded: Loaded, paths: Sequence[str]) -> tuple[Any, Any]:
+    """Model (with adapter) and the tokenizer for the data in `paths`; None when all of it is pre-tokenised."""
+    from lemo.train.lora import load_adapter
+    from lemo.train.model import load_model, load_tokenizer
+    from lemo.train.sources import needs_tokenizer
+
+    quieten()
+    tokenizer = load_tokenizer(loaded.run.model) if paths and needs_tokenizer(paths) else None
+    model = load_model(loaded.run.model, window_tokens=loaded.run.data.window_tokens)
+    if loaded.adapter is not None:
+        model = load_adapter(model, loaded.adapter)
+    return model, tokenizer
+
+
+def quieten() -> None:
+    """Turns off loading bars of Transformers, and warnings about deprecations between other libraries."""
+    import warnings
+
+    import transformers
+
+    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft|accelerate")

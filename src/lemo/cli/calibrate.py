@@ -1,0 +1,39 @@
+"""`lemo calibrate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from lemo.cli.arguments import Overrides, Recipe
+
+
+def calibrate(recipe: Recipe, overrides: Overrides = None) -> None:
+    """Fit a plan: predictors, bypasses and thresholds for a recipe's model, ratios and data.
+
+    Writes plan, report and resumable stages into the recipe's output folder. Use the plan with sparsity.plan=FOLDER.
+    """
+    from lemo.cli.recipe import dump_recipe, load_recipe
+    from lemo.errors import ConfigError
+
+    run = load_recipe(recipe, overrides or ())
+    from lemo.train.planning import needs_calibration
+
+    if run.sparsity.plan is not None:
+        raise ConfigError(f"{recipe}: sparsity.plan names a plan already; remove the key to calibrate another")
+    if not needs_calibration(run):
+        raise ConfigError(
+            f"{recipe}: nothing to calibrate: the recipe runs densely, or exactly forward with the random scorer"
+        )
+    if not run.output:
+        raise ConfigError(f"{recipe}: output is empty: name the folder that receives the plan")
+    from lemo.cli.arguments import Loaded, load_parts
+    from lemo.train.planning import make_plan
+
+    model, tokenizer = load_parts(Loaded(run, None, None), run.data.train)
+    folder = Path(run.output)
+    make_plan(model, run, tokenizer, folder)
+    (folder / "recipe.yaml").write_text(dump_recipe(run), encoding="utf-8")
+    typer.echo(f"plan: {folder / 'plan'}")
+    typer.echo(f"report: {folder / 'calibration-report.json'}")

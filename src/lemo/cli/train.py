@@ -1,0 +1,38 @@
+"""`lemo train`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from lemo.cli.arguments import Overrides, Recipe
+
+
+def train(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Take up the last checkpoint in the output folder.")] = False,
+) -> None:
+    """Fine-tune a model as a recipe says.
+
+    Ctrl-C saves a full checkpoint and stops; once more aborts. Touching the file save-now in the output folder saves
+    one and goes on.
+    """
+    from lemo.cli.arguments import quieten
+    from lemo.cli.recipe import dump_recipe, load_recipe
+
+    run = load_recipe(recipe, overrides or ())
+    from lemo.eval.perplexity import evaluate_loss
+    from lemo.train.run import train as run_training
+
+    quieten()
+    result = run_training(run, evaluate_loss, resume=resume, recipe=dump_recipe(run))
+    for note in result.notes:
+        typer.echo(f"note: {note}", err=True)
+    if result.interrupted:
+        typer.echo(f"stopped after step {result.steps}; go on with: lemo train {recipe} ... --resume", err=True)
+        raise typer.Exit(130)
+    width = max((len(name) for name in result.losses), default=0)
+    for name, nats in result.losses.items():
+        typer.echo(f"{name:<{width}}  {nats:.4f}")
