@@ -117,7 +117,7 @@ def test_random_depends_on_seed_layer_step_and_document_only():
         Random(1).scores(_inputs(400, document_keys_D=torch.tensor([99]))),
     ]
     for i, draw in enumerate([base, *others]):
-        assert 0 <= float(draw.min()) and float(draw.max()) < 1
+        assert float(draw.min()) >= 0 and float(draw.max()) < 1
         assert all(not torch.equal(draw, other) for other in others[i:])
 
 

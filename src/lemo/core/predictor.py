@@ -11,7 +11,7 @@ from lemo.core.bypass import rms_normalise
 from lemo.core.layout import Layout
 from lemo.errors import ConfigError
 
-POOLS = ("mean", "max")
+POOLS = ("mean", "max", "lse")
 POSITION_FEATURES = 3
 
 
@@ -92,11 +92,17 @@ class PatternPredictor(nn.Module):
     @torch.no_grad()
     def pool_blocks(self, x_NM: Tensor, layout: Layout) -> Tensor:
         """Standardised features of every block: (K, inputs) fp32 on the device of `x_NM`. No host synchronisation."""
-        return (self.raw_features(x_NM, layout) - self.feature_mean) * self.feature_scale
+        raw_KF = self.raw_features(x_NM, layout)
+        return (raw_KF - self.feature_mean) * self.feature_scale
 
     @torch.no_grad()
     def raw_features(self, x_NM: Tensor, layout: Layout) -> Tensor:
-        """Features before standardisation: pooled projections, then place in the document. (K, inputs) fp32."""
+        """Features before standardisation: pooled projections, then place in the document. (K, inputs) fp32.
+
+        The predictor moves to the device of `x_NM` the first time that it sees it.
+        """
+        if self.projection_MF.device != x_NM.device:
+            self.to(x_NM.device)
         projected_NF = torch.cat(
             [rms_normalise(part) @ self.projection_MF for part in x_NM.detach().split(self.ROWS_AT_ONCE)]
         )
@@ -139,7 +145,7 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def pool_rows(value_NF: Tensor, layout: Layout, pool: str) -> Tensor:
-    """Mean or max of rows over each block: (K, F), dtype and device of `value_NF`. Deterministic."""
+    """Mean, max or log-mean-exp of rows over each block: (K, F), dtype and device of `value_NF`. Deterministic."""
     device = value_NF.device
     start_K1 = to_device(layout.block_start_K, device)[:, None]
     length_K1 = to_device(layout.block_length_K, device)[:, None]
@@ -149,6 +155,8 @@ def pool_rows(value_NF: Tensor, layout: Layout, pool: str) -> Tensor:
     if pool == "max":
         # Rows past a short block's end repeat its last row, which leaves the maximum alone.
         return rows_KCF.amax(1)
+    if pool == "lse":
+        return rows_KCF.masked_fill(~inside_KC[..., None], -torch.inf).logsumexp(1) - torch.log(length_K1.float())
     return (rows_KCF * inside_KC[..., None]).sum(1) / length_K1
 
 

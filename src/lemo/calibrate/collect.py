@@ -1,0 +1,374 @@
+"""Collect: one layer's statistics over every calibration window, on whatever stream the earlier layers made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lemo.config import CalibrationConfig
+from lemo.core.bypass import BypassFit, rms_normalise
+from lemo.core.layout import Layout
+from lemo.core.plan import LayerPlan, Plan
+from lemo.core.policy import select
+from lemo.core.predictor import PatternPredictor
+from lemo.core.score import AttentionMass, Interaction, ScoreInputs, mlp_scores
+from lemo.errors import ConfigError, DataError
+from lemo.runtime.stream import LayerStream, LayerTrace
+
+EDGE_WEIGHT = 0.1  # weight of rows that the oracle keeps in the bypass fit: a predictor will skip some of them
+LOG_FLOOR = 1e-9
+
+
+@dataclass(frozen=True)
+class Window:
+    """One batch of tokens that calibration looks at.
+
+    Attributes:
+        input_ids_BT: (B, T) int64.
+        supervised_BT: (B, T) bool, or None for no supervised rows.
+        attention_mask_BT: (B, T), or None for no padding.
+        position_ids_BT: (B, T), or None.
+        domain: where the text comes from, for the report.
+        held_out: never fitted on; thresholds and reports come from these.
+    """
+
+    input_ids_BT: Tensor
+    supervised_BT: Tensor | None
+    attention_mask_BT: Tensor | None
+    position_ids_BT: Tensor | None
+    domain: str
+    held_out: bool
+
+
+def read_windows(batches: Iterable[Mapping[str, Any]], held_out: Iterable[Mapping[str, Any]] | None) -> list[Window]:
+    """Windows from dicts of `input_ids`, optional `attention_mask`, `position_ids`, `supervised` and `domain`.
+
+    Raises:
+        DataError: no batches, no token ids in one, or masks whose shape differs from the ids'.
+    """
+    windows = []
+    for held, group in ((False, batches), (True, held_out or ())):
+        for index, batch in enumerate(group):
+            where = f"{'held-out' if held else 'calibration'} batch {index}"
+            ids = batch.get("input_ids")
+            if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.numel() == 0:
+                raise DataError(f"{where}: input_ids must be a (B, T) tensor of token ids")
+            masks = {name: batch.get(name) for name in ("supervised", "attention_mask", "position_ids")}
+            for name, mask in masks.items():
+                if mask is not None and mask.shape != ids.shape:
+                    raise DataError(f"{where}: {name} has shape {tuple(mask.shape)}, input_ids {tuple(ids.shape)}")
+            domain = str(batch.get("domain") or "text")
+            parts = (masks["supervised"], masks["attention_mask"], masks["position_ids"])
+            windows.append(Window(ids, *parts, domain, held))
+    if not any(not w.held_out for w in windows):
+        raise DataError("calibration needs at least one batch of tokens")
+    return windows
+
+
+class HiddenStore:
+    """Residual streams of all windows at one layer, on the host within a limit, the rest in files of a folder.
+
+    Two generations: `put` writes the next layer's input, `advance` makes it the current one.
+
+    Args:
+        limit_bytes: most host memory for tensors.
+        folder: where the rest goes; None refuses to exceed the limit.
+    """
+
+    def __init__(self, limit_bytes: float, folder: Path | None) -> None:
+        """Starts empty."""
+        self.limit_bytes, self.folder = limit_bytes, folder
+        self.held_bytes = 0
+        self._current: dict[int, Tensor | Path] = {}
+        self._next: dict[int, Tensor | Path] = {}
+        self._generation = 0
+
+    def put(self, index: int, x_BTM: Tensor) -> None:
+        """Keeps a stream for the next generation.
+
+        Raises:
+            ConfigError: over the limit without a folder.
+        """
+        x_BTM = x_BTM.detach().to("cpu").contiguous()
+        size = x_BTM.numel() * x_BTM.element_size()
+        if self.held_bytes + size <= self.limit_bytes:
+            self.held_bytes += size
+            self._next[index] = x_BTM
+            return
+        if self.folder is None:
+            raise ConfigError(
+                f"calibration statistics exceed memory_limit_gib ({self.limit_bytes / 2**30:.2f}); raise it, "
+                "give an output folder for the rest, or use fewer or shorter windows"
+            )
+        from safetensors.torch import save_file
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"stream-{self._generation % 2}-{index}.safetensors"
+        save_file({"x": x_BTM}, path)
+        self._next[index] = path
+
+    def get(self, index: int, device: torch.device) -> Tensor:
+        """Stream of the current generation on a device."""
+        held = self._current[index]
+        if isinstance(held, Path):
+            from safetensors.torch import load_file
+
+            held = load_file(held)["x"]
+        return held.to(device)
+
+    def drop(self, index: int) -> None:
+        """Forgets a stream of the current generation early."""
+        held = self._current.pop(index)
+        if isinstance(held, Path):
+            held.unlink()
+        else:
+            self.held_bytes -= held.numel() * held.element_size()
+
+    def close(self) -> None:
+        """Forgets everything and removes its files."""
+        self.advance()
+        self.advance()
+
+    def advance(self) -> None:
+        """The next generation becomes the current one."""
+        for index in list(self._current):
+            self.drop(index)
+        self._current, self._next = self._next, {}
+        self._generation += 1
+
+
+class ProjectionFit:
+    """Which directions of a normalised row tell its informativeness: sums for a ridge regression, in fp64.
+
+    A direction per head predicts the logarithm of that head's row score. Directions are fitted on rows, which are
+    plentiful where blocks are few; principal components beside them only taught the nets the calibration windows.
+    """
+
+    def __init__(self, width: int, outputs: int, device: torch.device) -> None:
+        """Starts empty for rows of `width` and `outputs` row scores."""
+        self.second_MM = torch.zeros(width, width, dtype=torch.float64, device=device)
+        self.cross_MH = torch.zeros(width, outputs, dtype=torch.float64, device=device)
+        self.sum_M = torch.zeros(width, dtype=torch.float64, device=device)
+        self.sum_H = torch.zeros(outputs, dtype=torch.float64, device=device)
+        self.rows = 0
+
+    def add(self, x_NM: Tensor, score_NH: Tensor) -> None:
+        """Adds rows and their scores."""
+        for x, score in zip(x_NM.split(BypassFit.SLICE_ROWS), score_NH.split(BypassFit.SLICE_ROWS), strict=True):
+            normed = rms_normalise(x)
+            self.second_MM += (normed.T @ normed).double()
+            self.cross_MH += (normed.T @ score.to(normed)).double()
+            self.sum_M += normed.sum(0).double()
+            self.sum_H += score.sum(0).double()
+        self.rows += len(x_NM)
+
+    def solve(self, features: int, ridge: float = 1e-2) -> Tensor:
+        """(M, F) fp32, F = min(features, H): a direction per head, or the F that explain most when heads are more.
+
+        Directions keep the unit of the log score, so that log-mean-exp over a block pools them as scores add up.
+        """
+        mean_M = self.sum_M / self.rows
+        covariance = self.second_MM / self.rows - torch.outer(mean_M, mean_M)
+        cross = self.cross_MH / self.rows - torch.outer(mean_M, self.sum_H / self.rows)
+        eye = torch.eye(len(mean_M), dtype=torch.float64, device=mean_M.device)
+        directions = torch.linalg.solve(covariance + ridge * covariance.diagonal().mean() * eye, cross)
+        if directions.shape[1] > features:
+            fitted = cross.T @ directions
+            _, vectors = torch.linalg.eigh((fitted + fitted.T) / 2)
+            directions = directions @ vectors[:, -features:].flip(-1)
+        return directions.float()
+
+
+@dataclass
+class PartStatistics:
+    """What a predictor and a bypass of one part of a layer (attention rows, or own MLP rows) are fitted on.
+
+    Attributes:
+        projection_MF: directions of the predictor.
+        features: (K, inputs) fp32 per window, before standardisation.
+        targets: (K,) fp32 per window, score of blocks.
+        moments: of the rows to be skipped; None when no row is skipped.
+    """
+
+    projection_MF: Tensor
+    targets: list[Tensor]
+    moments: BypassFit | None
+    features: list[Tensor] = field(default_factory=list)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Tensors for a shard."""
+        state = {"projection": self.projection_MF}
+        for name in ("features", "targets"):
+            state |= {f"{name}.{i}": value for i, value in enumerate(getattr(self, name))}
+        if self.moments is not None:
+            state |= {f"moments.{key}": value for key, value in self.moments.state_dict().items()}
+        return state
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Tensor], device: torch.device) -> PartStatistics:
+        """Inverse of `state_dict`."""
+        moments = {k.removeprefix("moments."): v.to(device) for k, v in state.items() if k.startswith("moments.")}
+        lists = {
+            name: [state[f"{name}.{i}"].to(device) for i in range(sum(k.startswith(f"{name}.") for k in state))]
+            for name in ("features", "targets")
+        }
+        return cls(
+            state["projection"].to(device),
+            lists["targets"],
+            BypassFit.from_state_dict(moments) if moments else None,
+            lists["features"],
+        )
+
+
+def block_target(trace: LayerTrace, layout: Layout, config: CalibrationConfig) -> tuple[Tensor, Tensor]:
+    """Score of blocks that predictors learn, (K,), and log score of rows by head that directions learn, (N, H)."""
+    inputs = ScoreInputs(layout, query_HND=trace.query_HND, key_GND=trace.key_GND, scaling=trace.scaling)
+    mass = AttentionMass(query_stride=config.query_stride)
+    row_mass_HN = mass.row_mass(inputs)
+    # A row's chance to be attended shrinks towards the document's end; the place of a block is a feature of its own.
+    position_N, document_N = layout.position_of_row_N, layout.document_of_row_N.clamp_min(0)
+    later_N = layout.document_length_D.to(position_N.device)[document_N] - position_N
+    row_score = torch.log(row_mass_HN / later_N.clamp_min(layout.block_size) + LOG_FLOOR).T
+    if config.target == "attention_mass":
+        return mass.of_rows(row_mass_HN, layout), row_score
+    return Interaction().scores(inputs), row_score
+
+
+def skip_weights(layout: Layout, target_K: Tensor, ratio: float) -> Tensor:
+    """Weight of rows in the bypass fit: 1 where the oracle skips, little where it keeps, 0 where rows always run."""
+    competing_K = (~layout.forced_K).to(target_K.device)
+    weight_N = torch.where(layout.block_of_row_N >= 0, competing_K[layout.block_of_row_N.clamp_min(0)], False)
+    weight_N = weight_N.float() * EDGE_WEIGHT
+    chosen = select(layout, target_K, forward_ratio=ratio, backward_ratio=ratio).forward
+    if chosen is not None:
+        weight_N[chosen.skipped_S] = 1.0
+    return weight_N
+
+
+class LayerCollector:
+    """Runs one layer densely on every window and sums up what its fits need.
+
+    Args:
+        streams: one per window.
+        windows: the windows; held-out ones give targets and features but are not fitted on.
+        store: residual streams at the layer's input.
+        plan: its ratios say which rows the bypass is fitted on.
+        config: calibration options.
+    """
+
+    def __init__(
+        self,
+        streams: Sequence[LayerStream],
+        windows: Sequence[Window],
+        store: HiddenStore,
+        plan: Plan,
+        config: CalibrationConfig,
+    ) -> None:
+        """Keeps what it is given."""
+        self.streams, self.windows, self.store, self.plan, self.config = streams, windows, store, plan, config
+
+    def collect(self, layer: int, *, keep_output: bool) -> dict[str, PartStatistics]:
+        """Statistics of one layer: `rows`, and `mlp` when the plan gives MLPs rows of their own.
+
+        Args:
+            layer: index of the layer.
+            keep_output: store the dense output as the next generation of streams.
+        """
+        own_mlp = self.plan.mlp == "own"
+        parts: dict[str, _Part] = {}
+        for index, (stream, window) in enumerate(zip(self.streams, self.windows, strict=True)):
+            x_BTM = self.store.get(index, stream.layout.device)
+            trace = stream.dense(layer, x_BTM, ("attention", "mlp") if own_mlp else ("attention",))
+            self._add_rows(parts, layer, stream.layout, window, x_BTM.flatten(0, 1), trace)
+            if own_mlp:
+                self._add_mlp(parts, layer, stream.layout, window, x_BTM.flatten(0, 1), trace)
+            if keep_output:
+                self.store.put(index, trace.output_BTM)
+            del trace
+        done = {name: part.finish(self.config.pooled_features) for name, part in parts.items()}
+        for index, stream in enumerate(self.streams):
+            x_NM = self.store.get(index, stream.layout.device).flatten(0, 1)
+            for statistics in done.values():
+                shape = blank_predictor(statistics.projection_MF, self.config)
+                statistics.features.append(shape.raw_features(x_NM, stream.layout))
+        return done
+
+    def _add_rows(
+        self, parts: dict[str, _Part], layer: int, layout: Layout, window: Window, x_NM: Tensor, trace: LayerTrace
+    ) -> None:
+        """Target, row scores and the layer's update of one window."""
+        target_K, score_NH = block_target(trace, layout, self.config)
+        part = parts.setdefault("rows", _Part(x_NM.shape[1], score_NH.shape[1], x_NM.device))
+        update_NM = trace.output_BTM.flatten(0, 1).float() - x_NM.float()
+        ratio = self.plan.layers[layer].forward_ratio
+        part.add(layout, window, target_K, x_NM, score_NH, (x_NM, update_NM) if ratio < 1 else None, ratio)
+
+    def _add_mlp(
+        self, parts: dict[str, _Part], layer: int, layout: Layout, window: Window, x_NM: Tensor, trace: LayerTrace
+    ) -> None:
+        """The same for the MLP: informativeness is the norm of the intermediate activation."""
+        if trace.mlp_norm_N is None or trace.mlp_input_NM is None or trace.mlp_output_NM is None:
+            raise ConfigError("mlp 'own' needs a family that names its MLP, so that its activation can be recorded")
+        target_K = mlp_scores(trace.mlp_norm_N, layout)
+        part = parts.setdefault("mlp", _Part(x_NM.shape[1], 1, x_NM.device))
+        score_NH = torch.log(trace.mlp_norm_N.float() + LOG_FLOOR)[:, None]
+        ratio = mlp_ratio_of(self.plan.layers[layer])
+        pair = (trace.mlp_input_NM, trace.mlp_output_NM) if ratio < 1 else None
+        part.add(layout, window, target_K, x_NM, score_NH, pair, ratio)
+
+
+def mlp_ratio_of(layer: LayerPlan) -> float:
+    """Share of blocks that run the MLP."""
+    return layer.forward_ratio if layer.mlp_ratio is None else layer.mlp_ratio
+
+
+def blank_predictor(projection_MF: Tensor, config: CalibrationConfig) -> PatternPredictor:
+    """A predictor of the configured sizes around a projection, nets not trained, on the projection's device."""
+    hidden = (config.predictor_width, config.predictor_width)
+    predictor = PatternPredictor(
+        projection_MF.shape[0],
+        pooled_features=projection_MF.shape[1],
+        query_widths=hidden,
+        key_widths=hidden,
+        rank=config.predictor_rank,
+    ).to(projection_MF.device)
+    predictor.projection_MF.copy_(projection_MF)
+    return predictor
+
+
+class _Part:
+    """Sums of one part of a layer while windows pass by."""
+
+    def __init__(self, width: int, outputs: int, device: torch.device) -> None:
+        self.projection = ProjectionFit(width, outputs, device)
+        self.moments = BypassFit(width, device)
+        self.targets: list[Tensor] = []
+
+    def add(
+        self,
+        layout: Layout,
+        window: Window,
+        target_K: Tensor,
+        x_NM: Tensor,
+        score_NH: Tensor,
+        update: tuple[Tensor, Tensor] | None,
+        ratio: float,
+    ) -> None:
+        """Adds one window; a held-out one leaves only its target."""
+        self.targets.append(target_K.float())
+        if window.held_out:
+            return
+        real_rows = (layout.block_of_row_N >= 0).nonzero().squeeze(-1)
+        self.projection.add(x_NM[real_rows], score_NH[real_rows])
+        if update is not None:
+            self.moments.add(*update, skip_weights(layout, target_K, ratio))
+
+    def finish(self, features: int) -> PartStatistics:
+        """Statistics with their projection; features follow in a second pass over the streams."""
+        moments = self.moments if float(self.moments.weight) > 0 else None
+        return PartStatistics(self.projection.solve(features), self.targets, moments)
