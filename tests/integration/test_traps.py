@@ -49,7 +49,7 @@ def packed(lengths=(24, 40, 32), *, answer=8, keys="position_ids"):
     for sample, length in zip(samples, lengths, strict=True):
         sample["input_ids"] = (sample["input_ids"] * 2)[:length]
         sample["labels"] = [-100] * (length - answer) + sample["input_ids"][-answer:]
-    inputs = {name: torch.tensor([sum((s[name] for s in samples), [])]) for name in ("input_ids", "labels")}
+    inputs = {n: torch.cat([torch.tensor(s[n]) for s in samples])[None] for n in ("input_ids", "labels")}
     inputs["position_ids"] = torch.cat([torch.arange(n) for n in lengths])[None]
     if keys == "seq_idx":
         inputs["seq_idx"] = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None]
@@ -109,7 +109,7 @@ def test_windows_count_original_positions(family, kv):
 
 
 def run_with_compact_window(model, plan, inputs):
-    """The loss if windows were counted on compact rows: far keys that rows in between were dropped for come into view."""
+    """The loss if windows did not count, as on so few compact rows: keys come into view that lie too far back."""
     windows = {}
     for index, layer in enumerate(decoder_layers(model)):
         for module in layer.children():

@@ -157,7 +157,7 @@ class Handle:
         arguments = dict(zip(names, args, strict=False)) | kwargs
         training = self.model.training and torch.is_grad_enabled()
         labelled = arguments.get("labels") is not None or arguments.get("shift_labels") is not None
-        context = self._open(arguments, training)
+        context = self._open(arguments, training, torch.compiler.is_compiling())
         if (training or context is not None) and arguments.get("use_cache") is None and "use_cache" in names:
             arguments["use_cache"] = False
         segmented = labelled and own and self._segmented(training)
@@ -179,7 +179,8 @@ class Handle:
             self.note(f"the model's own loss runs instead of the segmented one: {reason}")
         return reason is None
 
-    def _open(self, arguments: dict[str, Any], training: bool) -> BatchContext | None:
+    @torch.compiler.disable  # host arithmetic on sizes that follow from the data
+    def _open(self, arguments: dict[str, Any], training: bool, compiling: bool) -> BatchContext | None:
         """The batch for the layers, or None when this forward runs densely."""
         sparse_eval = self._options["sparse_eval"] and not training
         if not (training or sparse_eval) or all(x.is_dense for x in self.plan.layers):
@@ -204,6 +205,11 @@ class Handle:
             self.dense_batches += training
             self.note(f"a batch ran densely: {reason}")
             return None
+        if compiling:
+            self.note(
+                "torch.compile of the whole model leaves its layers uncompiled where rows are selected; compile the "
+                "layers one by one instead (layer.compile())"
+            )
         return BatchContext(
             self.plan,
             layout,
@@ -301,21 +307,21 @@ def attach(
     if plan.mlp == "own" and not names:
         kind = handle.model.config.get_text_config().model_type
         raise UnsupportedModelError(f"mlp 'own' needs the name of the MLP, and no family file describes {kind!r}")
-    for index, layer in enumerate(layers):
-        # Dense layers take part too, so that none of them needs a (T, T) mask on long packed batches.
-        if not plan.layers[index].is_dense or attention_module(layer) is not None:
-            install(layer, LayerState(index, handle, names))
     handle.model.__dict__["_lemo_handle"] = handle
     handle.model.__class__ = model_class(type(handle.model))
     handle._attached = True
-    if self_test:
-        from lemo.runtime.selftest import check_layers
+    try:
+        for index, layer in enumerate(layers):
+            # Dense layers take part too, so that none of them needs a (T, T) mask on long packed batches.
+            if not plan.layers[index].is_dense or attention_module(layer) is not None:
+                install(layer, LayerState(index, handle, names))
+        if self_test:
+            from lemo.runtime.selftest import check_layers
 
-        try:
             check_layers(handle)
-        except Exception:
-            handle.detach()
-            raise
+    except BaseException:
+        handle.detach()
+        raise
     return handle
 
 

@@ -6,6 +6,7 @@ compact order, count for sliding windows. Outside of one, the implementation tha
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -48,15 +49,17 @@ class AttentionConfig:
         """Writes go to the model's configuration."""
         setattr(self.__dict__["base"], name, value)
 
-    def __deepcopy__(self, memo: dict) -> AttentionConfig:
-        """A copy around a copy of the configuration."""
-        import copy
-
-        return AttentionConfig(copy.deepcopy(self.__dict__["base"], memo))
+    def __deepcopy__(self, memo: dict) -> Any:
+        """A copy of the configuration itself: copies of a model are without lemo."""
+        return copy.deepcopy(self.__dict__["base"], memo)
 
     def __reduce__(self) -> tuple:
-        """Pickles as itself around its configuration."""
-        return AttentionConfig, (self.__dict__["base"],)
+        """Pickles as the configuration itself."""
+        return _same, (self.__dict__["base"],)
+
+
+def _same(config: Any) -> Any:
+    return config
 
 
 def register() -> None:

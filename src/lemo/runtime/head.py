@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lemo.families import head_transform
 from lemo.ops import linear_ce, linear_ce_module
+from lemo.runtime.layer import without_class
 
 
 class ForwardSlot:
@@ -57,6 +58,10 @@ class ForwardSlot:
 
 class LemoModel:
     """Mixed in before a causal language model's class; marks what `attach` made."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copies and pickles are the model without lemo: a handle belongs to one model."""
+        return without_class(super().__reduce_ex__(protocol), LemoModel, ("_lemo_handle",))
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own generation, which runs densely."""

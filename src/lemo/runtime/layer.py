@@ -52,6 +52,10 @@ class SkippingLayer:
             return state.handle.tap(state.index, hidden_states, kwargs)
         return run_layer(dense_call, hidden_states, kwargs, state.handle.context, state.index)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copies and pickles are the layer without lemo."""
+        return without_class(super().__reduce_ex__(protocol), SkippingLayer, ("_lemo_layer",))
+
     def forward(self, hidden_states: Tensor, *args: Any, lemo_call: LayerCall | None = None, **kwargs: Any) -> Any:
         """The layer's own forward, with `lemo_call` in force for its attention and MLP."""
         inner = super().forward
@@ -81,8 +85,25 @@ def _capture_keys(inner: Callable, hidden_1SM: Tensor, kwargs: Any) -> tuple[Ten
 @cache
 def skipping_class(layer_class: type) -> type:
     """The subclass of a decoder layer's class that skips rows; same `__name__`, one per class."""
-    body = {"__module__": layer_class.__module__, "__qualname__": layer_class.__qualname__, "__doc__": layer_class.__doc__}
+    body = {
+        "__module__": layer_class.__module__,
+        "__qualname__": layer_class.__qualname__,
+        "__doc__": layer_class.__doc__,
+    }
     return type(layer_class.__name__, (SkippingLayer, layer_class), body)
+
+
+def without_class(reduced: tuple, mixin: type, attributes: tuple[str, ...]) -> tuple:
+    """What `object.__reduce_ex__` gave, with the class below `mixin`'s subclass and without some attributes."""
+    _, (found, *_), state, *rest = reduced
+    mro = found.__mro__
+    kept = {name: value for name, value in state.items() if name not in attributes}
+    return (_blank, (mro[2] if mro[1] is mixin else found,), kept, *rest)
+
+
+def _blank(found: type) -> Any:
+    """An instance before its state; pickle's own constructor insists on the class of the original."""
+    return found.__new__(found)
 
 
 @cache
@@ -120,6 +141,7 @@ class _Step:
         return gather_keywords(self.kwargs, rows_N, *self.x_BTM.shape[:2])
 
 
+@torch.compiler.disable  # selection sizes follow from the data; a layer compiled by itself stays compiled inside
 def run_layer(dense_call: Callable, x_BTM: Tensor, kwargs: dict[str, Any], context: BatchContext, index: int) -> Any:
     """One layer under selection.
 
@@ -149,9 +171,22 @@ def _skip(step: _Step, rows: RowSet) -> Tensor:
     """The same rows run forward and backward; the others take the bypass."""
     call = LayerCall(queries=RowRange.of_rows(step.context.layout, rows), mlp=_mlp_rows(step, rows))
     if step.context.plan.kv == "all" and len(rows.skipped_S):
+        _refuse_reentrant(step.dense_call.__self__)
         call = replace(call, keys=_offered_keys(step, rows))
     values_NM = step.call_rows(rows, call)
     return _write(step, rows, values_NM)
+
+
+def _refuse_reentrant(layer: nn.Module) -> None:
+    """Reentrant checkpointing sees gradients of positional tensors only, not of rows that just offer keys."""
+    if not (layer.training and getattr(layer, "gradient_checkpointing", False)):
+        return
+    options = getattr(layer._gradient_checkpointing_func, "keywords", {})
+    if options.get("use_reentrant", True):
+        raise UnsupportedModelError(
+            "kv 'all' needs gradient checkpointing that is not reentrant: pass gradient_checkpointing_kwargs="
+            "{'use_reentrant': False}, or use kv='kept'"
+        )
 
 
 def _offered_keys(step: _Step, rows: RowSet) -> Keys:
@@ -196,13 +231,13 @@ def _exact(step: _Step, selection: Selection) -> Tensor:
     values_NM = _ReplaceValue.apply(step.call_rows(backward, call), passed_NM[value_places])
     if constant_rows is None:
         # Every row of the batch has a value: write them all, then let the backward rows carry gradient.
-        constant_rows = RowSet(torch.arange(len(passed_NM), device=passed_NM.device), (len(passed_NM),), value_places[:0])
+        constant_rows = RowSet(
+            torch.arange(len(passed_NM), device=passed_NM.device), (len(passed_NM),), value_places[:0]
+        )
     return _write(step, backward, values_NM, constant=(constant_rows, passed_NM))
 
 
-def _write(
-    step: _Step, rows: RowSet, values_NM: Tensor, constant: tuple[RowSet, Tensor] | None = None
-) -> Tensor:
+def _write(step: _Step, rows: RowSet, values_NM: Tensor, constant: tuple[RowSet, Tensor] | None = None) -> Tensor:
     """Puts the layer's rows into the stream; skipped rows get the bypass."""
     bypass = step.plan.bypass
     skipped = rows if constant is None else constant[0]

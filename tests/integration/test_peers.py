@@ -1,0 +1,388 @@
+"""Libraries that wrap, copy, save or compile the model, before and after attach."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+
+import pytest
+import torch
+from accelerate import Accelerator
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from lemo.errors import UnsupportedModelError
+from lemo.runtime.attach import attach
+from lemo.runtime.layer import SkippingLayer
+from lemo.runtime.model import decoder_layers
+from tests.integration.plans import documents, exact, keep_all, padded, skipping, supervised_are_kept
+from tests.runtime.oracle import batch, gradients, tiny_model
+
+INPUTS = batch(64, supervised_from=52)
+
+
+def run(model, inputs=INPUTS):
+    """Loss and gradients; parameter names without what wrappers put before them."""
+    model.zero_grad(set_to_none=True)
+    loss = model(**inputs).loss
+    loss.backward()
+    found = {n.replace("_orig_mod.", "").replace("module.", ""): g for n, g in gradients(model).items()}
+    model.zero_grad(set_to_none=True)
+    return loss.detach(), found
+
+
+def assert_equal(got, wanted):
+    assert torch.equal(got[0], wanted[0])
+    assert got[1].keys() == wanted[1].keys() != set()
+    assert all(torch.equal(got[1][name], gradient) for name, gradient in wanted[1].items())
+
+
+def is_plain(model) -> bool:
+    """Whether nothing of lemo is left in a model."""
+    modules = list(model.modules())
+    marks = any("_lemo" in key for m in modules for key in m.__dict__)
+    classes = any("lemo" in c.__module__ for m in modules for c in type(m).__mro__)
+    configs = any("lemo" in type(m.config).__module__ for m in modules if hasattr(m, "config"))
+    return not (marks or classes or configs)
+
+
+# Attach and detach
+
+
+def test_attaching_twice_is_refused():
+    model = tiny_model()
+    with attach(model, skipping(model), self_test=False) as handle:
+        for second in (model, get_peft_model(model, LoraConfig(target_modules=["q_proj"]))):
+            with pytest.raises(UnsupportedModelError, match="attached already"):
+                attach(second, keep_all(model), self_test=False)
+        assert handle.context is None
+    assert is_plain(model)
+    attach(model, skipping(model), self_test=False).detach()
+
+
+def test_detach_twice_does_nothing_and_leaves_a_newer_plan_alone():
+    model = tiny_model()
+    first = attach(model, skipping(model), self_test=False)
+    first.detach()
+    with attach(model, exact(model), self_test=False) as second:
+        first.detach()
+        run(model)
+        assert second.sparse_batches == 1
+
+
+def test_a_refused_attach_leaves_the_model_as_it_was(monkeypatch):
+    """An error half-way, in a layer's installation or in the self-test, changes nothing."""
+    from lemo.runtime import attach as module
+
+    model, installed = tiny_model(), []
+
+    def third_fails(layer, state):
+        if len(installed) == 2:
+            raise UnsupportedModelError("the third layer")
+        installed.append(layer)
+        original(layer, state)
+
+    original = module.install
+    monkeypatch.setattr(module, "install", third_fails)
+    with pytest.raises(UnsupportedModelError, match="the third layer"):
+        attach(model, skipping(model))
+    assert len(installed) == 2
+    assert is_plain(model)
+
+
+# PEFT
+
+
+def test_lora_before_or_after_attach_gives_equal_gradients():
+    def adapters(model):
+        torch.manual_seed(7)
+        targets = ["q_proj", "o_proj", "up_proj", "down_proj"]
+        return get_peft_model(model, LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
+
+    for plan in (skipping, exact):
+        before = adapters(tiny_model())
+        attach(before, plan(before.get_base_model()))
+        after = tiny_model()
+        attach(after, plan(after))
+        assert_equal(run(adapters(after)), run(before))
+
+
+@pytest.mark.parametrize("kind", ["dora", "several", "modules_to_save"])
+def test_other_adapters_go_through_the_generic_layer(kind):
+    """What is not plain LoRA on a plain linear map: keep-all is bit-equal, selection trains what PEFT trains."""
+    changes = {"dora": {"use_dora": True}, "several": {}, "modules_to_save": {"modules_to_save": ["lm_head"]}}[kind]
+    torch.manual_seed(7)
+    config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False, **changes)
+    model = get_peft_model(tiny_model(), config)
+    if kind == "several":
+        model.add_adapter("second", LoraConfig(r=2, target_modules=["v_proj"], init_lora_weights=False))
+        model.base_model.set_adapter(["default", "second"])
+    wanted = run(model)
+    with attach(model, keep_all(model.get_base_model()), loss="model"):
+        assert_equal(run(model), wanted)
+    for loss in ("model", "segmented"):
+        with attach(model, skipping(model.get_base_model()), loss=loss):
+            assert run(model)[1].keys() == wanted[1].keys()
+
+
+def test_adapters_saved_while_attached_load_without_lemo(tmp_path):
+    """Same files, same keys, same bits as without lemo; the loaded model is plain."""
+    torch.manual_seed(7)
+    model = get_peft_model(tiny_model(), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    wanted = model.eval()(**INPUTS).logits
+    model.train().save_pretrained(tmp_path / "plain")
+    with attach(model, skipping(model.get_base_model()), self_test=False):
+        run(model)
+        model.save_pretrained(tmp_path / "attached")
+    files = {p.name for p in (tmp_path / "plain").iterdir()}
+    assert {p.name for p in (tmp_path / "attached").iterdir()} == files
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "attached" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+    loaded = PeftModel.from_pretrained(tiny_model(), tmp_path / "attached").eval()
+    assert is_plain(loaded)
+    assert torch.equal(loaded(**INPUTS).logits, wanted)
+
+
+def test_merging_adapters_while_attached_gives_the_plain_merge():
+    def merged(plan):
+        torch.manual_seed(7)
+        model = get_peft_model(tiny_model(), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+        handle = None if plan is None else attach(model, plan(model.get_base_model()), self_test=False)
+        result = model.merge_and_unload()
+        if handle is not None:
+            handle.detach()
+        return result
+
+    got, wanted = merged(skipping), merged(None)
+    assert is_plain(got)
+    assert torch.equal(got(**INPUTS).logits, wanted(**INPUTS).logits)
+
+
+# Saving and copying
+
+
+def test_model_saved_while_attached_is_a_plain_checkpoint(tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "plain")
+    with attach(model, skipping(model), self_test=False):
+        run(model)
+        model.save_pretrained(tmp_path / "attached")
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "attached" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+    assert "lemo" not in (tmp_path / "attached" / "config.json").read_text()
+    assert json.loads((tmp_path / "attached" / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "attached").train()
+    assert torch.equal(loaded(**INPUTS).logits, model(**INPUTS).logits)
+
+
+def test_state_dict_keys_are_the_models_own():
+    model = tiny_model()
+    wanted = list(model.state_dict())
+    with attach(model, skipping(model), self_test=False):
+        assert list(model.state_dict()) == wanted
+        assert list(dict(model.named_modules())) == list(dict(tiny_model().named_modules()))
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "torch.save"])
+@pytest.mark.parametrize("adapters", [False, True])
+def test_a_copy_of_an_attached_model_is_a_plain_model(how, adapters):
+    """It runs densely, shares nothing with the handle, can be attached itself; the original stays attached."""
+    model = tiny_model()
+    if adapters:
+        model = get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    wanted = run(model)
+    handle = attach(model, skipping(getattr(model, "get_base_model", lambda: model)()), self_test=False)
+    sparse = run(model)
+    if how == "deepcopy":
+        twin = copy.deepcopy(model)
+    else:
+        buffer = io.BytesIO()
+        torch.save(model, buffer)
+        buffer.seek(0)
+        twin = torch.load(buffer, weights_only=False)
+    assert is_plain(twin)
+    assert_equal(run(twin), wanted)
+    assert handle.sparse_batches == 1
+    base = getattr(twin, "get_base_model", lambda: twin)()
+    assert all(m.config is base.model.config for m in base.modules() if "Attention" in type(m).__name__)
+    with attach(twin, skipping(base)) as second:
+        assert_equal(run(twin), sparse)
+        assert second.sparse_batches == 1
+    handle.sparse_batches = 0
+    assert_equal(run(model), sparse)
+    handle.detach()
+
+
+# Forwards that peers replace
+
+
+def fused_forward(model):
+    """A peer's forward in the manner of TRL and Liger: kept on the instance, calling what it found."""
+    found = model.forward
+    calls = []
+
+    def forward(*args, **kwargs):
+        calls.append(kwargs)
+        return found(*args, **kwargs)
+
+    model.forward = forward
+    return calls
+
+
+@pytest.mark.parametrize("order", ["peer_first", "lemo_first"])
+def test_forward_replaced_by_a_peer_still_gets_labels_to_lemo(order):
+    model = tiny_model()
+    if order == "peer_first":
+        calls = fused_forward(model)
+        handle = attach(model, skipping(model), self_test=False)
+        assert any("replaced" in note for note in handle.notes)
+    else:
+        handle = attach(model, skipping(model), self_test=False)
+        calls = fused_forward(model)
+    output = model(**INPUTS)
+    assert output.logits is not None, "the peer's loss and logits stay in force"
+    output.loss.backward()
+    assert len(calls) == 1
+    assert handle.sparse_batches == 1
+    supervised_are_kept(handle.selections, INPUTS["labels"])
+    handle.detach()
+    assert is_plain(model)
+    assert torch.equal(model(**INPUTS).logits, tiny_model()(**INPUTS).logits)
+    assert len(calls) == 2
+
+
+@pytest.fixture
+def accelerator():
+    """Mixed precision on the CPU: accelerate replaces the model's forward."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    made = Accelerator(cpu=True, mixed_precision="bf16")
+    yield made
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+@pytest.mark.parametrize("order", ["accelerate_first", "lemo_first"])
+def test_mixed_precision_of_accelerate(accelerator, order):
+    """Prepared before or after attach: autocast is in force, keep-all equals plain bits, selection sees the labels."""
+
+    def prepared(plan):
+        model = tiny_model()
+        handle = None
+        if plan is not None and order == "lemo_first":
+            handle = attach(model, plan(model), loss="model", self_test=False)
+        model = accelerator.prepare_model(model)
+        if plan is not None and order == "accelerate_first":
+            handle = attach(model, plan(model), loss="model", self_test=False)
+        return model, handle
+
+    plain, _ = prepared(None)
+    wanted = run(plain)
+    assert not torch.equal(wanted[0], run(tiny_model())[0]), "mixed precision changes nothing here"
+    model, _ = prepared(keep_all)
+    assert_equal(run(model), wanted)
+    model, handle = prepared(skipping)
+    run(model)
+    assert handle.sparse_batches == 1
+    supervised_are_kept(handle.selections, INPUTS["labels"])
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("order", ["accelerate_first", "lemo_first"])
+def test_accelerate_unwraps_an_attached_model(accelerator, order, keep):
+    """`unwrap_model` gives full precision back when asked to, lemo stays in force, and detach leaves a plain model."""
+    model = tiny_model()
+    if order == "lemo_first":
+        handle = attach(model, skipping(model), loss="model", self_test=False)
+    model = accelerator.prepare_model(model)
+    if order == "accelerate_first":
+        handle = attach(model, skipping(model), loss="model", self_test=False)
+    unwrapped = accelerator.unwrap_model(model, keep_fp32_wrapper=keep)
+    run(unwrapped)
+    assert handle.sparse_batches == 1
+    handle.detach()
+    assert is_plain(unwrapped)
+    same = torch.equal(run(unwrapped)[0], run(tiny_model())[0])
+    assert same == (not keep)
+
+
+# Checkpointing and compilation
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+@pytest.mark.parametrize("plan", ["keep_all", "skip_kept", "rows", "pairs"])
+def test_reentrant_checkpointing_gives_the_same_gradients(plan, adapters):
+    plans = {"keep_all": keep_all, "rows": exact}
+    plans["skip_kept"] = lambda m: skipping(m, kv="kept")
+    plans["pairs"] = lambda m: exact(m, gradient="pairs")
+    model = base = tiny_model()
+    if adapters:
+        model = get_peft_model(model, LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+    model.enable_input_require_grads()
+    with attach(model, plans[plan](base), self_test=False) as handle:
+        wanted = run(model)
+        base.gradient_checkpointing_enable({"use_reentrant": True})
+        handle.sparse_batches = 0
+        assert_equal(run(model), wanted)
+
+
+def test_reentrant_checkpointing_is_refused_where_rows_offer_keys():
+    """Keys of skipped rows get gradient, but no reentrant checkpoint would hand it on: refused, in training only."""
+    model = tiny_model()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.enable_input_require_grads()
+    with attach(model, skipping(model, kv="all"), self_test=False):
+        with pytest.raises(UnsupportedModelError, match="use_reentrant"):
+            model(**INPUTS)
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        run(model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["whole", "layers"])
+@pytest.mark.parametrize("plan", [keep_all, skipping, exact])
+def test_compiled_model_has_the_same_loss_and_gradients(plan, how):
+    """torch.compile of the whole model, which is told to leave the layers alone, or of each layer."""
+    torch._dynamo.reset()
+    model = tiny_model()
+    with attach(model, plan(model), loss="model", self_test=False) as handle:
+        wanted = run(model)
+        compiled = model
+        if how == "whole":
+            compiled = torch.compile(model, backend="aot_eager")
+        else:
+            for layer in decoder_layers(model):
+                layer.compile(backend="aot_eager")
+        for _ in range(2):
+            got = run(compiled)
+            assert torch.allclose(got[0], wanted[0], rtol=1e-5)
+            assert got[1].keys() == wanted[1].keys()
+            for name, gradient in wanted[1].items():
+                assert torch.allclose(got[1][name], gradient, rtol=1e-3, atol=1e-5), name
+        said = any("layer.compile()" in note for note in handle.notes)
+        assert said == (how == "whole" and plan is not keep_all)
+
+
+def test_layers_keep_the_names_that_wrappers_look_for():
+    """FSDP policies and device maps find layers by class name; one cached class serves all layers of all models."""
+    model, other = tiny_model(), tiny_model(seed=1)
+    with attach(model, skipping(model), self_test=False), attach(other, keep_all(other), self_test=False):
+        classes = {type(x) for m in (model, other) for x in decoder_layers(m)}
+        assert len(classes) == 1
+        (found,) = classes
+        assert found.__name__ in model._no_split_modules
+        assert issubclass(found, SkippingLayer)
+
+
+def test_two_attached_models_do_not_touch_each_other():
+    """Interleaved forwards of two models with plans of their own."""
+    first, second = tiny_model(), tiny_model(seed=1)
+    inputs = padded(documents(2))
+    with attach(first, skipping(first), self_test=False), attach(second, exact(second), self_test=False):
+        wanted = run(first, inputs), run(second, inputs)
+        losses = first(**inputs).loss, second(**inputs).loss
+        (losses[0] + losses[1]).backward()
+        got = tuple((loss.detach(), gradients(m)) for loss, m in zip(losses, (first, second), strict=True))
+    for a, b in zip(got, wanted, strict=True):
+        assert_equal(a, b)
