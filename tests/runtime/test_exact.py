@@ -122,6 +122,18 @@ def error(model, plan) -> float:
     return max(relative(loss, wanted_loss), *errors)
 
 
+def in_double(monkeypatch) -> None:
+    """Norms and RoPE of some families round to fp32, by `.float()` or by `.to(dtype=torch.float)`; not here."""
+    to = torch.Tensor.to
+
+    def wide(x, *args, **kwargs):
+        kwargs = {name: torch.float64 if value is torch.float32 else value for name, value in kwargs.items()}
+        return to(x, *(torch.float64 if value is torch.float32 else value for value in args), **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "float", lambda x: x.double())
+    monkeypatch.setattr(torch.Tensor, "to", wide)
+
+
 def exact_plan(model, forward: float, gradient: str, kv: str) -> Plan:
     """Backward half of the rows; forward all or most."""
     plan = sparse_plan(model, kv=kv, gradient=gradient)
@@ -135,7 +147,7 @@ def exact_plan(model, forward: float, gradient: str, kv: str) -> Plan:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradient_is_the_stop_gradient_reference(family, gradient, forward, kv, monkeypatch):
     """Exact forward, and both budgets together: autograd on the reference gives the same numbers in fp64."""
-    monkeypatch.setattr(torch.Tensor, "float", lambda x: x.double())  # norms of some families round to fp32
+    in_double(monkeypatch)
     model = tiny_model(family, dtype=torch.float64)
     plan = exact_plan(model, forward, gradient, kv)
     capped = getattr(model.config, "attn_logit_softcapping", None) or "sliding_attention" in (
