@@ -133,11 +133,9 @@ class LemoCallback(TrainerCallback):
         entry: dict[str, Any] = {"step": state.global_step, **{k: v for k, v in logs.items() if k != "total_flos"}}
         if "loss" in logs:
             entry |= self._measured(args)
-            self._terminal().print(_line(entry, state.max_steps), highlight=False)
+            self._say(_line(entry, state.max_steps))
         elif "eval_loss" in logs:
-            self._terminal().print(
-                f"step {state.global_step}  validation loss {logs['eval_loss']:.4f}", highlight=False
-            )
+            self._say(f"step {state.global_step}  validation loss {logs['eval_loss']:.4f}")
         if self.metrics_path is not None:
             with self.metrics_path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
@@ -220,6 +218,10 @@ class LemoCallback(TrainerCallback):
         if not hasattr(self, "_first_step") or self._first_step > state.global_step:
             self._first_step = state.global_step - 1
         return state.global_step - self._first_step
+
+    def _say(self, line: str) -> None:
+        """Prints one line, however long."""
+        self._terminal().print(line, highlight=False, soft_wrap=True)
 
     def _terminal(self) -> Any:
         """The console for lines."""

@@ -127,7 +127,7 @@ class _Session:
         self.folder.begin(recipe)
         plan = self._plan(model)
         model = add_adapter(model, run.lora)
-        self.console.print(f"adapter: {trainable_parameters(model):,} trainable parameters")
+        self._say(f"adapter: {trainable_parameters(model):,} trainable parameters")
         with ExitStack() as stack:
             handle = stack.enter_context(
                 attach(model, plan, loss=run.training.loss, segment_rows=run.training.segment_rows)
@@ -146,6 +146,10 @@ class _Session:
             self._write_summary(result)
         return result
 
+    def _say(self, text: str) -> None:
+        """Prints lines, however long."""
+        self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+
     def _plan(self, model: Any) -> Plan:
         """The plan, stored in the output folder; a resumed run takes the stored one."""
         if (self.folder.plan / "plan.json").exists():
@@ -155,11 +159,11 @@ class _Session:
             plan.save(self.folder.plan)
         sparse = [layer for layer in plan.layers if not layer.is_dense]
         if not sparse:
-            self.console.print("plan: every layer dense")
+            self._say("plan: every layer dense")
             return plan
         forward = sum(layer.forward_ratio for layer in sparse) / len(sparse)
         backward = sum(layer.backward_ratio for layer in sparse) / len(sparse)
-        self.console.print(
+        self._say(
             f"plan: {len(sparse)} of {len(plan.layers)} layers skip rows; forward {forward:.2f}, "
             f"backward {backward:.2f}, blocks of {plan.block_size}, {plan.scorer} / {plan.policy}, kv {plan.kv}"
         )
@@ -208,7 +212,7 @@ class _Session:
             self.reports[f"{name} {when}"] = report.to_dict()
             self.losses[f"{name} {when}"] = report.nats
             label = "sparse (look-ahead), loss rows" if sparse else name
-            self.console.print(f"validation loss {when} training, {label}: {report.nats:.4f}", highlight=False)
+            self._say(f"validation loss {when} training, {label}: {report.nats:.4f}")
 
     def _result(self, trainer: LemoTrainer, handle: Handle, steps: int) -> RunResult:
         log = trainer.log_callback
@@ -236,10 +240,9 @@ class _Session:
             "time": time.strftime("%FT%TZ", time.gmtime()),
         }
         self.folder.summary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        self.console.print(
+        self._say(
             f"{result.steps} steps, {result.tokens_per_s:,.0f} tokens/s, "
             f"peak {result.peak_memory_bytes / GIB:.2f} GiB; adapter in {self.folder.adapter}",
-            highlight=False,
         )
 
     def _say_data(self, title: str, report: DataReport) -> None:
@@ -247,7 +250,7 @@ class _Session:
         if title == "training data" and not self.run.data.answer_only and self.run.loss_rows.share < 1:
             share = self.run.loss_rows.share
             lines.append(f"of these rows, {share:.0%} of blocks carry loss, placement {self.run.loss_rows.placement}")
-        self.console.print(f"{title}: " + "\n  ".join(lines), highlight=False)
+        self._say(f"{title}: " + "\n  ".join(lines))
 
 
 def training_arguments(run: RunConfig, checkpoints: Path) -> Any:
