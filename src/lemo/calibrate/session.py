@@ -14,10 +14,19 @@ from torch import Tensor, nn
 
 from lemo.calibrate.collect import HiddenStore, LayerCollector, PartStatistics, Window, mlp_ratio_of, read_windows
 from lemo.calibrate.fit import PartFit, fit_part, standardise
-from lemo.calibrate.report import print_report, recall_row, summarise, write_report
+from lemo.calibrate.report import SHARES, print_report, recall, recall_row, summarise, write_report
 from lemo.calibrate.shards import Shards, fingerprint_run
-from lemo.calibrate.tune import ScoreProfile, tune_thresholds, window_losses, with_ratios, with_thresholds
+from lemo.calibrate.tune import (
+    ScoreProfile,
+    expected_ratios,
+    project,
+    tune_thresholds,
+    window_losses,
+    with_ratios,
+    with_thresholds,
+)
 from lemo.config import CalibrationConfig
+from lemo.core.layout import Layout
 from lemo.core.plan import LayerPlan, Plan
 from lemo.errors import ConfigError
 from lemo.runtime.model import fingerprint
@@ -153,7 +162,7 @@ class Calibration:
             ConfigError: no held-out windows, or exact forward, whose loss no threshold changes.
         """
         layouts = [self._open(w).layout for w in self.windows if not w.held_out]
-        held = [w for w in self.windows if w.held_out]
+        held = self._tuning_windows()
         sparse = [i for i in self._layers(plan) if plan.layers[i].forward_ratio < 1]
         if not sparse:
             raise ConfigError("thresholds cannot be tuned on exact forward (forward_ratio 1): its loss ignores them")
@@ -168,7 +177,7 @@ class Calibration:
             self.shards.save_json("tune", found)
         thresholds = {int(i): t for i, t in found["thresholds"].items()}
         finish = with_thresholds if self.skeleton.policy == "threshold" else with_ratios
-        return finish(plan, thresholds, profiles), found
+        return finish(plan, thresholds, expected_ratios(thresholds, profiles)), found
 
     def _tune(
         self, plan: Plan, profiles: Mapping[int, ScoreProfile], held: list[Window], ratio: float
@@ -177,17 +186,38 @@ class Calibration:
         history: list[dict[str, Any]] = []
 
         def quality(thresholds: Mapping[int, float]) -> float:
-            losses = window_losses(self.model, with_thresholds(plan, thresholds, profiles), held)
+            tried = with_thresholds(plan, thresholds, expected_ratios(thresholds, profiles))
+            losses = window_losses(self.model, tried, held)
             return -sum(losses) / len(losses)
 
         def note(step: int, thresholds: dict[int, float], value: float) -> None:
-            ratios = {i: profiles[i].ratio(t) for i, t in thresholds.items()}
+            ratios = expected_ratios(thresholds, profiles)
             history.append({"step": step, "loss": -value, "thresholds": dict(thresholds), "ratios": ratios})
             if self.progress:
                 print(f"tune: step {step}, held-out sparse loss {-value:.4f}", flush=True)
 
         thresholds = tune_thresholds(quality, profiles, ratio, self.config.tune_steps, note)
-        return {"thresholds": thresholds, "ratio": ratio, "history": history}
+        common = project(dict.fromkeys(thresholds, 0.0), profiles, ratio)
+        rivals = {"thresholds": common, "ratios": expected_ratios(common, profiles)}
+        result = {"thresholds": thresholds, "ratios": expected_ratios(thresholds, profiles), "ratio": ratio}
+        return {**result, "one_global_threshold": rivals, "history": history}
+
+    def _unpruned(self, fit: PartFit, statistics: PartStatistics, index: int, layout: Layout) -> dict[str, float]:
+        """Recall of the predictor before pruning, beside that of the pruned one."""
+        features = standardise(fit.unpruned, statistics.features[index])
+        scores_K = fit.unpruned.scores_of_features(features, layout)
+        found = {share: recall(scores_K, statistics.targets[index], layout, share) for share in SHARES}
+        return {
+            f"unpruned_{name}_{share}": value
+            for share, pair in found.items()
+            for name, value in zip(("recall", "mass"), pair or (1.0, 1.0), strict=True)
+        }
+
+    def _tuning_windows(self) -> list[Window]:
+        """Held-out windows of the domains that are fitted on; all held-out ones when there are none of these."""
+        held = [w for w in self.windows if w.held_out]
+        known = {w.domain for w in self.windows if not w.held_out}
+        return [w for w in held if w.domain in known] or held
 
     def _layers(self, plan: Plan) -> list[int]:
         """Layers that skip anything."""
@@ -252,7 +282,7 @@ class Calibration:
             yield layer, parts
 
     def _fit_layer(
-        self, layer: int, parts: Mapping[str, PartStatistics], layouts: list[Any], planned: LayerPlan
+        self, layer: int, parts: Mapping[str, PartStatistics], layouts: list[Layout], planned: LayerPlan
     ) -> tuple[LayerPlan, dict[str, Any]]:
         """Fits the parts of a layer, and measures recall on held-out windows."""
         fitted_on = [i for i, w in enumerate(self.windows) if not w.held_out]
@@ -271,6 +301,8 @@ class Calibration:
             for index, window in enumerate(self.windows):
                 if window.held_out:
                     row = recall_row(scores[index], statistics.targets[index], layouts[index], layer, self.config.seed)
+                    if row and fit.unpruned is not fit.predictor:
+                        row |= self._unpruned(fit, statistics, index, layouts[index])
                     if row:
                         record["rows"].append(
                             {"layer": layer, "part": name, "domain": window.domain, "window": index, **row}
@@ -335,7 +367,7 @@ def calibrate(
     return result
 
 
-def _scores(fit: PartFit, raw_KF: Tensor, layout: Any) -> Tensor:
+def _scores(fit: PartFit, raw_KF: Tensor, layout: Layout) -> Tensor:
     """Scores of a window's blocks from the raw features of the predictor before pruning."""
     return fit.predictor.scores_of_features(standardise(fit.predictor, raw_KF[:, fit.inputs]), layout)
 

@@ -123,33 +123,40 @@ def tune_thresholds(
     return best
 
 
-def with_thresholds(plan: Plan, thresholds: Mapping[int, float], profiles: Mapping[int, ScoreProfile]) -> Plan:
+def with_thresholds(plan: Plan, thresholds: Mapping[int, float], ratios: Mapping[int, float]) -> Plan:
     """A `threshold` plan: layers get their thresholds, and ratios that leave room for documents that keep more.
 
     Under `threshold` a layer's ratio is the most it may keep. A document may hold more informative blocks than the
-    calibration windows did on average, so that limit lies half-way between the layer's expected ratio and 1.
+    calibration windows did on average, so that limit lies half-way between the expected ratio of the layer and 1.
     """
     for layer, threshold in thresholds.items():
-        expected = profiles[layer].ratio(threshold)
-        limit = min(1.0, (1 + expected) / 2)
+        limit = min(1.0, (1 + ratios[layer]) / 2)
         changes = {"threshold": threshold, "forward_ratio": limit, "backward_ratio": limit}
         plan = plan.replace_layer(layer, **changes)
     return replace(plan, policy="threshold")
 
 
-def with_ratios(plan: Plan, thresholds: Mapping[int, float], profiles: Mapping[int, ScoreProfile]) -> Plan:
+def with_ratios(plan: Plan, thresholds: Mapping[int, float], ratios: Mapping[int, float]) -> Plan:
     """A `topk` plan whose layers keep the share that the thresholds lead to."""
     for layer, threshold in thresholds.items():
-        ratio = min(1.0, max(profiles[layer].ratio(threshold), 1e-3))
+        ratio = min(1.0, max(ratios[layer], 1e-3))
         plan = plan.replace_layer(layer, threshold=threshold, forward_ratio=ratio, backward_ratio=ratio)
     return replace(plan, policy="topk")
 
 
+def expected_ratios(thresholds: Mapping[int, float], profiles: Mapping[int, ScoreProfile]) -> dict[int, float]:
+    """Share of blocks that each layer keeps on the calibration windows."""
+    return {i: profiles[i].ratio(t) for i, t in thresholds.items()}
+
+
 @torch.no_grad()
-def window_losses(model: nn.Module, plan: Plan | None, windows: Sequence[Window]) -> list[float]:
+def window_losses(
+    model: nn.Module, plan: Plan | None, windows: Sequence[Window], kept: list[float] | None = None
+) -> list[float]:
     """Loss per supervised token of every window, nats; sparse under `plan`, dense for None.
 
-    In windows without `supervised` the loss counts all rows, also those that skip layers.
+    In windows without `supervised` the loss counts all rows, also those that skip layers. `kept`, when given, receives
+    each window's share of rows that ran, a mean over layers.
     """
     was_training = model.training
     model.eval()
@@ -160,7 +167,12 @@ def window_losses(model: nn.Module, plan: Plan | None, windows: Sequence[Window]
             attach(model, neutral, sparse_eval=plan is not None, self_test=False, unsafe_no_bypass=True) as handle,
             handle.loss_only(),
         ):
-            return [_loss(model, window, device, handle) for window in windows]
+            losses = []
+            for window in windows:
+                losses.append(_loss(model, window, device, handle))
+                if kept is not None:
+                    kept.append(fmean([forward for forward, _ in handle.ratios().values()] or [1.0]))
+            return losses
     finally:
         model.train(was_training)
 
