@@ -233,9 +233,7 @@ def test_supervised_rows_are_never_skipped(policy):
     layout = read_layout(inputs, None, 4)
     for seed in range(20):
         scores = torch.randn(16, generator=torch.Generator().manual_seed(seed))
-        selection = select(
-            layout, scores, forward_ratio=0.6, backward_ratio=0.45, policy=policy, threshold=10.0
-        )
+        selection = select(layout, scores, forward_ratio=0.6, backward_ratio=0.45, policy=policy, threshold=10.0)
         for rows in (selection.forward, selection.backward):
             assert set(range(49, 63)) <= set(rows.chosen().tolist())
         assert set(selection.backward.chosen().tolist()) <= set(selection.forward.chosen().tolist())

@@ -23,7 +23,7 @@ NAME = "lemo"
 _QUERY_CHUNK = 1024  # rows whose mask or scores exist at a time
 
 
-class CapturedKeys(Exception):  # noqa: N818 - not an error: it ends a layer's forward once its keys and values exist
+class CapturedKeys(Exception):
     """Carries keys and values of rows that offer nothing else; raised and caught inside one layer call."""
 
     def __init__(self, key_GSD: Tensor, value_GSD: Tensor) -> None:

@@ -18,7 +18,7 @@ from lemo.core.selection import RowSet, Selection
 _IGNORED = -100
 
 
-class RunDense(Exception):  # noqa: N818 - not an error: the reason why a batch runs without selection
+class RunDense(Exception):
     """A batch that lemo runs densely; the message says why and is shown to the user once."""
 
 

@@ -124,7 +124,7 @@ class _Step:
     index: int
 
     @property
-    def x_NM(self) -> Tensor:  # noqa: N802 - shape suffix
+    def x_NM(self) -> Tensor:
         return self.x_BTM.flatten(0, 1)
 
     @property

@@ -48,7 +48,7 @@ def check_no_dropout(model: nn.Module) -> None:
     """Raises UnsupportedModelError when a decoder layer would draw dropout: exact forward runs its rows twice."""
     for layer in decoder_layers(model):
         for name, module in layer.named_modules():
-            # nn.Dropout, and the numbers that families keep for functional dropout (OPT's `dropout`, `attention_dropout`)
+            # nn.Dropout, and the numbers that families keep for functional dropout (`dropout`, `attention_dropout`)
             values = {"p": getattr(module, "p", 0.0)} if isinstance(module, nn.Dropout) else vars(module)
             active = [k for k, v in values.items() if (k == "p" or "dropout" in k) and isinstance(v, float) and v > 0]
             if active and module.training:

@@ -1,4 +1,4 @@
-"""The `pairs` gradient of exact forward: the flash backward of compact q, k, v with the dense output and log-sum-exp."""
+"""The `pairs` gradient of exact forward: flash backward of compact q, k, v with the dense output and log-sum-exp."""
 
 from __future__ import annotations
 
@@ -57,7 +57,9 @@ def attend_pairs(
     dq_i = Σ_j dS_ij k_j · scaling, dk_j = Σ_i dS_ij q_i · scaling.
 
     Args:
-        query_HND: (H, N, D) queries of the backward rows; key_GND, value_GND: (G, N, D) theirs.
+        query_HND: (H, N, D) queries of the backward rows.
+        key_GND: (G, N, D) their keys.
+        value_GND: (G, N, D) their values.
         output_HND: (H, N, D) attention output of these rows in the dense pass.
         lse_HN: (H, N) log-sum-exp of these rows over all keys, natural logarithm.
         rows: documents and positions of the backward rows.
@@ -95,7 +97,12 @@ class _PairsAttention(torch.autograd.Function):
 
 
 def _has_flash(query: Tensor) -> bool:
-    return query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] <= 256 and query.shape[-1] % 8 == 0
+    return (
+        query.is_cuda
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and query.shape[-1] <= 256
+        and query.shape[-1] % 8 == 0
+    )
 
 
 def _scores(

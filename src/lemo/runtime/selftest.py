@@ -75,7 +75,9 @@ def _check_layer(stream: Any, index: int) -> None:
     kept_T = torch.zeros(layout.tokens, dtype=torch.bool, device=x_BTM.device)
     kept_T[rows.rows_N] = True
     for kv, keys_T in (("kept", kept_T), ("all", torch.ones_like(kept_T))):
-        seen_TT = _window(stream, index, layout) & keys_T[None, :] | torch.eye(layout.tokens, dtype=torch.bool).to(kept_T.device)
+        seen_TT = _window(stream, index, layout) & keys_T[None, :] | torch.eye(layout.tokens, dtype=torch.bool).to(
+            kept_T.device
+        )
         wanted = torch.where(kept_T[None, :, None], stream.masked(index, x_BTM, seen_TT), x_BTM)
         got = _run(stream, index, replace(half, kv=kv), Selection(rows, rows))
         _compare(stream, index, got - x_BTM, wanted - x_BTM, f"rows kept by half (kv: {kv}) and a masked dense run")

@@ -135,7 +135,13 @@ class LayerStream:
                 output = module(x_BTM, **self.keywords[layer], **extra)
         output = output[0] if isinstance(output, tuple) else output
         return LayerTrace(
-            output, recorder.query_HND, recorder.key_GND, recorder.scaling, trace.norm_N, trace.input_NM, trace.output_NM
+            output,
+            recorder.query_HND,
+            recorder.key_GND,
+            recorder.scaling,
+            trace.norm_N,
+            trace.input_NM,
+            trace.output_NM,
         )
 
     @torch.no_grad()
