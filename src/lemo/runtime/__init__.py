@@ -1,0 +1,1 @@
+"""The executor: Transformers' own decoder layers on chosen rows."""

@@ -47,7 +47,7 @@ class BatchContext:
     mlp_selections: dict[int, RowSet] = field(default_factory=dict)
 
     def select(self, index: int, x_NM: Tensor) -> Selection:
-        """Selection of layer `index` for its input, (B·T, M). Runs without gradient and without host synchronisation."""
+        """Selection of layer `index` for its input (B·T, M), without gradient and without host synchronisation."""
         layer = self.plan.layers[index]
         if layer.is_dense:
             selection = Selection(None, None)
@@ -132,7 +132,7 @@ def read_layout(inputs: Mapping[str, Any], supervised_BT: Tensor | None, block_s
 
 
 def supervised_rows(inputs: Mapping[str, Any]) -> Tensor | None:
-    """(B, T) bool: row t predicts a token that counts in the loss, that is `shift_labels[t]` or `labels[t+1]` != -100."""
+    """(B, T) bool: row t predicts a token that counts in the loss (`shift_labels[t]` or `labels[t+1]` != -100)."""
     shift_labels, labels = inputs.get("shift_labels"), inputs.get("labels")
     if shift_labels is not None:
         return shift_labels != _IGNORED
