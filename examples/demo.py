@@ -18,11 +18,12 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import lemo
 from lemo.cli.recipe import load_recipe
 from lemo.config import RunConfig
 from lemo.errors import LemoError
@@ -74,6 +75,7 @@ def read_run(options: argparse.Namespace, variant: str) -> RunConfig:
 
 def calibrate(options: argparse.Namespace) -> None:
     """Stage: fits the plan, and draws what it keeps of one held-out window."""
+    from lemo.eval.keep_map import keep_map
     from lemo.train.model import load_model, load_tokenizer
     from lemo.train.planning import make_plan
 
@@ -82,8 +84,10 @@ def calibrate(options: argparse.Namespace) -> None:
     tokenizer, model = load_tokenizer(run.model), load_model(run.model, window_tokens=run.data.window_tokens)
     plan = make_plan(model, run, tokenizer, None)
     plan.save(options.output / "plan")
-    found = keep_map(model, plan, drawn_batch(run, tokenizer))
-    (options.output / "keep_map.json").write_text(json.dumps(found))
+    with lemo.attach(model, plan, self_test=False) as handle:
+        found = keep_map(model, drawn_batch(run, tokenizer), handle)
+    kept = {"kept": found.kept_LK, "block_size": found.block_size, "supervised": found.supervised_K}
+    (options.output / "keep_map.json").write_text(json.dumps(kept))
 
 
 def drawn_batch(run: RunConfig, tokenizer: Any) -> dict[str, Any]:
@@ -93,31 +97,6 @@ def drawn_batch(run: RunConfig, tokenizer: Any) -> dict[str, Any]:
 
     validation, _ = load_windows(run.data, tokenizer, "validation")
     return training_collator(run, tokenizer)([validation[0]])
-
-
-def keep_map(model: Any, plan: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Share of each block's rows that run each layer, under the plan, on one batch."""
-    import torch
-
-    import lemo
-    from lemo.runtime.batch import read_layout, supervised_rows
-
-    supervised_BT = supervised_rows(batch)
-    layout = read_layout(batch, supervised_BT, plan.block_size)
-    blocks, lengths = len(layout.block_start_K), layout.block_length_K
-    model.eval()
-    with torch.no_grad(), lemo.attach(model, plan, sparse_eval=True) as handle:
-        with handle.supervised(supervised_BT):
-            model(input_ids=batch["input_ids"], use_cache=False)
-        kept = []
-        for layer in range(len(plan.layers)):
-            selection = handle.selections.get(layer)
-            if selection is None or selection.forward is None:
-                kept.append([1.0] * blocks)
-                continue
-            count = torch.bincount(layout.block_of_row_N[selection.forward.chosen()], minlength=blocks)
-            kept.append((count / lengths).tolist())
-    return {"kept": kept, "block_size": plan.block_size, "supervised": layout.supervised_K.tolist()}
 
 
 def train(options: argparse.Namespace, variant: str) -> None:

@@ -96,11 +96,15 @@ def check_levels(where: str, parts: tuple[str, ...], tree: ast.Module) -> list[V
         target = item.module.split(".")
         if target[0] != "lemo":
             continue
-        other = target[1] if len(target) > 1 else "__init__"
-        if other in (unit, FOUNDATION):
+        if len(target) == 1 or target[1] in (unit, FOUNDATION):
             continue
-        if LEVELS.get(other, 99) >= LEVELS[unit]:
+        if LEVELS.get(target[1], 99) >= LEVELS[unit]:
             found.append(Violation("levels", where, f"line {item.line}: {unit} imports {item.module}"))
+    # `import lemo` inside the package is for the version; the public names live higher up.
+    for node in ast.walk(tree):
+        named = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "lemo"
+        if named and node.attr != "__version__":
+            found.append(Violation("levels", where, f"line {node.lineno}: {unit} uses lemo.{node.attr}"))
     return found
 
 

@@ -47,6 +47,7 @@ def _rules_of(parts: tuple[str, ...], source: str) -> set[str]:
         (("core", "plan.py"), "import lemo.runtime.attach", "levels"),
         (("core", "plan.py"), "def f():\n    from lemo.train import trainer", "levels"),
         (("ops", "op.py"), "from lemo import core", "levels"),
+        (("ops", "op.py"), "import lemo\nlemo.attach", "levels"),
         (("novel", "part.py"), "x = 1", "levels"),
         (("ops", "gather", "op.py"), "import triton", "fences"),
         (("core", "plan.py"), "from transformers import AutoModel", "fences"),
@@ -68,6 +69,7 @@ def test_each_rule_catches_its_offence(parts: tuple[str, ...], source: str, rule
     [
         (("core", "plan.py"), "from lemo.errors import PlanError\nfrom lemo.core.layout import Layout"),
         (("runtime", "attach.py"), "from lemo.core.plan import Plan\nimport transformers"),
+        (("train", "run.py"), "import lemo\nprint(lemo.__version__)"),
         (("config.py",), "from lemo.errors import ConfigError"),
         (("train", "lora.py"), "def f():\n    import peft"),
         (("core", "plan.py"), "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import lemo.runtime.attach"),
