@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -233,7 +234,8 @@ def project_files() -> dict[str, Path]:
     return {str(path.relative_to(ROOT)): path for path in sorted(kept)}
 
 
-def all_violations() -> list[Violation]:
+@functools.cache
+def all_violations() -> tuple[Violation, ...]:
     """Every broken rule in the repository, exceptions not yet taken away."""
     found: list[Violation] = []
     trees: dict[str, ast.Module] = {}
@@ -249,4 +251,4 @@ def all_violations() -> list[Violation]:
             sizes = check_size(where, text, ast.parse(text))
             # Test functions may be long tables; test files may not.
             found += [v for v in sizes if not where.startswith("tests/") or v.rule == "file lines"]
-    return found
+    return tuple(found)
