@@ -130,7 +130,7 @@ def test_limit_spreads_and_counts(tmp_path):
     config = DataConfig(train=(str(tmp_path / "t.npz"),), window_tokens=10, max_windows=2)
     dataset, report = load_windows(config, None)
     assert [w.tokens_T[0] for w in dataset.windows] == [20, 70]
-    assert report.lost_tokens == {"in 8 windows beyond the limit": 80}
+    assert (report.lost_tokens, report.unused_windows, report.unused_tokens) == ({}, 8, 80)
     assert (report.windows, report.kept_tokens, report.supervised_rows) == (2, 20, 18)
     with pytest.raises(ConfigError, match=r"data\.validation is empty"):
         load_windows(config, None, "validation")

@@ -56,6 +56,7 @@ def root(
     """Options of all verbs."""
     # Progress bars of the libraries underneath drown the lines that matter; errors still come through.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 

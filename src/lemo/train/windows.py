@@ -51,6 +51,8 @@ class DataReport:
         window_tokens: longest sample allowed.
         kept_tokens: tokens in the samples that remain.
         lost_tokens: tokens in no sample, by reason.
+        unused_windows: samples beyond the limit that was asked for.
+        unused_tokens: tokens in them.
         packed_windows: samples that hold more than one document.
         truncated: `qas` samples whose document (or last turns) were cut.
         dropped: `qas` samples left out because they were longer than the window.
@@ -64,6 +66,8 @@ class DataReport:
     windows: int = 0
     kept_tokens: int = 0
     lost_tokens: dict[str, int] = field(default_factory=dict)
+    unused_windows: int = 0
+    unused_tokens: int = 0
     packed_windows: int = 0
     truncated: int = 0
     dropped: int = 0
@@ -92,6 +96,8 @@ class DataReport:
         if lost:
             reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.lost_tokens.items())
             lines.append(f"lost tokens: {lost:,} ({lost / self.tokens:.1%}): {reasons}")
+        if self.unused_windows:
+            lines.append(f"beyond the limit: {self.unused_windows:,} windows with {self.unused_tokens:,} tokens")
         if self.truncated:
             lines.append(f"samples truncated: {self.truncated:,}")
         if self.dropped:
@@ -291,10 +297,8 @@ def spread(windows: Sequence[Window], limit: int | None, report: DataReport) -> 
         return list(windows)
     chosen = {int((i + 0.5) * len(windows) / limit) for i in range(limit)}
     kept = [window for i, window in enumerate(windows) if i in chosen]
-    report.lose(
-        f"in {len(windows) - limit:,} windows beyond the limit",
-        sum(len(window.tokens_T) for i, window in enumerate(windows) if i not in chosen),
-    )
+    report.unused_windows = len(windows) - len(kept)
+    report.unused_tokens = sum(len(window.tokens_T) for i, window in enumerate(windows) if i not in chosen)
     finish(report, kept)
     return kept
 
