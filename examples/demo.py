@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -32,6 +32,11 @@ from lemo.measure.record import Record, read_records
 SCRIPT = "examples/demo.py"
 VARIANTS = ("dense", "skip")
 WRITTEN = ("text", "plan", *VARIANTS, "keep_map.json", "records.jsonl", "report.png", "report.html")
+LOSS_NAMES = {
+    "dense": "validation_loss",
+    "dense, loss rows": "validation_loss_on_loss_rows",
+    "sparse, loss rows": "sparse_validation_loss",
+}
 HELD_OUT = 5  # every fifth topic and every fifth source file is for validation
 SOURCES = (
     "argparse", "ast", "calendar", "codecs", "configparser", "datetime", "difflib", "doctest", "fractions",
@@ -101,11 +106,11 @@ def drawn_batch(run: RunConfig, tokenizer: Any) -> dict[str, Any]:
 
 def train(options: argparse.Namespace, variant: str) -> None:
     """Stage: fine-tunes one variant and writes its Records."""
+    from lemo.eval.perplexity import evaluate_loss
     from lemo.train.run import train as run_training
 
     run = read_run(options, variant)
-    reports: dict[str, list[float]] = {}
-    result = run_training(run, evaluate_on(run, reports))
+    result = run_training(run, evaluate_loss)
     setting = {"variant": variant, "recipe": dataclasses.asdict(dataclasses.replace(run, output=""))}
     setting["recipe"]["data"] = {k: v for k, v in setting["recipe"]["data"].items() if k not in ("train", "validation")}
     setting["recipe"]["sparsity"].pop("plan")
@@ -115,37 +120,15 @@ def train(options: argparse.Namespace, variant: str) -> None:
         record = Record.measure(name, unit, samples, described, script=SCRIPT, seeds=[run.training.seed])
         record.append(options.output / "records.jsonl")
 
-    names = {"dense before": "validation_loss_before", "dense after": "validation_loss_after"}
-    names |= {f"sparse {when}": f"sparse_validation_loss_{when}" for when in ("before", "after")}
-    for name, losses in reports.items():
-        write(names[name], "nats", losses, "mean")
+    for name, evaluation in result.evaluations.items():
+        what, _, when = name.rpartition(" ")
+        write(f"{LOSS_NAMES[what]}_{when}", "nats", evaluation["by_sequence"], "mean")
     entries = [json.loads(line) for line in (Path(run.output) / "metrics.jsonl").read_text().splitlines()]
     write("training_loss", "nats", [e["loss"] for e in entries if "loss" in e], "last")
     write("tokens_per_second", "tokens/s", [result.tokens_per_s], "mean")
     write("peak_memory", "GiB", [result.peak_memory_bytes / 2**30], "max")
     layers = len(result.ratios) or 1
     write("forward_share", "share", [result.ratios[i][0] for i in sorted(result.ratios)] or [1.0] * layers, "mean")
-
-
-def evaluate_on(run: RunConfig, reports: dict[str, list[float]]) -> Callable[..., Any]:
-    """What measures validation loss, and keeps the losses of each window in `reports`.
-
-    Dense losses are over all tokens. Sparse ones are over loss rows drawn as in training: rows that carry loss never
-    skip, so with loss on all of them nothing would.
-    """
-    from lemo.eval.perplexity import evaluate_loss
-    from lemo.train.data import LossRows
-
-    draw = LossRows(lambda features: dict(features[0]), run.loss_rows.share, block_size=run.sparsity.block_size)
-
-    def evaluate(model: Any, batches: Any, *, handle: Any, sparse: bool) -> Any:
-        chosen = [draw([batch]) for batch in batches] if sparse else batches
-        report = evaluate_loss(model, chosen, handle=handle, sparse=sparse)
-        mode = "sparse" if sparse else "dense"
-        reports[f"{mode} after" if f"{mode} before" in reports else f"{mode} before"] = list(report.by_sequence)
-        return report
-
-    return evaluate
 
 
 def report(options: argparse.Namespace, seconds: float) -> None:

@@ -48,7 +48,7 @@ def alternate(
     timers = {name: StepTimer(device) for name in variants}
     for turn in range(rounds):
         # Every second round goes backwards, so that no variant always runs in the wake of the same other one.
-        order = list(variants) if turn % 2 == 0 else list(reversed(variants))
+        order = list(variants) if turn % 2 == 0 else list(variants)[::-1]
         for name in order:
             with timers[name].step():
                 variants[name]()
