@@ -79,9 +79,8 @@ def test_every_tiling_gives_the_same_map():
 def test_memory_is_linear():
     """The map and the copied layout, and no matrix of scores (which would take 1 GiB here)."""
     rows = 16384
-    inputs = Case("linear", lambda g: _inputs(g, documents=(rows,), block=64, heads=4, groups=4)).inputs(
-        0, torch.bfloat16, "cuda"
-    )
+    shape = Shape((rows,), block=64, heads=4, groups=4)
+    inputs = Case("linear", shape.inputs).inputs(0, torch.bfloat16, "cuda")
     block_score(**inputs, backend="triton")
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()

@@ -1,0 +1,1 @@
+"""Causal attention of selected rows by their original positions."""

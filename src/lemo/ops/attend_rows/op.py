@@ -1,0 +1,207 @@
+"""attend_rows: exact causal attention of selected query rows, by original positions, on compact tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lemo.ops.attend_rows.reference import Rows, chunks, mask_of, own_among_keys
+from lemo.ops.backend import Backend, choose_backend
+
+
+def attend_rows(
+    query_HND: Tensor,
+    key_GKD: Tensor,
+    value_GKD: Tensor,
+    queries: Rows,
+    keys: Rows,
+    *,
+    scaling: float,
+    window: int | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """o_i = Σ_j softmax_j(scaling · q_i·k_j) v_j over the keys j of i's document that i sees.
+
+    i sees j when position_j <= position_i, position_i - position_j < window, and j is valid; it always sees the key at
+    its own position. Keys and values that require no gradient get none, and then their backward pass does not run.
+
+    Args:
+        query_HND: (H, N, D) floating, any strides.
+        key_GKD: (G, K, D) of the same dtype, H a multiple of G; documents in the order of the queries'.
+        value_GKD: (G, K, D).
+        queries: documents and positions of the query rows. With `valid_N`, positions need not ascend.
+        keys: documents and positions of the key rows, among them every query's own. With `valid_N` the kernel cannot
+            run.
+        scaling: positive factor of the scores.
+        window: keys farther back than this are not seen; None for no window.
+        backend: `triton`; `reference` for torch's attention with masks, a chunk of queries at a time; or `auto` to take
+            the kernel where it can run.
+
+    Returns:
+        (H, N, D) in the dtype of `query_HND`; 0 for rows outside all documents.
+
+    Raises:
+        BackendError: `triton` was asked for and cannot run; the message says why.
+        ValueError: shapes, dtypes, devices or documents do not fit, or `scaling` or `window` is not positive.
+
+    Cost:
+        4·D·H FLOPs per pair (i, j) that is seen forward, 14·D·H backward (6 without gradient of keys). The kernel
+        stores the output and 4 bytes per query and head, and repeats no keys for the heads of a group. No host
+        synchronisation.
+
+    Numerics:
+        kernel: scores, softmax and sums in fp32, products of 16-bit operands, tf32 is never used, repeated runs agree
+        bit for bit. Exact gradients; no second derivative.
+
+    Source:
+        LeMo section 4 (token-wise computation on kept rows); FlashAttention-2; docs/method.md.
+    """
+    return attend_rows_with_lse(
+        query_HND, key_GKD, value_GKD, queries, keys, scaling=scaling, window=window, backend=backend
+    )[0]
+
+
+def attend_rows_with_lse(
+    query_HND: Tensor,
+    key_GKD: Tensor,
+    value_GKD: Tensor,
+    queries: Rows,
+    keys: Rows,
+    *,
+    scaling: float,
+    window: int | None = None,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]:
+    """As `attend_rows`; also the log-sum-exp of every query's scores.
+
+    Returns:
+        Output (H, N, D), and (H, N) fp32 (fp64 for fp64 input) natural log-sum-exp without gradient, 0 for rows
+        outside all documents. The reference needs the scores a second time for it.
+    """
+    _check(query_HND, (key_GKD, value_GKD), queries, keys, (scaling, window))
+    chosen = choose_backend("attend_rows", backend, lambda: _why_not_triton(query_HND, keys))
+    if chosen == "triton":
+        return _kernel(query_HND, (key_GKD, value_GKD), (None, None), queries, keys, (scaling, window))
+    output_HND = _by_document(query_HND, (key_GKD, value_GKD), queries, keys, (scaling, window))
+    return output_HND, _log_sum_exp(query_HND.detach(), key_GKD.detach(), queries, keys, (scaling, window))
+
+
+def attend_rows_constant(
+    query_HND: Tensor,
+    own: tuple[Tensor, Tensor],
+    constant: tuple[Tensor, Tensor],
+    queries: Rows,
+    keys: Rows,
+    *,
+    scaling: float,
+    window: int | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """attend_rows whose keys are constants but for the queries' own: the `rows` gradient of exact forward.
+
+    The value is that of `attend_rows(query, *constant, ...)`. The gradient of a query runs over all keys; keys and
+    values get a gradient at the N query rows only: their backward pass costs N·N/2 pairs instead of about N·K/2.
+
+    Args:
+        query_HND: (H, N, D), as in `attend_rows`, like all arguments not named here.
+        own: keys and values (G, N, D) of the query rows.
+        constant: keys and values (G, K, D) of all key rows; where they are a query's own, equal to `own`.
+        queries: documents and positions of the query rows.
+        keys: documents and positions of all key rows; positions ascend.
+        scaling: factor of the scores.
+        window: keys farther back than this are not seen.
+        backend: as in `attend_rows`.
+
+    Returns:
+        (H, N, D) in the dtype of `query_HND`.
+
+    Raises:
+        BackendError: `triton` was asked for and cannot run.
+        ValueError: as `attend_rows`.
+
+    Cost:
+        as `attend_rows`; the reference also copies keys and values once.
+    """
+    _check(query_HND, constant, queries, keys, (scaling, window))
+    _check(query_HND, own, queries, queries, (scaling, window))
+    chosen = choose_backend("attend_rows", backend, lambda: _why_not_triton(query_HND, keys))
+    if chosen == "triton":
+        constant = constant[0].detach(), constant[1].detach()
+        return _kernel(query_HND, constant, own, queries, keys, (scaling, window))[0]
+    merged = own_among_keys(own, constant, queries, keys)
+    return _by_document(query_HND, merged, queries, keys, (scaling, window))
+
+
+def _check(query: Tensor, pair: Sequence[Tensor], queries: Rows, keys: Rows, options: tuple[float, int | None]) -> None:
+    scaling, window = options
+    key, value = pair
+    if query.dim() != 3 or key.dim() != 3 or query.shape[2] != key.shape[2] or key.shape != value.shape:
+        raise ValueError(f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)} do not fit")
+    if key.shape[0] == 0 or query.shape[0] % key.shape[0]:
+        raise ValueError(f"{query.shape[0]} query heads are no multiple of {key.shape[0]} key heads")
+    if any(t.dtype != query.dtype or t.device != query.device for t in pair) or not query.is_floating_point():
+        raise ValueError(
+            f"query is {query.dtype} on {query.device}, key {key.dtype} on {key.device}, "
+            f"value {value.dtype} on {value.device}"
+        )
+    for tensor, rows, name in ((query, queries, "queries"), (key, keys, "keys")):
+        position = rows.position_N
+        if position.shape != tensor.shape[1:2] or position.dtype != torch.int64 or position.device != query.device:
+            raise ValueError(
+                f"positions of the {name} must be ({tensor.shape[1]},) int64 on {query.device}, "
+                f"got {tuple(position.shape)} {position.dtype} on {position.device}"
+            )
+        if len(rows.starts) != len(queries.lengths) or len(rows.lengths) != len(queries.lengths):
+            raise ValueError("queries and keys must have the same documents, each with a start and a length")
+        if any(s < 0 or n < 0 or s + n > len(position) for s, n in zip(rows.starts, rows.lengths, strict=True)):
+            raise ValueError(f"documents of the {name} reach beyond their {len(position)} rows")
+    if not scaling > 0 or (window is not None and window < 1):
+        raise ValueError(f"scaling and window must be positive, got {scaling} and {window}")
+
+
+def _why_not_triton(query: Tensor, keys: Rows) -> str | None:
+    if keys.valid_N is not None:
+        return "keys that are not valid break the order of positions"
+    return "there is no kernel yet"
+
+
+def _kernel(*_: Any) -> tuple[Tensor, Tensor]:
+    raise NotImplementedError
+
+
+def _by_document(
+    query_HND: Tensor, pair: Sequence[Tensor], queries: Rows, keys: Rows, options: tuple[float, int | None]
+) -> Tensor:
+    """Torch's attention with masks that exist for a chunk of queries at a time; keys are repeated for their group."""
+    scaling, window = options
+    repeat = query_HND.shape[0] // pair[0].shape[0]
+    repeated = [t.repeat_interleave(repeat, 0) if repeat > 1 else t for t in pair]
+    pieces, covered = [], 0
+    for rows, columns in chunks(queries, keys):
+        # Rows between documents belong to nobody.
+        pieces += [query_HND.new_zeros(len(query_HND), rows.start - covered, query_HND.shape[2])]
+        mask_QK = mask_of(queries, keys, rows, columns, window)
+        pieces += F.scaled_dot_product_attention(
+            query_HND[None, :, rows], *(t[None, :, columns] for t in repeated), attn_mask=mask_QK, scale=scaling
+        )
+        covered = rows.stop
+    pieces += [query_HND.new_zeros(len(query_HND), query_HND.shape[1] - covered, query_HND.shape[2])]
+    return torch.cat(pieces, dim=1)
+
+
+def _log_sum_exp(
+    query_HND: Tensor, key_GKD: Tensor, queries: Rows, keys: Rows, options: tuple[float, int | None]
+) -> Tensor:
+    scaling, window = options
+    wide = torch.promote_types(query_HND.dtype, torch.float32)
+    lse_HN = query_HND.new_zeros(query_HND.shape[:2], dtype=wide)
+    for rows, columns in chunks(queries, keys):
+        query = query_HND[:, rows].to(wide).unflatten(0, (key_GKD.shape[0], -1))
+        scores = query @ key_GKD[:, None, columns].to(wide).mT * scaling
+        scores = scores.masked_fill(~mask_of(queries, keys, rows, columns, window), -torch.inf)
+        lse_HN[:, rows] = torch.logsumexp(scores, -1).flatten(0, 1)
+    return lse_HN
