@@ -255,12 +255,12 @@ def test_forward_replaced_by_a_peer_still_gets_labels_to_lemo(order):
 @pytest.fixture
 def accelerator():
     """Mixed precision on the CPU: accelerate replaces the model's forward."""
-    from accelerate.state import AcceleratorState, GradientState, PartialState
+    from accelerate.state import AcceleratorState, GradientState
 
-    made = Accelerator(cpu=True, mixed_precision="bf16")
-    yield made
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield Accelerator(cpu=True, mixed_precision="bf16")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 @pytest.mark.parametrize("order", ["accelerate_first", "lemo_first"])
@@ -386,3 +386,17 @@ def test_two_attached_models_do_not_touch_each_other():
         got = tuple((loss.detach(), gradients(m)) for loss, m in zip(losses, (first, second), strict=True))
     for a, b in zip(got, wanted, strict=True):
         assert_equal(a, b)
+
+
+@pytest.mark.parametrize("gradient", ["rows", "pairs"])
+def test_a_checkpoint_replays_the_rows_that_pass_gradient_only(gradient):
+    """Exact forward under checkpointing: the pass over all rows runs once, the compact one is recomputed."""
+    model = tiny_model()
+    sizes = []
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    with attach(model, exact(model, gradient=gradient), self_test=False) as handle:
+        model.model.layers[2].mlp.register_forward_pre_hook(lambda m, args: sizes.append(args[0].shape[1]))
+        run(model)
+        kept = handle.selections[2].backward.capacity
+    assert sizes == [64, kept, kept]
+    assert kept < 64

@@ -89,8 +89,13 @@ def why_not_segmented(model: Any) -> str | None:
     text = model.config.get_text_config()
     if getattr(text, "output_router_logits", False):
         return "config.output_router_logits adds a loss of the routers"
-    if model.get_output_embeddings() is None:
+    head = model.get_output_embeddings()
+    if head is None:
         return "the model names no output embedding"
+    if hasattr(getattr(head, "weight", None), "full_tensor"):
+        # Inside the root's forward its own weights are whole. Ranks have different numbers of segments, and each call
+        # of the head would gather its weight.
+        return "the LM head is sharded by itself; leave it to the root to have its loss in segments"
     return None
 
 

@@ -8,7 +8,7 @@ one call, which rows they see. A checkpoint therefore saves the compact input an
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -25,6 +25,7 @@ from lemo.runtime.batch import BatchContext
 from lemo.runtime.mlp import mlp_rows
 from lemo.runtime.rows import (
     ACTIVE,
+    ExactPass,
     Keys,
     LayerCall,
     MlpRows,
@@ -61,15 +62,28 @@ class SkippingLayer:
         inner = super().forward
         if lemo_call is None:
             return inner(hidden_states, *args, **kwargs)
-        with active(lemo_call):
-            keys = lemo_call.keys
-            if keys is not None and keys.offered is not None:
-                key_GSD, value_GSD = _capture_keys(inner, *keys.offered)
-                ACTIVE.scratch = {"key": key_GSD, "value": value_GSD}
-            if lemo_call.mlp is None:
-                return inner(hidden_states, *args, **kwargs)
-            with mlp_rows(self.__dict__["_lemo_layer"].mlp_modules(self), lemo_call.mlp):
-                return inner(hidden_states, *args, **kwargs)
+        state = self.__dict__["_lemo_layer"]
+
+        def run(hidden: Tensor, keywords: Mapping[str, Any], call: LayerCall) -> Any:
+            modules = None if call.mlp is None else state.mlp_modules(self)
+            return _run_call(inner, hidden, keywords, call, modules)
+
+        if lemo_call.exact is not None:
+            lemo_call = lemo_call.exact.first(lemo_call, lambda *pass_: _tensor(run(*pass_)))
+        return run(hidden_states, dict(zip(_parameter_names(type(self)), args, strict=False)) | kwargs, lemo_call)
+
+
+def _run_call(inner: Callable, hidden: Tensor, kwargs: Mapping[str, Any], call: LayerCall, mlp: Any) -> Any:
+    """The layer's forward on the rows of `call`; `mlp` are the MLP's modules when it has rows of its own."""
+    with active(call):
+        keys = call.keys
+        if keys is not None and keys.offered is not None:
+            key_GSD, value_GSD = _capture_keys(inner, *keys.offered)
+            ACTIVE.scratch = {"key": key_GSD, "value": value_GSD}
+        if call.mlp is None:
+            return inner(hidden, **kwargs)
+        with mlp_rows(mlp, call.mlp):
+            return inner(hidden, **kwargs)
 
 
 def _capture_keys(inner: Callable, hidden_1SM: Tensor, kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -206,29 +220,29 @@ def _exact(step: _Step, selection: Selection) -> Tensor:
     forward, backward = selection.forward, selection.backward
     assert backward is not None
     recorder = Recorder(want_lse=pairs)
-    if forward is None and not pairs and not step.context.maskless:
-        with torch.no_grad():
-            passed_NM = _tensor(step.dense_call(step.x_BTM, **step.kwargs, **{CALL: LayerCall(record=recorder)}))
-        passed_NM, own_N, key_range = passed_NM.flatten(0, 1), backward.rows_N, RowRange.of_batch(layout)
-        value_places, constant_rows = backward.rows_N, None
-    else:
+    call, hidden, kwargs = LayerCall(record=recorder), step.x_BTM.detach(), step.kwargs
+    own_N, key_range = backward.rows_N, RowRange.of_batch(layout)
+    value_places, constant_rows = backward.rows_N, None
+    if forward is not None or pairs or step.context.maskless:
         rows = all_rows(layout) if forward is None else forward
-        queries = RowRange.of_rows(layout, rows)
-        call = LayerCall(queries=queries, record=recorder)
-        offer = step.context.plan.kv == "all" and len(rows.skipped_S) > 0
+        call = replace(call, queries=RowRange.of_rows(layout, rows))
+        value_places, constant_rows = inverse(rows.rows_N, step.x_NM.shape[0])[backward.rows_N], rows
         with torch.no_grad():
-            if offer:
+            hidden, kwargs = gather_rows(step.x_NM, rows.rows_N).unsqueeze(0), step.gathered(rows.rows_N)
+            if step.context.plan.kv == "all" and len(rows.skipped_S):
                 call = replace(call, keys=_offered_keys(step, rows))
-            passed_NM = step.call_rows(rows, call)
-        places = inverse(rows.rows_N, step.x_NM.shape[0])
-        value_places, constant_rows = places[backward.rows_N], rows
-        own_N, key_range = (backward.rows_N, call.keys.range) if call.keys else (value_places, queries)
-    call = LayerCall(queries=RowRange.of_rows(layout, backward))
-    if pairs:
-        call = replace(call, dense=(recorder.output_HND[:, value_places], recorder.lse_HN[:, value_places]))
-    else:
-        call = replace(call, keys=Keys(key_range, own_N, constant=(recorder.key_GND, recorder.value_GND)))
-    values_NM = _ReplaceValue.apply(step.call_rows(backward, call), passed_NM[value_places])
+            else:
+                own_N, key_range = value_places, call.queries
+
+    def complete() -> dict[str, Any]:
+        if pairs:
+            return {"dense": (recorder.output_HND[:, value_places], recorder.lse_HN[:, value_places])}
+        return {"keys": Keys(key_range, own_N, constant=(recorder.key_GND, recorder.value_GND))}
+
+    exact = ExactPass(hidden, kwargs, call, complete)
+    values_NM = step.call_rows(backward, LayerCall(queries=RowRange.of_rows(layout, backward), exact=exact))
+    passed_NM = exact.take_output()
+    values_NM = _ReplaceValue.apply(values_NM, passed_NM[value_places])
     if constant_rows is None:
         # Every row of the batch has a value: write them all, then let the backward rows carry gradient.
         constant_rows = RowSet(

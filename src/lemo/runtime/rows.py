@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -112,6 +112,7 @@ class LayerCall:
             gradient.
         record: catches keys and values of this call.
         mlp: rows of the MLP when it has its own.
+        exact: the pass without gradient that has to come first.
     """
 
     queries: RowRange | None = None
@@ -119,6 +120,46 @@ class LayerCall:
     dense: tuple[Tensor, Tensor] | None = None
     record: Recorder | None = None
     mlp: MlpRows | None = None
+    exact: ExactPass | None = None
+
+
+class ExactPass:
+    """The pass without gradient of exact forward. It runs inside the layer call whose rows pass gradient.
+
+    One call of the layer does both passes: a sharded layer gathers its weights once, and as often as on a rank that
+    runs the layer densely. A checkpoint replays the call, but not this pass.
+    """
+
+    def __init__(
+        self, hidden: Tensor, kwargs: Mapping[str, Any], call: LayerCall, complete: Callable[[], dict[str, Any]]
+    ) -> None:
+        """Rows of the pass, and what they leave behind.
+
+        Args:
+            hidden: hidden states (B, N, M) of the rows, without gradient.
+            kwargs: the layer's keywords for them.
+            call: their LayerCall, with a recorder.
+            complete: fields of the second pass's LayerCall, once this pass is recorded.
+        """
+        self._todo: tuple | None = (hidden, kwargs, call, complete)
+        self._fields: dict[str, Any] = {}
+        self._output_NM: Tensor | None = None
+
+    def first(self, second: LayerCall, run: Callable[[Tensor, Mapping[str, Any], LayerCall], Tensor]) -> LayerCall:
+        """Runs the pass unless it has run; returns the LayerCall of the second pass."""
+        if self._todo is not None:
+            hidden, kwargs, call, complete = self._todo
+            with torch.no_grad():
+                self._output_NM = run(hidden, kwargs, call).flatten(0, 1)
+                self._fields = complete()
+            self._todo = None  # a checkpoint keeps this object until backward
+        return replace(second, exact=None, **self._fields)
+
+    def take_output(self) -> Tensor:
+        """Hidden states (B·N, M) after the layer, handed over."""
+        output_NM, self._output_NM = self._output_NM, None
+        assert output_NM is not None
+        return output_NM
 
 
 class _Active(threading.local):
