@@ -56,6 +56,7 @@ def read_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--steps", type=int, default=CalibrationConfig.predictor_steps)
     add("--tune-steps", type=int, default=2)
     add("--prune-to", type=float, default=0.65)
+    add("--bypass-target", choices=("update", "dense_stream"), default=CalibrationConfig.bypass_target)
     add("--no-dense-fit", action="store_true")
     add("--dtype", default="bfloat16")
     add("--device", default="cuda")
@@ -220,6 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         target=options.target,
         predictor_steps=options.steps,
         prune_to=options.prune_to,
+        bypass_target=options.bypass_target,
         tune_steps=options.tune_steps,
         compare_dense_fit=not options.no_dense_fit,
         memory_limit_gib=16.0,

@@ -40,6 +40,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--validation-windows", type=int, default=16)
     add("--calibration-windows", type=int, default=8)
     add("--tune-windows", type=int, default=2)
+    add("--bypass-target", choices=("update", "dense_stream"), default=CalibrationConfig.bypass_target)
     add("--predictor-steps", type=int, default=CalibrationConfig.predictor_steps)
     add("--checkpointing", action="store_true")
     add("--dtype", default="bfloat16")
@@ -113,7 +114,17 @@ class Study:
         return self._plan
 
     def _plan_setting(self) -> dict[str, Any]:
-        names = ("window", "loss_share", "keep", "kv", "domains", "calibration_windows", "predictor_steps", "dtype")
+        names = (
+            "window",
+            "loss_share",
+            "keep",
+            "kv",
+            "domains",
+            "calibration_windows",
+            "predictor_steps",
+            "dtype",
+            "bypass_target",
+        )
         return {name: getattr(self.options, name) for name in names}
 
     def _calibrate(self, folder: Path) -> Plan:
@@ -129,7 +140,11 @@ class Study:
         )
         batches = [self.calibration_batch(i) for i in self.order(0)[-split - options.tune_windows :]]
         config = CalibrationConfig(
-            windows=split, tune_windows=options.tune_windows, predictor_steps=options.predictor_steps
+            windows=split,
+            tune_windows=options.tune_windows,
+            predictor_steps=options.predictor_steps,
+            bypass_target=options.bypass_target,
+            compare_dense_fit=False,
         )
         return lemo.calibrate(
             model, batches[:split], config, plan=skeleton, held_out=batches[split:], output_dir=folder

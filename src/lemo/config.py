@@ -125,6 +125,8 @@ class CalibrationConfig:
         predictor_steps: optimiser steps per layer.
         prune_to: share of predictor neurons that elastic size transformation keeps; 1.0 prunes nothing.
         bypass_rank: R of the low-rank bypass; 0 for none.
+        bypass_target: what the sequential fit teaches the bypass: the layer's own `update` of the row, or the way from
+            the row to where the `dense_stream` is after the layer, which also undoes what earlier layers left out.
         bypass_ridge: ridge strength, relative to the mean diagonal of the input's second moments.
         tune_steps: steps of Algorithm 1 (threshold policy).
         memory_limit_gib: most host memory that collected statistics may take before they go to disk.
@@ -144,6 +146,7 @@ class CalibrationConfig:
     predictor_steps: int = 400
     prune_to: float = 1.0
     bypass_rank: int = 64
+    bypass_target: Literal["update", "dense_stream"] = "dense_stream"
     bypass_ridge: float = 1e-3
     tune_steps: int = 0
     memory_limit_gib: float = 4.0

@@ -147,8 +147,10 @@ def test_the_memory_limit_moves_streams_to_files_and_changes_nothing(model, plai
         _run(model, tight)
 
 
-def test_a_layer_is_fitted_on_the_sparse_stream_of_the_layers_before(model, plain):
-    # Rebuild the stream at layer 2 from the plan itself and solve for the bypass again.
+@pytest.mark.parametrize("aim", ["update", "dense_stream"])
+def test_a_layer_is_fitted_on_the_sparse_stream_of_the_layers_before(model, aim):
+    # Rebuild the streams at layer 2 from the plan itself and solve for the bypass again.
+    plain = _run(model, dataclasses.replace(CONFIG, bypass_target=aim))
     model.eval()
     fit = BypassFit(24)
     for batch in _batches()[:3]:
@@ -157,7 +159,11 @@ def test_a_layer_is_fitted_on_the_sparse_stream_of_the_layers_before(model, plai
         trace = stream.dense(2, x, ("attention",))
         inputs = ScoreInputs(stream.layout, None, trace.query_HND, trace.key_GND, trace.scaling)
         target = AttentionMass(query_stride=CONFIG.query_stride).scores(inputs)
-        update = (trace.output_BTM - x).flatten(0, 1)
+        dense = stream.hidden_BTM
+        for layer in range(3):
+            dense = stream.dense(layer, dense).output_BTM
+        reached = trace.output_BTM if aim == "update" else dense
+        update = (reached - x).flatten(0, 1)
         fit.add(x.flatten(0, 1), update, skip_weights(stream.layout, target, 0.5))
     expected = fit.solve(4, CONFIG.bypass_ridge)
     found = plain.layers[2].bypass

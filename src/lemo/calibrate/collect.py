@@ -259,6 +259,7 @@ class LayerCollector:
         store: residual streams at the layer's input.
         plan: its ratios say which rows the bypass is fitted on.
         config: calibration options.
+        dense: residual streams of a run without skipping, at the layer's output; the bypass then learns the way there.
     """
 
     def __init__(
@@ -268,9 +269,11 @@ class LayerCollector:
         store: HiddenStore,
         plan: Plan,
         config: CalibrationConfig,
+        dense: HiddenStore | None = None,
     ) -> None:
         """Keeps what it is given."""
         self.streams, self.windows, self.store, self.plan, self.config = streams, windows, store, plan, config
+        self.dense = dense
 
     def collect(self, layer: int, *, keep_output: bool) -> dict[str, PartStatistics]:
         """Statistics of one layer: `rows`, and `mlp` when the plan gives MLPs rows of their own.
@@ -284,7 +287,9 @@ class LayerCollector:
         for index, (stream, window) in enumerate(zip(self.streams, self.windows, strict=True)):
             x_BTM = self.store.get(index, stream.layout.device)
             trace = stream.dense(layer, x_BTM, ("attention", "mlp") if own_mlp else ("attention",))
-            self._add_rows(parts, layer, stream.layout, window, x_BTM.flatten(0, 1), trace)
+            reached_BTM = trace.output_BTM if self.dense is None else self.dense.get(index, stream.layout.device)
+            update_NM = (reached_BTM.float() - x_BTM.float()).flatten(0, 1)
+            self._add_rows(parts, layer, stream.layout, window, x_BTM.flatten(0, 1), trace, update_NM)
             if own_mlp:
                 self._add_mlp(parts, layer, stream.layout, window, x_BTM.flatten(0, 1), trace)
             if keep_output:
@@ -299,12 +304,18 @@ class LayerCollector:
         return done
 
     def _add_rows(
-        self, parts: dict[str, _Part], layer: int, layout: Layout, window: Window, x_NM: Tensor, trace: LayerTrace
+        self,
+        parts: dict[str, _Part],
+        layer: int,
+        layout: Layout,
+        window: Window,
+        x_NM: Tensor,
+        trace: LayerTrace,
+        update_NM: Tensor,
     ) -> None:
-        """Target, row scores and the layer's update of one window."""
+        """Target, row scores and the update that the bypass learns, of one window."""
         target_K, score_NH = block_target(trace, layout, self.config)
         part = parts.setdefault("rows", _Part(x_NM.shape[1], score_NH.shape[1], x_NM.device))
-        update_NM = trace.output_BTM.flatten(0, 1).float() - x_NM.float()
         ratio = self.plan.layers[layer].forward_ratio
         part.add(layout, window, target_K, x_NM, score_NH, (x_NM, update_NM) if ratio < 1 else None, ratio)
 

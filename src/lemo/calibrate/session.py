@@ -16,6 +16,7 @@ from lemo.calibrate.collect import HiddenStore, LayerCollector, PartStatistics, 
 from lemo.calibrate.fit import PartFit, fit_part, standardise
 from lemo.calibrate.report import SHARES, print_report, recall, recall_row, summarise, write_report
 from lemo.calibrate.shards import Shards, fingerprint_run
+from lemo.calibrate.streams import advance, open_stream, stored
 from lemo.calibrate.tune import (
     ScoreProfile,
     expected_ratios,
@@ -99,7 +100,7 @@ class Calibration:
         stage: dict[str, Any] = {"rows": [], "explained": {}, "scores": {}}
         found = {i: self.shards.load_layer("dense", i) for i in self._layers(plan)}
         if any(x is None for x in found.values()):
-            streams = [self._open(w) for w in self.windows]
+            streams = self._open()
             layouts = [s.layout for s in streams]
             for layer, parts in self._stored_statistics(plan):
                 fitted, record = self._fit_layer(layer, parts, layouts, plan.layers[layer])
@@ -125,10 +126,12 @@ class Calibration:
                 _note(stage, layer, finished[layer][1])
             stage["recall"] = summarise(stage["rows"])
             return plan, stage
-        with self._streams() as (streams, store):
-            collector = LayerCollector(streams, self.windows, store, plan, self.config)
+        with self._streams() as (streams, store), self._dense_store() as dense:
+            collector = LayerCollector(streams, self.windows, store, plan, self.config, dense)
             layouts = [s.layout for s in streams]
             for layer in _track(range(streams[0].layers), "fit, layer by layer", self.progress):
+                if dense is not None:
+                    advance(streams, dense, layer)
                 if layer in chosen:
                     if finished[layer] is None:
                         parts = collector.collect(layer, keep_output=False)
@@ -137,7 +140,7 @@ class Calibration:
                     plan = _take(plan, layer, finished[layer][0])
                     _note(stage, layer, finished[layer][1])
                 if layer + 1 < streams[0].layers:
-                    self._advance(streams, store, layer, plan)
+                    advance(streams, store, layer, plan)
         stage["recall"] = summarise(stage["rows"])
         return plan, stage
 
@@ -161,7 +164,7 @@ class Calibration:
         Raises:
             ConfigError: no held-out windows, or exact forward, whose loss no threshold changes.
         """
-        layouts = [self._open(w).layout for w in self.windows if not w.held_out]
+        layouts = [s.layout for s, w in zip(self._open(), self.windows, strict=True) if not w.held_out]
         held = self._tuning_windows()
         sparse = [i for i in self._layers(plan) if plan.layers[i].forward_ratio < 1]
         if not sparse:
@@ -223,37 +226,29 @@ class Calibration:
         """Layers that skip anything."""
         return [i for i, layer in enumerate(plan.layers) if not layer.is_dense]
 
-    def _open(self, window: Window) -> LayerStream:
-        return LayerStream.open(
-            self.model,
-            window.input_ids_BT,
-            attention_mask=window.attention_mask_BT,
-            position_ids=window.position_ids_BT,
-            supervised_BT=window.supervised_BT,
-            block_size=self.skeleton.block_size,
-        )
+    def _open(self) -> list[LayerStream]:
+        """Every window at the first layer."""
+        return [open_stream(self.model, w, self.skeleton.block_size) for w in self.windows]
 
     @contextmanager
     def _streams(self) -> Iterator[tuple[list[LayerStream], HiddenStore]]:
-        """Streams of all windows at the first layer; the store's files are removed in the end."""
-        streams = [self._open(w) for w in self.windows]
-        store = HiddenStore(self.config.memory_limit_gib * 2**30, self.shards.scratch())
-        for index, stream in enumerate(streams):
-            store.put(index, stream.hidden_BTM)
-            del stream.hidden_BTM
-        store.advance()
-        try:
+        """Streams of all windows at the first layer, their residual streams in a store."""
+        streams = self._open()
+        with stored([s.hidden_BTM for s in streams], self.config.memory_limit_gib, self.shards.scratch()) as store:
+            for stream in streams:
+                del stream.hidden_BTM
             yield streams, store
-        finally:
-            store.close()
 
-    def _advance(self, streams: list[LayerStream], store: HiddenStore, layer: int, plan: Plan) -> None:
-        """Every stream passes a layer as the training forward would."""
-        for index, stream in enumerate(streams):
-            x_BTM = store.get(index, stream.layout.device)
-            store.drop(index)
-            store.put(index, stream.sparse(layer, x_BTM, plan))
-        store.advance()
+    @contextmanager
+    def _dense_store(self) -> Iterator[HiddenStore | None]:
+        """Residual streams that will skip nothing, where the bypass aims at them."""
+        if self.config.bypass_target != "dense_stream":
+            yield None
+            return
+        scratch = self.shards.scratch()
+        folder = None if scratch is None else scratch.with_name("dense-streams")
+        with stored([s.hidden_BTM for s in self._open()], self.config.memory_limit_gib, folder) as store:
+            yield store
 
     def _dense_statistics(self, plan: Plan, title: str) -> Iterator[tuple[int, dict[str, PartStatistics]]]:
         """Statistics of the layers that skip, on the dense stream."""
@@ -291,12 +286,8 @@ class Calibration:
         for name, statistics in parts.items():
             fit = fit_part(statistics, layouts, fitted_on, self.config)
             prefix = "" if name == "rows" else "mlp_"
-            bypass = None if fit.bypass is None else fit.bypass.to("cpu")
-            device = statistics.projection_MF.device
             scores = [_scores(fit, raw, layouts[i]) for i, raw in enumerate(statistics.features)]
-            changes |= {f"{prefix}predictor": fit.predictor, f"{prefix}bypass": bypass}
-            if bypass is not None:
-                changes[f"{prefix}bypass"] = fit.bypass.to(device)
+            changes |= {f"{prefix}predictor": fit.predictor, f"{prefix}bypass": fit.bypass}
             record["explained"][name] = fit.explained
             for index, window in enumerate(self.windows):
                 if window.held_out:
