@@ -119,7 +119,7 @@ class CalibrationConfig:
         query_stride: look at every n-th query row when attention mass is profiled; 1 for all.
         scorer: what ranks blocks in the calibrated plan, and while the stream for later layers is made.
         compare_dense_fit: also fit on the dense stream, for the report; about half as much time again.
-        pooled_features: most directions that rows are projected on before they are pooled; one per head if that is less.
+        pooled_features: most directions that rows are projected on before pooling; one per head if that is less.
         predictor_width: width of the nets' middle maps.
         predictor_rank: width of the nets' outputs.
         predictor_steps: optimiser steps per layer.
