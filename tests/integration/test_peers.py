@@ -375,6 +375,49 @@ def test_layers_keep_the_names_that_wrappers_look_for():
         assert issubclass(found, SkippingLayer)
 
 
+@pytest.mark.parametrize("attached", [False, True])
+def test_wrapping_policies_of_accelerate_find_every_layer(attached):
+    """The policy that accelerate makes for FSDP2 from class names matches all layers and nothing else."""
+    from accelerate import FullyShardedDataParallelPlugin
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
+
+    model = tiny_model()
+    if attached:
+        attach(model, skipping(model), self_test=False)
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
+    policy = fsdp2_prepare_auto_wrap_policy(plugin, model)
+    assert [m for m in model.modules() if policy(m)] == list(decoder_layers(model))
+
+
+@pytest.mark.parametrize("order", ["wrapped_first", "lemo_first"])
+def test_checkpoint_wrappers_around_layers_are_refused(order):
+    """torch's CheckpointWrapper, which accelerate's FSDP puts around layers, would replay them without a selection."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+
+    model = tiny_model()
+    layer_class = type(decoder_layers(model)[0])
+
+    def make():
+        return attach(model, skipping(model), self_test=False)
+
+    if order == "lemo_first":
+        make()
+    apply_activation_checkpointing(model, check_fn=lambda m: isinstance(m, layer_class))
+    with pytest.raises(UnsupportedModelError, match="gradient_checkpointing_enable"):
+        model(**INPUTS) if order == "lemo_first" else make()
+    assert torch.equal(model.eval()(**INPUTS).loss, tiny_model().eval()(**INPUTS).loss)
+
+
+def test_attach_finds_the_model_inside_a_compiled_one():
+    model = tiny_model()
+    compiled = torch.compile(model, backend="eager")
+    wanted = type(compiled)
+    with attach(compiled, skipping(model), self_test=False) as handle:
+        assert handle.model is model
+        assert type(compiled) is wanted
+    assert is_plain(model)
+
+
 def test_two_attached_models_do_not_touch_each_other():
     """Interleaved forwards of two models with plans of their own."""
     first, second = tiny_model(), tiny_model(seed=1)

@@ -17,7 +17,14 @@ from lemo.runtime.attention import NAME, attention_module, register_mask
 from lemo.runtime.batch import BatchContext, RunDense, document_keys, read_layout
 from lemo.runtime.head import LemoModel, forward_parameters, model_class, segmented_forward, why_not_segmented
 from lemo.runtime.layer import LayerState, install, removable, remove
-from lemo.runtime.model import causal_model, check_no_dropout, decoder_layers, fingerprint, mlp_names
+from lemo.runtime.model import (
+    causal_model,
+    check_no_dropout,
+    check_not_wrapped,
+    decoder_layers,
+    fingerprint,
+    mlp_names,
+)
 
 _LOG = logging.getLogger("lemo")
 MASK_LIMIT_TOKENS = 8192  # longest sequence for which the model may still build a (T, T) mask of its own
@@ -190,6 +197,8 @@ class Handle:
                     "the two, as DPO does with its reference, use a plan with forward_ratio 1"
                 )
             return None
+        if training:
+            check_not_wrapped(decoder_layers(self.model))
         try:
             self._check_capturing(arguments, sparse_eval)
             labelled = any(arguments.get(k) is not None for k in ("labels", "shift_labels"))
@@ -300,6 +309,7 @@ def attach(
     options = {"loss": loss, "logits": logits, "sparse_eval": sparse_eval, "segment_rows": segment_rows}
     handle = Handle(model, plan, options)
     layers = decoder_layers(model)
+    check_not_wrapped(layers)
     _check_plan(handle.model, plan, layers, unsafe_no_bypass)
     if "forward" in handle.model.__dict__ and loss == "segmented":
         handle.note("the model's forward was replaced by another library; its own loss stays in force")

@@ -12,14 +12,16 @@ from lemo.families import find_family
 
 
 def causal_model(model: nn.Module) -> Any:
-    """The Transformers causal language model inside `model`: unwraps DDP, FSDP1 and PEFT.
+    """The Transformers causal language model inside `model`: unwraps torch.compile, DDP, FSDP1 and PEFT.
 
     Raises:
         UnsupportedModelError: there is none.
     """
     current: Any = model
     while True:
-        if hasattr(current, "get_base_model"):
+        if hasattr(current, "_orig_mod"):
+            current = current._orig_mod
+        elif hasattr(current, "get_base_model"):
             current = current.get_base_model()
         elif hasattr(current, "module") and not hasattr(current, "get_output_embeddings"):
             current = current.module
@@ -42,6 +44,15 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
     raise UnsupportedModelError(f"{type(base).__name__} has no list of {count} decoder layers")
+
+
+def check_not_wrapped(layers: nn.ModuleList) -> None:
+    """Raises UnsupportedModelError when torch's CheckpointWrapper is around layers: it replays them without a batch."""
+    if any(hasattr(layer, "_checkpoint_wrapped_module") for layer in layers):
+        raise UnsupportedModelError(
+            "decoder layers are inside CheckpointWrapper, which would replay them without their rows; use the model's "
+            "gradient_checkpointing_enable() instead (with accelerate: fsdp_activation_checkpointing off)"
+        )
 
 
 def check_no_dropout(model: nn.Module) -> None:
