@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from tests.distributed.worker import ORDERS, PLANS, WORLD, WRAPPERS
 from tests.runtime.oracle import relative
@@ -19,27 +20,15 @@ SPARSE = [plan for plan in PLANS if plan != "keep_all"]
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """What both ranks saw, by scenario; the processes run once for all tests of this file."""
-    folder = tmp_path_factory.mktemp("ranks")
-    path = os.pathsep.join([str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    command = [sys.executable, "-W", "ignore", "-m", "tests.distributed.worker"]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank), str(folder)],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=(folder / f"stderr.{rank}").open("w"),
-        )
-        for rank in range(WORLD)
-    ]
-    try:
-        codes = [rank.wait(timeout=400) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert codes == [0] * WORLD, (folder / "stderr.0").read_text()[-4000:] + (folder / "stderr.1").read_text()[-4000:]
+    """What both ranks saw, by scenario; the processes run once for all tests of this file, on all xdist workers."""
+    shared = tmp_path_factory.getbasetemp()
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        shared = shared.parent
+    folder = shared / "ranks"
+    with FileLock(shared / "ranks.lock"):
+        if not folder.exists():
+            folder.mkdir()
+            run_ranks(folder)
 
     def load(name: str) -> list[dict]:
         found = [torch.load(folder / f"{name}.{rank}.pt") for rank in range(WORLD)]
@@ -48,6 +37,31 @@ def results(tmp_path_factory):
         return found
 
     return load
+
+
+def run_ranks(folder: Path) -> None:
+    """Both processes, to their end."""
+    path = os.pathsep.join([str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    command = [sys.executable, "-W", "ignore", "-m", "tests.distributed.worker"]
+    ranks, logs = [], [folder / f"stderr.{rank}" for rank in range(WORLD)]
+    try:
+        for rank in range(WORLD):
+            with logs[rank].open("w") as log:
+                ranks.append(
+                    subprocess.Popen(
+                        [*command, str(rank), str(folder)],
+                        cwd=ROOT,
+                        env=environment,
+                        stdout=subprocess.DEVNULL,
+                        stderr=log,
+                    )
+                )
+        codes = [rank.wait(timeout=400) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert codes == [0] * WORLD, "\n".join(log.read_text()[-4000:] for log in logs)
 
 
 def assert_same_gradients(got, wanted, bound):
