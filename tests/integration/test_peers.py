@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -13,7 +15,22 @@ from lemo.runtime.layer import SkippingLayer
 from lemo.runtime.model import decoder_layers
 from tests.integration.checks import INPUTS, assert_equal, is_plain, run
 from tests.integration.plans import documents, exact, keep_all, padded, skipping, supervised_are_kept
-from tests.runtime.oracle import gradients, tiny_model
+from tests.runtime.oracle import gradients, relative, tiny_model
+
+PLANS = {
+    "skip": skipping,
+    "skip_kept": lambda m: skipping(m, kv="kept"),
+    "rows": exact,
+    "rows_of_some": lambda m: exact_of_some(m, "rows"),
+    "pairs": lambda m: exact(m, gradient="pairs"),
+}
+
+
+def exact_of_some(model, gradient):
+    """Both budgets: 0.8 of the rows forward, the others by the bypass, 0.4 backward."""
+    plan = skipping(model, gradient=gradient)
+    return replace(plan, layers=tuple(replace(x, forward_ratio=0.8) for x in plan.layers))
+
 
 # Attach and detach
 
@@ -108,29 +125,40 @@ def accelerator():
     GradientState._reset_state()
 
 
+def prepared(accelerator, order, plan):
+    """A model under mixed precision, with or without a plan, and the handle."""
+    model, handle = tiny_model(), None
+    if plan is not None and order == "lemo_first":
+        handle = attach(model, plan(model), loss="model", self_test=False)
+    model = accelerator.prepare_model(model)
+    if plan is not None and order == "accelerate_first":
+        handle = attach(model, plan(model), loss="model", self_test=False)
+    return model, handle
+
+
 @pytest.mark.parametrize("order", ["accelerate_first", "lemo_first"])
 def test_mixed_precision_of_accelerate(accelerator, order):
     """Prepared before or after attach: autocast is in force, keep-all equals plain bits, selection sees the labels."""
-
-    def prepared(plan):
-        model = tiny_model()
-        handle = None
-        if plan is not None and order == "lemo_first":
-            handle = attach(model, plan(model), loss="model", self_test=False)
-        model = accelerator.prepare_model(model)
-        if plan is not None and order == "accelerate_first":
-            handle = attach(model, plan(model), loss="model", self_test=False)
-        return model, handle
-
-    plain, _ = prepared(None)
-    wanted = run(plain)
+    wanted = run(prepared(accelerator, order, None)[0])
     assert not torch.equal(wanted[0], run(tiny_model())[0]), "mixed precision changes nothing here"
-    model, _ = prepared(keep_all)
-    assert_equal(run(model), wanted)
-    model, handle = prepared(skipping)
-    run(model)
+    assert_equal(run(prepared(accelerator, order, keep_all)[0]), wanted)
+    assert torch.equal(run(prepared(accelerator, order, exact)[0])[0], wanted[0])
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("order", ["accelerate_first", "lemo_first"])
+def test_selection_under_mixed_precision(accelerator, order, plan):
+    """RoPE leaves queries in fp32 and values in bf16: every attention path takes that, near full precision."""
+    model, handle = prepared(accelerator, order, PLANS[plan])
+    loss, got = run(model)
     assert handle.sparse_batches == 1
     supervised_are_kept(handle.selections, INPUTS["labels"])
+    model = tiny_model()
+    with attach(model, PLANS[plan](model), loss="model", self_test=False):
+        wanted_loss, wanted = run(model)
+    assert relative(loss, wanted_loss) < 0.02
+    whole = [torch.cat([g[name].flatten() for name in wanted]) for g in (got, wanted)]
+    assert relative(*whole) < 0.1
 
 
 @pytest.mark.parametrize("keep", [True, False])

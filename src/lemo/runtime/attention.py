@@ -90,6 +90,8 @@ def attention(
     Keywords as Transformers passes them: scaling, dropout, sliding_window, softcap, s_aux (sinks).
     """
     call = ACTIVE.call
+    if call is not None:
+        query, key, value = _as_autocast(query, key, value)
     if ACTIVE.capture:
         raise CapturedKeys(_flat(key), _flat(value))
     if call is None:
@@ -99,6 +101,15 @@ def attention(
     query_HND, key_GND, value_GND = query[0], key[0], value[0]
     output_HND = _attend_rows(call, module, query_HND, key_GND, value_GND, kwargs)
     return output_HND.transpose(0, 1).unsqueeze(0), None
+
+
+def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """What autocast hands to torch's own attention: RoPE leaves queries and keys in fp32 beside values in bf16."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
 def _base_function(module: nn.Module) -> Callable:
