@@ -27,6 +27,7 @@ class Case:
         gradients: names of the arguments that get a gradient.
         gradcheck: the reference's gradient is the derivative of its value (false where a gradient is stopped).
         ulps: allowance of the error budget in units of the output dtype's resolution.
+        kernel: the op's Triton kernel takes this input, where there is one.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Case:
     gradients: tuple[str, ...] = ()
     gradcheck: bool = True
     ulps: float = 4.0
+    kernel: bool = True
 
     def inputs(self, seed: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Inputs:
         """Arguments of the op with floating tensors in `dtype`, strides kept and gaps between elements filled with NaN.
@@ -58,6 +60,7 @@ class OpSpec:
         flops: floating-point operations that the op needs for given arguments.
         bytes_moved: bytes that it must read and write.
         library_call: makes the torch.library op and its arguments from a case's; None where there is no such op.
+        kernel_call: the same for an op that only runs where its kernel does.
     """
 
     name: str
@@ -68,6 +71,7 @@ class OpSpec:
     flops: Callable[[Inputs], int]
     bytes_moved: Callable[[Inputs], int]
     library_call: Callable[[Inputs], tuple[Any, tuple]] | None = None
+    kernel_call: Callable[[Inputs], tuple[Any, tuple]] | None = None
 
 
 def tensors_of(output: Any) -> list[Tensor]:

@@ -12,30 +12,39 @@ from pathlib import Path
 import pytest
 
 PROGRAM = """
-import json, sys, torch
-from lemo.ops.block_score.cases import SPEC
-from lemo.testing import check_error_budget, poisoned_allocations
+import importlib, json, sys, torch
+from functools import partial
+from lemo.testing import check_error_budget, outputs_and_gradients, poisoned_allocations
 
+SPEC = importlib.import_module(f"lemo.ops.{sys.argv[1]}.cases").SPEC
+cases = [case for case in SPEC.cases if case.kernel]
 failed = {}
-for case in SPEC.cases:
+for case in cases:
     for dtype in (torch.float32, torch.float16):
-        exact = SPEC.reference(**case.inputs(0, torch.float64))
-        working = SPEC.reference(**case.inputs(0, dtype))
+        exact = outputs_and_gradients(SPEC.reference, case.inputs(0, torch.float64), case.gradients)
+        working = outputs_and_gradients(SPEC.reference, case.inputs(0, dtype), case.gradients)
         try:
             with poisoned_allocations():
-                actual = SPEC.run(**case.inputs(0, dtype), backend="triton")
-            check_error_budget(actual, working, exact, ulps=case.ulps)
+                run = partial(SPEC.run, backend="triton")
+                actual = outputs_and_gradients(run, case.inputs(0, dtype), case.gradients)
+            for name in exact:
+                check_error_budget(actual[name], working[name], exact[name], ulps=case.ulps, what=name)
         except Exception as error:
             failed[f"{case.name}, {dtype}"] = f"{type(error).__name__}: {error}"
-json.dump({"cases": len(SPEC.cases), "failed": failed}, sys.stdout)
+if SPEC.kernel_call:
+    op, arguments = SPEC.kernel_call(cases[0].inputs(0, torch.float32))
+    torch.library.opcheck(op, arguments)
+json.dump({"cases": len(cases), "failed": failed}, sys.stdout)
 """
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-def test_block_score_kernel_meets_the_reference():
+@pytest.mark.parametrize("op", ["attend_rows", "block_score"])
+def test_kernels_meet_their_reference(op):
     source = Path(__file__).resolve().parents[2] / "src"
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(source)}
-    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment, timeout=600)
+    command = [sys.executable, "-c", PROGRAM, op]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     result = json.loads(done.stdout)
     assert result["cases"] >= 10

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lemo.errors import UnsupportedModelError
+from lemo.ops import attend_rows, attend_rows_constant
 from lemo.runtime.pairs import attend_pairs, attend_with_lse
 from lemo.runtime.rows import ACTIVE, LayerCall, RowRange
 
@@ -159,6 +160,10 @@ def _attend_rows(
         )
     if call.dense is not None:
         return attend_pairs(query_HND, key_GND, value_GND, *call.dense, queries, scaling)
+    simple = softcap is None and sinks is None and dropout == 0
+    if call.keys is not None and call.keys.constant is not None and simple:
+        own, limits = (key_GND, value_GND), {"scaling": scaling, "window": window}
+        return attend_rows_constant(query_HND, own, call.keys.constant, queries, call.keys.range, **limits)
     keys = queries
     if call.keys is not None:
         keys = call.keys.range
@@ -171,6 +176,8 @@ def _attend_rows(
             return output_HND
     if keys is queries and plain:
         return _causal(query_HND, key_GND, value_GND, queries, scaling, dropout)
+    if simple:
+        return attend_rows(query_HND, key_GND, value_GND, queries, keys, scaling=scaling, window=window)
     return _positioned(query_HND, key_GND, value_GND, queries, keys, (scaling, dropout, window, softcap, sinks))
 
 
@@ -220,7 +227,7 @@ def _causal(
 def _positioned(
     query_HND: Tensor, key_GKD: Tensor, value_GKD: Tensor, queries: RowRange, keys: RowRange, options: tuple
 ) -> Tensor:
-    """Attention by original positions: causal, windowed, capped, with sinks; masks exist for one chunk at a time."""
+    """Attention by original positions with soft caps, sinks or dropout: scores exist for one chunk at a time."""
     scaling, dropout, window, softcap, sinks = options
     repeat = query_HND.shape[0] // key_GKD.shape[0]
     pieces = []
@@ -237,14 +244,7 @@ def _positioned(
             rows = slice(q_start + begin, q_start + end)
             mask_QK = _mask(queries, keys, rows, slice(k_start, k_start + seen), window)
             inputs = (query_HND[:, rows], key_HKD[:, :seen], value_HKD[:, :seen], mask_QK)
-            if softcap is None and sinks is None:
-                pieces.append(
-                    F.scaled_dot_product_attention(
-                        *(x[None] for x in inputs[:3]), attn_mask=mask_QK[None, None], dropout_p=dropout, scale=scaling
-                    )[0]
-                )
-            else:
-                pieces.append(_explicit(*inputs, (scaling, dropout, softcap, sinks)))
+            pieces.append(_explicit(*inputs, (scaling, dropout, softcap, sinks)))
     return torch.cat(pieces, dim=1)
 
 
@@ -261,7 +261,7 @@ def _mask(queries: RowRange, keys: RowRange, q: slice, k: slice, window: int | N
 
 
 def _explicit(query_HQD: Tensor, key_HKD: Tensor, value_HKD: Tensor, mask_QK: Tensor, options: tuple) -> Tensor:
-    """Scores written out, for soft caps and sinks that no vendor kernel takes."""
+    """Scores written out, for soft caps, sinks and dropout, which no kernel here takes."""
     scaling, dropout, softcap, sinks = options
     scores_HQK = query_HQD @ key_HKD.transpose(1, 2) * scaling
     if softcap is not None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lemo.ops.attend_rows import tiling
 from lemo.ops.attend_rows.reference import Rows, chunks, mask_of, own_among_keys
 from lemo.ops.backend import Backend, choose_backend
 
@@ -166,11 +167,26 @@ def _check(query: Tensor, pair: Sequence[Tensor], queries: Rows, keys: Rows, opt
 def _why_not_triton(query: Tensor, keys: Rows) -> str | None:
     if keys.valid_N is not None:
         return "keys that are not valid break the order of positions"
-    return "there is no kernel yet"
+    try:
+        from lemo.ops.attend_rows import kernel  # noqa: F401 - imports triton
+    except ImportError as error:
+        return f"triton cannot be imported ({error})"
+    return tiling.why_not(query)
 
 
-def _kernel(*_: Any) -> tuple[Tensor, Tensor]:
-    raise NotImplementedError
+def _kernel(
+    query: Tensor,
+    pair: Sequence[Tensor],
+    own: Sequence[Tensor | None],
+    queries: Rows,
+    keys: Rows,
+    options: tuple[float, int | None],
+) -> tuple[Tensor, Tensor]:
+    """Output, and log-sum-exp without gradient."""
+    sides = (queries.starts, queries.lengths, keys.starts, keys.lengths)
+    segments = [number for part in sides for number in part]
+    positions = queries.position_N.contiguous(), keys.position_N.contiguous()
+    return torch.ops.lemo.attend_rows(query, *pair, *own, *positions, segments, *options, queries.valid_N is None)
 
 
 def _by_document(
@@ -205,3 +221,83 @@ def _log_sum_exp(
         scores = scores.masked_fill(~mask_of(queries, keys, rows, columns, window), -torch.inf)
         lse_HN[:, rows] = torch.logsumexp(scores, -1).flatten(0, 1)
     return lse_HN
+
+
+def _work(query_position: Tensor, key_position: Tensor, segments: Sequence[int]) -> tiling.Work:
+    count = len(segments) // 4
+    parts = tuple(tuple(segments[at : at + count]) for at in range(0, 4 * count, count)) if count else ((),) * 4
+    return tiling.Work(query_position, key_position, parts)
+
+
+_SCHEMA = (
+    "(Tensor query, Tensor key, Tensor value, Tensor? own_key, Tensor? own_value, Tensor query_position, "
+    "Tensor key_position, int[] segments, float scaling, int? window, bool ordered) -> (Tensor, Tensor)"
+)
+_BACKWARD_SCHEMA = (
+    "(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor? own_key, Tensor? own_value, Tensor query_position, "
+    "Tensor key_position, Tensor output, Tensor lse, int[] segments, float scaling, int? window, bool ordered, "
+    "bool grad_key) -> (Tensor, Tensor, Tensor)"
+)
+
+
+@torch.library.custom_op("lemo::attend_rows", mutates_args=(), schema=_SCHEMA)
+def _attend_rows(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    from lemo.ops.attend_rows import kernel
+
+    *positions, segments, scaling, window, _ = rest[2:]
+    return kernel.forward(query, key, value, _work(*positions, segments), scaling, window)
+
+
+@_attend_rows.register_fake
+def _fake(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return tiling.like_rows(query, True), query.new_empty(query.shape[:2], dtype=torch.float32)
+
+
+@torch.library.custom_op("lemo::attend_rows_backward", mutates_args=(), schema=_BACKWARD_SCHEMA)
+def _attend_rows_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value, or of the own keys and values; empty where not asked for."""
+    from lemo.ops.attend_rows import kernel
+
+    own_key, own_value, query_position, key_position, output, lse, *options = rest
+    segments, scaling, window, ordered, grad_key = options
+    work = _work(query_position, key_position, segments)
+    d_query, delta = kernel.backward_query(grad, query, key, value, (output, lse), work, scaling, window)
+    if not grad_key:
+        return d_query, key.new_empty(0), key.new_empty(0)
+    if own_key is not None and own_value is not None:
+        key, value, work = own_key, own_value, work.with_own()
+    pair = kernel.backward_key(grad, query, key, value, (lse, delta), work, scaling, window, ordered)
+    return d_query, *pair
+
+
+@_attend_rows_backward.register_fake
+def _backward_fake(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, own_key: Tensor | None, *rest: Any
+) -> tuple[Tensor, ...]:
+    if not rest[-1]:
+        return tiling.like_rows(query, True), key.new_empty(0), key.new_empty(0)
+    keys = key if own_key is None else own_key
+    return tuple(tiling.like_rows(t, True) for t in (query, keys, keys))
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:7], *output)
+    ctx.options = inputs[7:]
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 11
+    own = ctx.saved_tensors[3] is not None
+    wanted = ctx.needs_input_grad
+    grad_key = any(wanted[3:5] if own else wanted[1:3])
+    found = torch.ops.lemo.attend_rows_backward(grad, *ctx.saved_tensors, *ctx.options, grad_key)
+    pair = found[1:] if grad_key else (None, None)
+    return (found[0], *((None, None, *pair) if own else (*pair, None, None)), *(None,) * 6)
+
+
+_attend_rows.register_autograd(_backward, setup_context=_setup_context)
