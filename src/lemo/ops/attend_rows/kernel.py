@@ -34,18 +34,9 @@ def bounds(work: Work, window: int | None, owns_keys: bool, ordered: bool = True
         return found
     with _on(work.rows):
         _bounds_kernel[(tiles,)](
-            work.rows,
-            work.others,
-            found,
-            table,
-            work.rows.shape[0],
-            rounds,
-            shifts[0] or 0,
-            shifts[1] or 0,
-            HAS_FIRST=shifts[0] is not None,
-            HAS_END=shifts[1] is not None,
-            ROWS=128,
-        )
+            work.rows, work.others, found, table, work.rows.shape[0], rounds, shifts[0] or 0, shifts[1] or 0,
+            HAS_FIRST=shifts[0] is not None, HAS_END=shifts[1] is not None, ROWS=128,
+        )  # fmt: skip
     return found
 
 
@@ -70,22 +61,10 @@ def forward(
         return output, lse
     with _on(query):
         _forward_kernel[(tiles * heads,)](
-            query,
-            key,
-            value,
-            output,
-            lse,
-            bounds(work, window, False),
-            table,
-            *query.stride(),
-            *key.stride(),
-            *value.stride(),
-            *output.stride(),
-            rows,
-            tiles,
-            float(scaling),
+            query, key, value, output, lse, bounds(work, window, False), table,
+            *query.stride(), *key.stride(), *value.stride(), *output.stride(), rows, tiles, float(scaling),
             **sizes(query, key, tiling, window, tiles * heads),
-        )
+        )  # fmt: skip
     return output, lse
 
 
@@ -111,27 +90,10 @@ def backward_query(
         return d_query, delta
     with _on(query):
         _query_kernel[(tiles * heads,)](
-            grad,
-            query,
-            key,
-            value,
-            output,
-            lse,
-            delta,
-            d_query,
-            bounds(work, window, False),
-            table,
-            *grad.stride(),
-            *query.stride(),
-            *key.stride(),
-            *value.stride(),
-            *output.stride(),
-            *d_query.stride(),
-            rows,
-            tiles,
-            float(scaling),
-            **sizes(query, key, tiling, window, tiles * heads),
-        )
+            grad, query, key, value, output, lse, delta, d_query, bounds(work, window, False), table,
+            *grad.stride(), *query.stride(), *key.stride(), *value.stride(), *output.stride(), *d_query.stride(),
+            rows, tiles, float(scaling), **sizes(query, key, tiling, window, tiles * heads),
+        )  # fmt: skip
     return d_query, delta
 
 
@@ -157,30 +119,12 @@ def backward_key(
         return d_key, d_value
     with _on(query):
         _key_kernel[(tiles * groups,)](
-            grad,
-            query,
-            key,
-            value,
-            *sums,
-            d_key,
-            d_value,
-            work.others,
-            work.rows,
-            bounds(work, window, True, ordered),
-            table,
-            *grad.stride(),
-            *query.stride(),
-            *key.stride(),
-            *value.stride(),
-            *d_key.stride(),
-            query.shape[1],
-            rows,
-            tiles,
-            float(scaling),
-            window or 0,
-            ORDERED=ordered,
-            **sizes(query, key, tiling, window, tiles * groups),
-        )
+            grad, query, key, value, *sums, d_key, d_value, work.others, work.rows,
+            bounds(work, window, True, ordered), table,
+            *grad.stride(), *query.stride(), *key.stride(), *value.stride(), *d_key.stride(),
+            query.shape[1], rows, tiles, float(scaling), window or 0,
+            ORDERED=ordered, **sizes(query, key, tiling, window, tiles * groups),
+        )  # fmt: skip
     return d_key, d_value
 
 
@@ -245,9 +189,9 @@ def _tile_of(tiles, table_ptr, BY_HEAD: tl.constexpr):
 
 @triton.jit
 def _pointers(ptr, first, stride_n, stride_d, SIZE: tl.constexpr, PADDED_DIM: tl.constexpr):
-    """(SIZE, PADDED_DIM) pointers to rows from `first` on; what does not depend on `first` leaves loops."""
-    row, dim = tl.arange(0, SIZE).to(tl.int64), tl.arange(0, PADDED_DIM).to(tl.int64)
-    return (ptr + tl.cast(first, tl.int64) * stride_n) + (row[:, None] * stride_n + dim[None, :] * stride_d)
+    """(SIZE, PADDED_DIM) pointers to rows from `first` on: a 64-bit address, and 32-bit offsets that leave loops."""
+    offsets = tl.arange(0, SIZE)[:, None] * stride_n + tl.arange(0, PADDED_DIM)[None, :] * stride_d
+    return (ptr + tl.cast(first, tl.int64) * stride_n) + offsets
 
 
 @triton.jit
