@@ -3,8 +3,8 @@
     python benchmarks/ops.py [block_score scatter_rows ...] [--out FOLDER]
 
 block_score is timed against the forward of torch's scaled_dot_product_attention on the same queries and keys, by the
-fastest of its backends; the other ops against their references. Calls alternate; the table shows medians, and every
-sample goes into FOLDER/ops.jsonl.
+fastest of its backends; attend_rows against causal SDPA over the whole sequence; the other ops against their
+references. Calls alternate; the table shows medians, and every sample goes into FOLDER/ops.jsonl.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import lemo.ops
 from lemo.measure.record import Record
+from lemo.ops.attend_rows.cases import flops, pairs, segments_of
 from lemo.ops.block_score.cases import large
-from lemo.testing import Case, Inputs, OpSpec, check_case, check_error_budget, tensors_of
+from lemo.testing import Case, Inputs, OpSpec, check_case, check_error_budget, outputs_and_gradients, tensors_of
 
 SCRIPT = "benchmarks/ops.py"
 BAR, BAR_ROWS = "A.block_score_vs_sdpa", (8192, 16384, 32768)
@@ -66,6 +67,8 @@ def main(arguments: list[str] | None = None) -> int:
             failed = True
         elif name == "block_score":
             failed |= not benchmark_block_score(spec, device, chosen)
+        elif name == "attend_rows":
+            failed |= not benchmark_attend_rows(spec, device, chosen)
         else:
             benchmark_against_reference(spec, device, chosen)
     return int(failed)
@@ -249,6 +252,111 @@ def _record_block_score(
     measure(f"ops/block_score/peak_memory/{rows}", "bytes", [float(peak or 0)], {**setting, "statistic": "max"}).append(
         path
     )
+
+
+# ---- attend_rows
+
+
+def benchmark_attend_rows(spec: OpSpec, device: str, chosen: argparse.Namespace) -> bool:
+    """Times half of the rows against causal attention of all; returns whether every shape met the reference."""
+    good = True
+    if device == "cpu":
+        print("attend_rows: its benchmark shapes need a CUDA device")
+        return good
+    print("share: time over that of causal SDPA on all rows; ideal: pairs of query and key over those of all rows")
+    for case in spec.benchmark_shapes:
+        inputs = case.inputs(SEED, torch.bfloat16, device)
+        try:
+            _check_attend_rows(spec, case, inputs)
+        except AssertionError as error:
+            print(f"{case.name} NOT TIMED: {error}", file=sys.stderr)
+            good = False
+            continue
+        everything = _full_attention(inputs)
+        functions = {
+            "forward": partial(_without_gradient, spec.run, inputs),
+            "SDPA forward": partial(_without_gradient, _causal, everything),
+            "forward and backward": partial(_forward_backward, spec.run, inputs, case.gradients),
+            "SDPA forward and backward": partial(_forward_backward, _causal, everything, tuple(everything)),
+        }
+        samples = alternating(functions, device, chosen.repeats)
+        _report_attend_rows(case, inputs, samples, chosen.out / "ops.jsonl")
+        if "own_key_GND" not in inputs:
+            _print_attend_tilings(inputs, device, chosen.repeats)
+    return good
+
+
+def _without_gradient(function: Callable[..., Any], inputs: Inputs) -> None:
+    with torch.no_grad():
+        function(**inputs)
+
+
+def _causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+
+
+def _full_attention(inputs: Inputs) -> Inputs:
+    """Queries, keys and values of every row, in the layout of a model's projections."""
+    groups, rows, head_dim = inputs["key_GKD"].shape
+    sizes = {"query": len(inputs["query_HND"]), "key": groups, "value": groups}
+    made = {name: inputs["key_GKD"].new_empty(1, rows, count, head_dim).normal_() for name, count in sizes.items()}
+    return {name: t.transpose(1, 2).requires_grad_() for name, t in made.items()}
+
+
+def _check_attend_rows(spec: OpSpec, case: Case, inputs: Inputs) -> None:
+    """Output and the queries' gradient of a sample of rows; the reference of all would not fit."""
+    count, device = inputs["query_HND"].shape[1], inputs["query_HND"].device
+    sample = torch.arange(count % 97, count, max(count // 128, 1), device=device)
+    actual = outputs_and_gradients(spec.run, inputs, ("query_HND",))
+    drawn = torch.randn(actual["output 0"].shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    weight = drawn.to(device, torch.bfloat16)[:, sample]
+    found = {}
+    for dtype in (torch.float64, torch.bfloat16):
+        few = {name: value for name, value in inputs.items() if not name.startswith("own_")}
+        few |= {name: few[name].detach().to(dtype) for name in ("query_HND", "key_GKD", "value_GKD")}
+        few |= {"queries_position": inputs["queries_position"][sample], "queries_lengths": (len(sample),)}
+        few["query_HND"] = few["query_HND"][:, sample].requires_grad_()
+        output = spec.reference(**few)
+        found[dtype] = output, torch.autograd.grad(output, few["query_HND"], weight.to(dtype))[0]
+    for at, name in enumerate(("output 0", "gradient of query_HND")):
+        working, exact = found[torch.bfloat16][at], found[torch.float64][at]
+        check_error_budget(actual[name][:, sample], working, exact, ulps=case.ulps, what=f"{case.name}: {name}")
+
+
+def _report_attend_rows(case: Case, inputs: Inputs, samples: Samples, path: Path) -> None:
+    ideal = pairs(inputs) / sum(range(inputs["key_GKD"].shape[1] + 1))
+    for what, backward in (("forward", False), ("forward and backward", True)):
+        both = {"baseline": samples[f"SDPA {what}"], "lemo": samples[what]}
+        theirs_ms, ours_ms = (statistics.median(ms) for ms in both.values())
+        rate = flops(inputs, backward) / ours_ms / 1e9
+        print(
+            f"{case.name:<46} {what:<21} {ours_ms:>8.3f} ms {rate:>6.1f} TFLOP/s   SDPA {theirs_ms:>8.3f} ms   "
+            f"share {ours_ms / theirs_ms:.3f}, ideal {ideal:.3f}"
+        )
+        setting = {"shape": case.name, "dtype": "bfloat16", "pair_share": ideal, "tera_flops_per_s": rate}
+        setting |= {"statistic": "overhead_of_medians", "samples_unit": "ms"}
+        name = f"ops/attend_rows/{what.replace(' ', '_')}_time_over_sdpa/{case.name}"
+        Record.measure(name, "ratio", both, setting, script=SCRIPT, seeds=(SEED,)).append(path)
+
+
+def _print_attend_tilings(inputs: Inputs, device: str, repeats: int) -> None:
+    """Milliseconds of every tiling that fits, for each of the three kernels; the first is the one in use."""
+    from lemo.ops.attend_rows import kernel, tiling
+
+    query, key, value = (inputs[name].detach() for name in ("query_HND", "key_GKD", "value_GKD"))
+    work = tiling.Work.between(*segments_of(dict(inputs)))
+    scaling, grad = inputs["scaling"], query
+    saved = kernel.forward(query, key, value, work, scaling, None)
+    sums = saved[1], kernel.backward_query(grad, query, key, value, saved, work, scaling, None)[1]
+    calls = {
+        "forward": partial(kernel.forward, query, key, value, work, scaling, None),
+        "query": partial(kernel.backward_query, grad, query, key, value, saved, work, scaling, None),
+        "key": partial(kernel.backward_key, grad, query, key, value, sums, work, scaling, None, True),
+    }
+    for kind, call in calls.items():
+        fitting = {str(t): partial(call, tiling=t) for t in tiling.tilings(kind, query.shape[2], query.dtype)}
+        timed = alternating(fitting, device, max(repeats // 4, 3))
+        print(f"    {kind:<8}" + ", ".join(f"{name}: {statistics.median(ms):.3f}" for name, ms in timed.items()))
 
 
 # ---- all other ops

@@ -95,7 +95,8 @@ class Shape:
         return with_gaps(t) if self.gaps else t
 
 
-def _segments(inputs: Inputs) -> tuple[Segments, Segments]:
+def segments_of(inputs: Inputs) -> tuple[Segments, Segments]:
+    """Queries and keys; takes what describes them out of `inputs`."""
     parts = ("starts", "lengths", "position", "valid")
     queries, keys = (Segments(*(inputs.pop(f"{name}_{part}", None) for part in parts)) for name in ROWS)
     return queries, keys
@@ -103,7 +104,7 @@ def _segments(inputs: Inputs) -> tuple[Segments, Segments]:
 
 def _own_columns(inputs: Inputs) -> Tensor:
     """Place of every query among the keys; 0 for queries outside all documents."""
-    queries, keys = _segments(dict(inputs))
+    queries, keys = segments_of(dict(inputs))
     own = torch.zeros_like(queries.position_N)
     for q, n, k in zip(queries.starts, queries.lengths, keys.starts, strict=True):
         own[q : q + n] = k + queries.position_N[q : q + n]
@@ -112,7 +113,7 @@ def _own_columns(inputs: Inputs) -> Tensor:
 
 def run(**inputs: Any) -> Tensor | tuple[Tensor, Tensor]:
     """The form of the op that the arguments call for."""
-    queries, keys = _segments(inputs)
+    queries, keys = segments_of(inputs)
     pair, lse = (inputs.pop("key_GKD"), inputs.pop("value_GKD")), inputs.pop("lse")
     query = inputs.pop("query_HND")
     if "own_key_GND" in inputs:
@@ -123,7 +124,7 @@ def run(**inputs: Any) -> Tensor | tuple[Tensor, Tensor]:
 
 def reference(**inputs: Any) -> Tensor | tuple[Tensor, Tensor]:
     """The same by the specification."""
-    queries, keys = _segments(inputs)
+    queries, keys = segments_of(inputs)
     pair, lse = (inputs.pop("key_GKD"), inputs.pop("value_GKD")), inputs.pop("lse")
     query = inputs.pop("query_HND")
     if "own_key_GND" in inputs:
@@ -135,7 +136,7 @@ def reference(**inputs: Any) -> Tensor | tuple[Tensor, Tensor]:
 
 def pairs(inputs: Inputs) -> int:
     """Pairs of a query and a key that it sees, without windows and invalid keys."""
-    queries, _ = _segments(dict(inputs))
+    queries, _ = segments_of(dict(inputs))
     spans = (slice(s, s + n) for s, n in zip(queries.starts, queries.lengths, strict=True))
     return sum(int((queries.position_N[span] + 1).sum()) for span in spans)
 
@@ -161,7 +162,7 @@ ULPS = 8.0
 
 
 def _kernel_call(inputs: Inputs) -> tuple[Any, tuple]:
-    queries, keys = _segments(dict(inputs))
+    queries, keys = segments_of(dict(inputs))
     segments = [*queries.starts, *queries.lengths, *keys.starts, *keys.lengths]
     tensors = (inputs["query_HND"], inputs["key_GKD"], inputs["value_GKD"], None, None)
     options = (queries.position_N, keys.position_N, segments, inputs["scaling"], inputs["window"], True)

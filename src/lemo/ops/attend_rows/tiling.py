@@ -9,6 +9,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from lemo.ops.attend_rows.reference import Rows
+
 MAX_HEAD_DIM = 256
 # Fewer programs than this run nearly all at once: tiles of equal length are then spread over the processors. More run
 # head by head instead, so that those which run at a time share their operands in the second-level cache.
@@ -30,6 +32,10 @@ class Tiling:
     others: int
     warps: int
     stages: int
+
+    def __str__(self) -> str:
+        """Short, for tables."""
+        return f"{self.rows}x{self.others} w{self.warps} s{self.stages}"
 
 
 # For 16-bit operands, by kernel; the first that fits into shared memory is taken, the benchmark times all that fit.
@@ -68,6 +74,12 @@ class Work:
     rows: Tensor
     others: Tensor
     segments: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def between(cls, queries: Rows, keys: Rows) -> Work:
+        """Work whose programs own queries."""
+        sides = (queries.starts, queries.lengths, keys.starts, keys.lengths)
+        return cls(queries.position_N, keys.position_N, sides)
 
     def turned(self) -> Work:
         """The same with the sides exchanged."""
