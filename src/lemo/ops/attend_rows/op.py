@@ -199,13 +199,14 @@ def _by_document(
     pieces, covered = [], 0
     for rows, columns in chunks(queries, keys):
         # Rows between documents belong to nobody.
-        pieces += [query_HND.new_zeros(len(query_HND), rows.start - covered, query_HND.shape[2])]
+        pieces.append(query_HND.new_zeros(len(query_HND), rows.start - covered, query_HND.shape[2]))
         mask_QK = mask_of(queries, keys, rows, columns, window)
-        pieces += F.scaled_dot_product_attention(
+        output_1HQD = F.scaled_dot_product_attention(
             query_HND[None, :, rows], *(t[None, :, columns] for t in repeated), attn_mask=mask_QK, scale=scaling
         )
+        pieces.append(output_1HQD[0])
         covered = rows.stop
-    pieces += [query_HND.new_zeros(len(query_HND), query_HND.shape[1] - covered, query_HND.shape[2])]
+    pieces.append(query_HND.new_zeros(len(query_HND), query_HND.shape[1] - covered, query_HND.shape[2]))
     return torch.cat(pieces, dim=1)
 
 
