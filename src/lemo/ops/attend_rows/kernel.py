@@ -50,6 +50,7 @@ def forward(
     tiling: Tiling | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output (H, N, D) over rows in memory, and natural log-sum-exp (H, N)."""
+    query, key, value = _near(query), _near(key), _near(value)
     heads, rows, head_dim = query.shape
     output = like_rows(query, work.covers_rows())
     lse = query.new_empty(heads, rows, dtype=torch.float32)
@@ -81,6 +82,7 @@ def backward_query(
 ) -> tuple[Tensor, Tensor]:
     """Gradient of the queries, and delta (H, N) fp32: the sum of grad · output that the key kernel needs."""
     output, lse = saved
+    grad, query, key, value, output = (_near(t) for t in (grad, query, key, value, output))
     heads, rows, head_dim = query.shape
     d_query = like_rows(query, work.covers_rows())
     delta = torch.empty_like(lse)
@@ -111,6 +113,7 @@ def backward_key(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of keys and values; `sums` are lse and delta, `work` has the queries as its rows."""
     work = work.turned()
+    grad, query, key, value = _near(grad), _near(query), _near(key), _near(value)
     groups, rows, head_dim = key.shape
     d_key, d_value = like_rows(key, work.covers_rows()), like_rows(value, work.covers_rows())
     tiling = tiling or tilings("key", head_dim, query.dtype)[0]
@@ -126,6 +129,12 @@ def backward_key(
             ORDERED=ordered, **sizes(query, key, tiling, window, tiles * groups),
         )  # fmt: skip
     return d_key, d_value
+
+
+def _near(tensor: Tensor) -> Tensor:
+    """The tensor, copied if a tile of it reaches farther than the 32 bits that offsets inside a tile have."""
+    _, row, dim = tensor.stride()
+    return tensor if 128 * row + tensor.shape[2] * dim < 2**31 else tensor.contiguous()
 
 
 def _on(tensor: Tensor) -> contextlib.AbstractContextManager:
@@ -400,10 +409,8 @@ def _key_tiles(
         row = at + tl.arange(0, OTHERS)
         inside = row < query_end
         query = _load(query_ptr, at, query_end, query_stride_n, query_stride_d, OTHERS, HEAD_DIM, PADDED_DIM, False)
-        grad = _load(grad_ptr, at, query_end, grad_stride_n, grad_stride_d, OTHERS, HEAD_DIM, PADDED_DIM, False)
         # Queries beyond the document: exp2(-inf) = 0, no other mask is needed.
         lse = tl.load(lse_ptr + row, mask=inside, other=float("inf")) * 1.4426950408889634
-        delta = tl.load(delta_ptr + row, mask=inside, other=0.0)
         score = tl.dot(key, tl.trans(query), input_precision="ieee")
         p = tl.exp2(score * scale - lse[None, :])
         if MASKED:
@@ -413,8 +420,11 @@ def _key_tiles(
             if WINDOW:
                 seen = seen & (distance < window)
             p = tl.where(seen, p, 0.0)
+        # Loaded where it is needed and not before: registers are short here.
+        grad = _load(grad_ptr, at, query_end, grad_stride_n, grad_stride_d, OTHERS, HEAD_DIM, PADDED_DIM, False)
         d_value = tl.dot(p.to(grad.dtype), grad, d_value, input_precision="ieee")
         d_p = tl.dot(value, tl.trans(grad), input_precision="ieee")
+        delta = tl.load(delta_ptr + row, mask=inside, other=0.0)
         d_score = p * (d_p - delta[None, :])
         d_key = tl.dot(d_score.to(query.dtype), query, d_key, input_precision="ieee")
     return d_key, d_value

@@ -51,8 +51,8 @@ CANDIDATES = {
         256: (Tiling(64, 32, 4, 2), Tiling(64, 32, 8, 1), Tiling(32, 32, 4, 1)),
     },
     "key": {
-        64: (Tiling(128, 64, 8, 2), Tiling(128, 32, 4, 3), Tiling(64, 64, 4, 3), Tiling(64, 32, 4, 2)),
-        128: (Tiling(128, 64, 8, 2), Tiling(64, 64, 4, 2), Tiling(128, 32, 8, 3), Tiling(64, 32, 4, 1)),
+        64: (Tiling(128, 64, 8, 2), Tiling(64, 64, 4, 2), Tiling(128, 64, 8, 3), Tiling(64, 32, 4, 2)),
+        128: (Tiling(128, 64, 8, 2), Tiling(128, 32, 8, 2), Tiling(64, 64, 8, 2), Tiling(64, 32, 4, 1)),
         256: (Tiling(64, 32, 8, 2), Tiling(64, 32, 8, 1), Tiling(32, 32, 4, 1)),
     },
 }
