@@ -57,7 +57,11 @@ CANDIDATES = {
     },
 }
 # Products of fp32 operands run on the ordinary units: small tiles, or the accumulators spill.
-CANDIDATES_FP32 = (Tiling(32, 32, 4, 2), Tiling(32, 32, 4, 1), Tiling(32, 16, 4, 1))
+CANDIDATES_FP32 = {
+    64: (Tiling(32, 16, 8, 2), Tiling(32, 16, 8, 1)),
+    128: (Tiling(32, 16, 8, 2), Tiling(32, 16, 8, 1)),
+    256: (Tiling(16, 16, 8, 1),),
+}
 INTERPRETED = Tiling(32, 16, 1, 1)
 
 
@@ -123,8 +127,8 @@ def tilings(kind: str, head_dim: int, dtype: torch.dtype) -> list[Tiling]:
     """
     if interpreting():
         return [INTERPRETED]
-    table = CANDIDATES_FP32 if dtype.itemsize >= 4 else CANDIDATES[kind][max(padded(head_dim), 64)]
-    return [tiling for tiling in table if fits(tiling, kind, head_dim, dtype)]
+    table = CANDIDATES_FP32 if dtype.itemsize >= 4 else CANDIDATES[kind]
+    return [tiling for tiling in table[max(padded(head_dim), 64)] if fits(tiling, kind, head_dim, dtype)]
 
 
 def fits(tiling: Tiling, kind: str, head_dim: int, dtype: torch.dtype) -> bool:
