@@ -153,9 +153,9 @@ def report(options: argparse.Namespace, seconds: float) -> None:
     header, _, *rows = [
         [cell.strip() for cell in line.strip("| ").split(" | ")] for line in text.splitlines() if line.startswith("|")
     ]
-    shown = Table(*header, title=title)
-    for row in rows:
-        shown.add_row(*row)
+    shown = Table("", *(row[0] for row in rows), title=title)  # a column per variant fits narrow terminals
+    for number, name in enumerate(header[1:], 1):
+        shown.add_row(name, *(row[number] for row in rows))
     groups = layer_groups(len(kept["kept"]))
     shares = Table("layers", *(f"{a} to {b - 1}" for a, b in groups), title="share of rows that run, one text")
     shares.add_row("share", *(f"{fmean(map(fmean, kept['kept'][a:b])):.2f}" for a, b in groups))
