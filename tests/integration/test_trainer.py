@@ -137,7 +137,7 @@ class Stating(Trainer):
 
 def test_label_smoothing_keep_all_is_plain(tmp_path):
     wanted = train(tmp_path, label_smoothing_factor=0.1)
-    got = train(tmp_path, keep_all, loss="segmented", label_smoothing_factor=0.1)
+    got = train(tmp_path, lambda model: keep_all(model, 1.0), loss="segmented", label_smoothing_factor=0.1)
     assert got[0] == wanted[0]
     assert all(torch.equal(got[1][name], weight) for name, weight in wanted[1].items())
 

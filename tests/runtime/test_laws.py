@@ -44,15 +44,20 @@ def assert_same_gradients(got, wanted, bound):
         assert error <= bound, f"{name}: {error:.1e}"
 
 
+@pytest.mark.parametrize("ratio", [1.0, 0.99])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_keep_all_is_dense_bit_for_bit(family):
-    """All rows kept: hidden states, loss and gradients are the dense model's own bits."""
+def test_keep_all_is_dense_bit_for_bit(family, ratio):
+    """All rows kept: hidden states, loss and gradients are the dense model's own bits.
+
+    Ratio 0.99 of 16 blocks keeps all of them too, but its layers are the generated ones.
+    """
     model, inputs = tiny_model(family), batch(rows=2)
     wanted_loss, wanted = run(model, inputs)
     hidden = model.base_model(inputs["input_ids"]).last_hidden_state
-    with attach(model, Plan.uniform(model, backward_ratio=1.0, block_size=4), loss="model"):
+    with attach(model, Plan.uniform(model, backward_ratio=ratio, block_size=4), loss="model") as handle:
         assert torch.equal(model.base_model(inputs["input_ids"]).last_hidden_state, hidden)
         loss, got = run(model, inputs)
+        assert len(handle.selections) == (0 if ratio == 1 else len(decoder_layers(model)))
     assert torch.equal(loss, wanted_loss)
     assert all(torch.equal(got[name], wanted[name]) for name in wanted)
 

@@ -321,11 +321,13 @@ def attach(
     handle.model.__class__ = model_class(type(handle.model))
     handle._attached = True
     try:
-        for index, layer in enumerate(layers):
-            # Dense layers take part too, so that none of them needs a (T, T) mask on long packed batches.
+        # A plan that skips nothing leaves every layer as it is. Beside layers that skip, dense layers take part too, so
+        # that none of them needs a (T, T) mask on long packed batches.
+        sparse = not all(x.is_dense for x in plan.layers)
+        for index, layer in enumerate(layers if sparse else ()):
             if not plan.layers[index].is_dense or attention_module(layer) is not None:
                 install(layer, LayerState(index, handle, names))
-        if self_test:
+        if self_test and sparse:
             from lemo.runtime.selftest import check_layers
 
             check_layers(handle)
