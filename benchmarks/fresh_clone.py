@@ -9,6 +9,7 @@ the installation is noted beside it. Only what is committed takes part. The demo
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import re
 import shutil
@@ -16,8 +17,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from lemo.measure.record import Record, read_records
 
@@ -52,7 +54,7 @@ def time_demo(clone: Path, out: Path) -> None:
     installation, _ = make(clone, ".venv/.demo")
     minutes, _ = make(clone, "demo")
     setting = {"statistic": "max", "installation_minutes": round(installation, 2), "cores": os.cpu_count()}
-    Record.measure("fresh_clone/demo", "min", [minutes], setting, script=SCRIPT, bar="A.demo_minutes").append(out)
+    write(clone, "demo", minutes, setting, out)
     kept = out.with_name("demo.jsonl")
     kept.unlink(missing_ok=True)
     for record in read_records(clone / "demo-output" / "records.jsonl"):
@@ -66,7 +68,15 @@ def time_test(clone: Path, out: Path) -> None:
     minutes, tail = make(clone, "test")
     counted = re.search(r"(\d+) passed.*", tail)
     setting = {"statistic": "max", "cores": os.cpu_count(), "closing_line": counted[0] if counted else ""}
-    Record.measure("fresh_clone/test", "min", [minutes], setting, script=SCRIPT, bar="A.test_minutes").append(out)
+    write(clone, "test", minutes, setting, out)
+
+
+def write(clone: Path, target: str, minutes: float, setting: Mapping[str, Any], out: Path) -> None:
+    """The Record of a target's minutes, with the commit that was cloned: the repository may have moved on meanwhile."""
+    head = subprocess.run(["git", "-C", str(clone), "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+    bar = f"A.{target}_minutes"
+    record = Record.measure(f"fresh_clone/{target}", "min", [minutes], setting, script=SCRIPT, bar=bar)
+    dataclasses.replace(record, commit=head.stdout.strip()).append(out)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
