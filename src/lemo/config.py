@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from lemo.errors import ConfigError
 
@@ -306,9 +306,9 @@ _SHARES = (
 )
 
 
-def _lookup(run: RunConfig, key: str):
+def _lookup(run: RunConfig, key: str) -> Any:
     """Value of a dotted key."""
-    value = run
+    value: Any = run
     for part in key.split("."):
         value = getattr(value, part)
     return value

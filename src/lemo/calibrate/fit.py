@@ -132,7 +132,9 @@ def _train(
     for parameter in parameters:
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=max(steps, 2), pct_start=0.1)
+    # A warm-up of a whole number of steps, two at least: OneCycleLR divides by one less.
+    total, warm = max(steps, 4), max(round(0.1 * steps), 2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=total, pct_start=warm / total)
     competing_K = (~layout.forced_K).to(raw_KF.device)
     with torch.enable_grad():
         for _ in range(steps):

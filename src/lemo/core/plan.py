@@ -130,7 +130,8 @@ class Plan:
         dense = {index % count for index in dense_layers}
         sparse = LayerPlan(forward_ratio, backward_ratio)
         layers = tuple(LayerPlan() if i in dense else sparse for i in range(count))
-        return cls(layers, **({"scorer": "random"} | choices))
+        fields: dict[str, Any] = {"scorer": "random"} | choices
+        return cls(layers, **fields)
 
     def replace_layer(self, index: int, **changes: Any) -> Plan:
         """A plan in which one layer's fields differ."""

@@ -71,12 +71,12 @@ def select(
     check_ratios(forward_ratio, backward_ratio)
     if policy not in POLICIES:
         raise ConfigError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}")
-    if policy == "threshold" and threshold is None:
-        raise ConfigError("policy 'threshold' needs a threshold for every layer; calibrate the plan first")
-    rank_K = rank_blocks(scores_K, layout.block_document_K, layout.forced_K)
     keep_K = None
     if policy == "threshold":
+        if threshold is None:
+            raise ConfigError("policy 'threshold' needs a threshold for every layer; calibrate the plan first")
         keep_K = (scores_K >= threshold) | layout.forced_K.to(scores_K.device)
+    rank_K = rank_blocks(scores_K, layout.block_document_K, layout.forced_K)
     if backward_ratio == forward_ratio:
         both = _row_set(layout, rank_K, forward_ratio, bucket, keep_K if forward_ratio < 1 else None)
         return Selection(both, both)

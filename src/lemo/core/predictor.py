@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +74,7 @@ class PatternPredictor(nn.Module):
         self.key_net = _net(inputs, self.key_widths, rank)
         self.requires_grad_(False)
 
-    def config(self) -> dict[str, object]:
+    def config(self) -> dict[str, Any]:
         """Keyword arguments that build a predictor of this shape; JSON types only."""
         return {
             "width": self.width,

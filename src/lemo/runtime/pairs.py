@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lemo.ops import attend_rows_with_lse
 from lemo.runtime.rows import RowRange
 
 _QUERY_CHUNK = 1024
@@ -16,29 +17,19 @@ def attend_with_lse(
     query_HND: Tensor, key_GKD: Tensor, value_GKD: Tensor, queries: RowRange, keys: RowRange, scaling: float
 ) -> tuple[Tensor, Tensor]:
     """Causal attention by document with its log-sum-exp, without gradient: ((H, N, D), (H, N) fp32 or fp64)."""
-    lse_type = torch.float64 if query_HND.dtype == torch.float64 else torch.float32
-    output_HND = torch.zeros(*query_HND.shape[:2], value_GKD.shape[2], dtype=value_GKD.dtype, device=value_GKD.device)
-    lse_HN = torch.zeros(query_HND.shape[:2], dtype=lse_type, device=query_HND.device)
+    if keys is not queries or queries.valid_N is not None or not _has_flash(query_HND):
+        return attend_rows_with_lse(query_HND, key_GKD, value_GKD, queries, keys, scaling=scaling)
     repeat = query_HND.shape[0] // key_GKD.shape[0]
-    for q_start, q_length, k_start, k_length in zip(
-        queries.starts, queries.lengths, keys.starts, keys.lengths, strict=True
-    ):
-        key_HKD = key_GKD[:, k_start : k_start + k_length].repeat_interleave(repeat, 0)
-        value_HKD = value_GKD[:, k_start : k_start + k_length].repeat_interleave(repeat, 0)
-        piece = slice(q_start, q_start + q_length)
-        if keys is queries and queries.valid_N is None and _has_flash(query_HND):
-            output, lse = torch.ops.aten._scaled_dot_product_flash_attention(
-                query_HND[None, :, piece], key_HKD[None], value_HKD[None], 0.0, True, False, scale=scaling
-            )[:2]
-            output_HND[:, piece], lse_HN[:, piece] = output[0], lse[0, :, :q_length]
-            continue
-        for begin in range(q_start, q_start + q_length, _QUERY_CHUNK):
-            rows = slice(begin, min(begin + _QUERY_CHUNK, q_start + q_length))
-            scores_HQK = _scores(query_HND, key_HKD, queries, keys, (rows, slice(k_start, k_start + k_length)), scaling)
-            lse_HN[:, rows] = torch.logsumexp(scores_HQK, dim=-1)
-            weights_HQK = torch.exp(scores_HQK - lse_HN[:, rows, None]).to(value_HKD.dtype)
-            output_HND[:, rows] = weights_HQK @ value_HKD
-    return output_HND, lse_HN
+    outputs, lses = [], []
+    for start, length in zip(queries.starts, queries.lengths, strict=True):
+        piece = slice(start, start + length)
+        repeated = (x[:, piece].repeat_interleave(repeat, 0)[None] for x in (key_GKD, value_GKD))
+        output, lse = torch.ops.aten._scaled_dot_product_flash_attention(
+            query_HND[None, :, piece], *repeated, 0.0, True, False, scale=scaling
+        )[:2]
+        outputs.append(output[0])
+        lses.append(lse[0, :, :length])
+    return torch.cat(outputs, dim=1), torch.cat(lses, dim=1)
 
 
 def attend_pairs(
@@ -105,20 +96,6 @@ def _has_flash(query: Tensor) -> bool:
     )
 
 
-def _scores(
-    query_HND: Tensor, key_HKD: Tensor, queries: RowRange, keys: RowRange, where: tuple[slice, slice], scaling: float
-) -> Tensor:
-    """Masked scores of a chunk of queries in fp32 (fp64 for fp64 inputs): (H, Q, K)."""
-    rows, columns = where
-    wide = torch.float64 if query_HND.dtype == torch.float64 else torch.float32
-    scores_HQK = query_HND[:, rows].to(wide) @ key_HKD.to(wide).transpose(1, 2) * scaling
-    distance_QK = queries.position_N[rows, None] - keys.position_N[None, columns]
-    mask_QK = distance_QK >= 0
-    if keys.valid_N is not None:
-        mask_QK &= keys.valid_N[None, columns]
-    return scores_HQK.masked_fill(~(mask_QK | (distance_QK == 0)), -torch.inf)
-
-
 def _explicit_backward(inputs: tuple, rows: RowRange, piece: slice, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
     """The formulas of `attend_pairs`, a chunk of queries at a time."""
     grad, query, key, value, output, lse = inputs
@@ -127,11 +104,14 @@ def _explicit_backward(inputs: tuple, rows: RowRange, piece: slice, scaling: flo
     delta_HN = (grad * output).sum(-1)
     grad_query, grad_key, grad_value = (torch.zeros_like(x) for x in (query, key, value))
     position_N = rows.position_N[piece]
-    valid_N = None if rows.valid_N is None else rows.valid_N[piece]
-    local = RowRange((0,), (query.shape[1],), position_N, valid_N)
     for begin in range(0, query.shape[1], _QUERY_CHUNK):
         chunk = slice(begin, min(begin + _QUERY_CHUNK, query.shape[1]))
-        scores = _scores(query, key, local, local, (chunk, slice(None)), scaling)
+        distance_QK = position_N[chunk, None] - position_N[None, :]
+        seen_QK = distance_QK >= 0
+        if rows.valid_N is not None:
+            seen_QK &= rows.valid_N[None, piece]
+        scores = query[:, chunk] @ key.transpose(1, 2) * scaling
+        scores = scores.masked_fill(~(seen_QK | (distance_QK == 0)), -torch.inf)
         weights = torch.exp(scores - lse[:, chunk, None])
         grad_value += weights.transpose(1, 2) @ grad[:, chunk]
         grad_scores = weights * (grad[:, chunk] @ value.transpose(1, 2) - delta_HN[:, chunk, None])
