@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from lemo.errors import ConfigError
@@ -206,6 +207,17 @@ class RunConfig:
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+
+
+def resolved(run: RunConfig) -> dict[str, Any]:
+    """The run as nested dictionaries of JSON types with every key that counts.
+
+    A plan brings its own ratios and choices, so beside `sparsity.plan` the keys that it overrides are left out.
+    """
+    values = asdict(run)
+    if run.sparsity.plan:
+        values["sparsity"] = {name: values["sparsity"][name] for name in ("enabled", "plan")}
+    return json.loads(json.dumps(values))
 
 
 def check_run(run: RunConfig) -> None:

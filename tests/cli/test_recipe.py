@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lemo.cli.recipe import build_run, dump_recipe, load_recipe, parse_yaml
-from lemo.config import DataConfig, ModelConfig, RunConfig, SparsityConfig, TrainingConfig
+from lemo.config import DataConfig, ModelConfig, RunConfig, SparsityConfig, TrainingConfig, resolved
 from lemo.errors import ConfigError
 
 GOOD = "output: out\nmodel: {path: m}\ndata: {train: [a.txt]}\n"
@@ -192,3 +193,13 @@ def test_every_range_key_exists_and_is_checked():
             with pytest.raises(ConfigError, match=key.replace(".", r"\.")):
                 build_run(values)
     assert dataclasses.is_dataclass(build_run(good))
+
+
+def test_the_saved_recipe_of_a_run_with_a_plan_loads(tmp_path):
+    """A plan brings its own choices; the recipe stored beside a run's output leaves out what it overrides."""
+    run = load_recipe(recipe(tmp_path, GOOD))
+    run = dataclasses.replace(run, sparsity=SparsityConfig(plan="p", kv="kept", forward_ratio=0.7, backward_ratio=0.3))
+    saved = tmp_path / "saved.yaml"
+    for text in (dump_recipe(run), json.dumps(resolved(run))):
+        saved.write_text(text, encoding="utf-8")
+        assert load_recipe(saved) == dataclasses.replace(run, sparsity=SparsityConfig(plan="p"))

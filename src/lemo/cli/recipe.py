@@ -18,7 +18,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import pydantic
 import yaml
 
-from lemo.config import RunConfig, check_run
+from lemo.config import RunConfig, check_run, resolved
 from lemo.errors import ConfigError
 
 
@@ -80,9 +80,8 @@ def build_run(values: dict[str, Any], source: str = "recipe", sources: dict[str,
 
 
 def dump_recipe(run: RunConfig) -> str:
-    """The run as YAML with every key; `load_recipe` reads it back to an equal run."""
-    plain = json.loads(json.dumps(dataclasses.asdict(run)))
-    return yaml.dump(plain, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    """The run as YAML with every key that counts; `load_recipe` reads it back to a run that does the same."""
+    return yaml.dump(resolved(run), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def parse_yaml(text: str, source: str) -> Any:

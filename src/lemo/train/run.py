@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lemo.config import RunConfig, check_run
+from lemo.config import RunConfig, check_run, resolved
 from lemo.core.plan import Plan
 from lemo.errors import ConfigError
 from lemo.measure.memory import GIB
@@ -91,7 +91,7 @@ def train(
             list_sources(paths)
     console = console or _console()
     session = _Session(run, folder, evaluate, console)
-    return session.run_all(recipe or json.dumps(dataclasses.asdict(run), indent=1) + "\n")
+    return session.run_all(recipe or json.dumps(resolved(run), indent=1) + "\n")
 
 
 class _Session:
