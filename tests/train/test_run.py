@@ -150,6 +150,13 @@ def test_save_now_writes_one_full_checkpoint(base, tmp_path, quiet, monkeypatch)
     assert not (tmp_path / "run" / "save-now").exists()
 
 
+def test_several_processes_are_refused_before_anything_is_written(base, tmp_path, quiet, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="one process"):
+        train(recipe(base, tmp_path / "run"), evaluate_loss, console=quiet)
+    assert not (tmp_path / "run").exists()
+
+
 def test_output_folders_are_never_overwritten(base, tmp_path, quiet):
     run = recipe(base, tmp_path / "run", training={"max_steps": 1})
     train(run, evaluate_loss, console=quiet)

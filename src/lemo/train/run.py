@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -82,6 +83,11 @@ def train(
         LemoError: whatever makes the run impossible; nothing in the output folder is lost or overwritten.
     """
     check_run(run)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            "a recipe trains in one process, and WORLD_SIZE says that there are several, which would overwrite each "
+            "other's output; under several processes use lemo.attach with Trainer, as in examples/trainer.py"
+        )
     folder = RunFolder.open(run, resume=resume)
     if not run.data.train:
         raise ConfigError("data.train is empty: name at least one file or folder")
