@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from lemo.errors import ConfigError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,13 @@ class Layout:
     document_of_row_N: Tensor
     position_of_row_N: Tensor
     block_of_row_N: Tensor
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` returns, made once per batch: every layer asks for the same host-side arithmetic and copies."""
+        made: dict[Hashable, T] = self.__dict__.setdefault("_once", {})
+        if key not in made:
+            made[key] = make()
+        return made[key]
 
     @property
     def device(self) -> torch.device:

@@ -33,6 +33,10 @@ def document_budgets(layout: Layout, ratio: float, bucket: int = 1) -> Tensor:
     max(ceil(ratio · blocks), forced blocks), rounded up to a multiple of `bucket`, at most all blocks. Guards and
     supervised blocks count towards the ratio; where they exceed it they are all kept.
     """
+    return layout.once(("budgets", ratio, bucket), lambda: _budgets(layout, ratio, bucket))
+
+
+def _budgets(layout: Layout, ratio: float, bucket: int) -> Tensor:
     documents = len(layout.document_start_D)
     blocks = torch.bincount(layout.block_document_K, minlength=documents)
     forced = torch.bincount(layout.block_document_K[layout.forced_K], minlength=documents)

@@ -148,11 +148,8 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 def pool_rows(value_NF: Tensor, layout: Layout, pool: str) -> Tensor:
     """Mean, max or log-mean-exp of rows over each block: (K, F), dtype and device of `value_NF`. Deterministic."""
     device = value_NF.device
-    start_K1 = to_device(layout.block_start_K, device)[:, None]
-    length_K1 = to_device(layout.block_length_K, device)[:, None]
-    offset_1C = torch.arange(layout.block_size, device=device)[None]
-    inside_KC = offset_1C < length_K1
-    rows_KCF = value_NF[start_K1 + torch.minimum(offset_1C, length_K1 - 1)]
+    rows_KC, inside_KC, length_K1 = layout.once(("rows of blocks", device), lambda: _rows_of_blocks(layout, device))
+    rows_KCF = value_NF[rows_KC]
     if pool == "max":
         # Rows past a short block's end repeat its last row, which leaves the maximum alone.
         return rows_KCF.amax(1)
@@ -161,8 +158,20 @@ def pool_rows(value_NF: Tensor, layout: Layout, pool: str) -> Tensor:
     return (rows_KCF * inside_KC[..., None]).sum(1) / length_K1
 
 
+def _rows_of_blocks(layout: Layout, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of each block (K, C), the last one repeated past a short block's end; which are real; and lengths (K, 1)."""
+    start_K1 = to_device(layout.block_start_K, device)[:, None]
+    length_K1 = to_device(layout.block_length_K, device)[:, None]
+    offset_1C = torch.arange(layout.block_size, device=device)[None]
+    return start_K1 + torch.minimum(offset_1C, length_K1 - 1), offset_1C < length_K1, length_K1
+
+
 def block_positions(layout: Layout, device: torch.device) -> Tensor:
     """Place of each block in its document: share of the way, log distance from its start and its end. (K, 3) fp32."""
+    return layout.once(("block positions", device), lambda: _block_positions(layout, device))
+
+
+def _block_positions(layout: Layout, device: torch.device) -> Tensor:
     document_K = layout.block_document_K
     blocks_D = torch.bincount(document_K, minlength=len(layout.document_start_D))
     first_D = torch.cumsum(blocks_D, 0) - blocks_D
@@ -176,11 +185,16 @@ def block_positions(layout: Layout, device: torch.device) -> Tensor:
 def suffix_mean(value_KR: Tensor, layout: Layout) -> Tensor:
     """Mean of rows n, n+1, ... to the end of n's document: (K, R). Sums run in fp64: documents stay apart."""
     device = value_KR.device
-    document_K = layout.block_document_K
-    blocks_D = torch.bincount(document_K, minlength=len(layout.document_start_D))
-    end_K = to_device(torch.cumsum(blocks_D, 0)[document_K], device)
-    count_K = end_K - torch.arange(len(document_K), device=device)
+    end_K, count_K = layout.once(("suffixes", device), lambda: _suffixes(layout, device))
     before = torch.cumsum(value_KR.double(), 0)
     before = torch.cat([before.new_zeros(1, before.shape[1]), before])
     total = before[end_K] - before[:-1]
     return (total / count_K[:, None]).to(value_KR.dtype)
+
+
+def _suffixes(layout: Layout, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Behind the last block of each block's document, and how many blocks lie from there back to it: (K,) and (K,)."""
+    document_K = layout.block_document_K
+    blocks_D = torch.bincount(document_K, minlength=len(layout.document_start_D))
+    end_K = to_device(torch.cumsum(blocks_D, 0)[document_K], device)
+    return end_K, end_K - torch.arange(len(document_K), device=device)
