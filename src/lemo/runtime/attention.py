@@ -131,16 +131,14 @@ def _flat(state_BGTD: Tensor) -> Tensor:
 def _recorded_dense(
     call: LayerCall, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kwargs: dict
 ) -> tuple[Tensor, Tensor | None]:
-    """All rows in their usual shape; keys, values and, if asked, log-sum-exp are recorded."""
+    """All rows in their usual shape; keys, values and, if asked, queries are recorded."""
     record = call.record
-    assert record is not None
+    assert record is not None and not record.want_lse  # the exact pass of `pairs` gives its rows as a range
     record.key_GND, record.value_GND = _flat(key), _flat(value)
     record.scaling = _scaling(query, kwargs)
     if record.want_query:
         record.query_HND = _flat(query)
-    if not record.want_lse:
-        return _base_function(module)(module, query, key, value, mask, **kwargs)
-    raise AssertionError("the exact pass of the `pairs` gradient gives its rows as a range")
+    return _base_function(module)(module, query, key, value, mask, **kwargs)
 
 
 def _attend_rows(

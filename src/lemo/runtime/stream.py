@@ -154,16 +154,16 @@ class LayerStream:
         return output[0] if isinstance(output, tuple) else output
 
     @torch.no_grad()
-    def masked(self, layer: int, x_BTM: Tensor, seen_KT: Tensor) -> Tensor:
+    def masked(self, layer: int, x_BTM: Tensor, seen_TT: Tensor) -> Tensor:
         """Reference: all rows run the layer, by eager attention under an explicit (T, T) mask of the kept keys.
 
         Args:
             layer: number of the layer.
             x_BTM: its input.
-            seen_KT: (T, T) bool, which keys (columns) each row may see, causality included.
+            seen_TT: (T, T) bool, which keys (columns) each row may see, causality included.
         """
-        mask = torch.zeros(seen_KT.shape, dtype=x_BTM.dtype, device=x_BTM.device)
-        mask = mask.masked_fill(~seen_KT, torch.finfo(x_BTM.dtype).min)[None, None]
+        mask = torch.zeros(seen_TT.shape, dtype=x_BTM.dtype, device=x_BTM.device)
+        mask = mask.masked_fill(~seen_TT, torch.finfo(x_BTM.dtype).min)[None, None]
         keywords = self.keywords[layer] | {"attention_mask": mask}
         with _installed(self.model, SimpleNamespace(context=None, tap=None), only=layer):
             ACTIVE.base_implementation = "eager"
