@@ -39,6 +39,13 @@ class Bypass:
         """The same map on another device or in another dtype."""
         return Bypass(self.down_MR.to(device=device, dtype=dtype), self.up_RM.to(device=device, dtype=dtype))
 
+    def on(self, device: torch.device, dtype: torch.dtype) -> Bypass:
+        """As `to`, but copied once: every step asks for the same copy."""
+        copies: dict[tuple[torch.device, torch.dtype], Bypass] = self.__dict__.setdefault("_copies", {})
+        if (device, dtype) not in copies:
+            copies[device, dtype] = self.to(device, dtype)
+        return copies[device, dtype]
+
     def update(self, x_NM: Tensor) -> Tensor:
         """Update of rows in the dtype of `x_NM`: (N, M). The norm runs in fp32, the maps in their own dtype.
 

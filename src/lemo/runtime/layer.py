@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lemo.core.layout import Layout
 from lemo.core.plan import LayerPlan
 from lemo.core.selection import RowSet, Selection
 from lemo.errors import UnsupportedModelError
@@ -33,6 +34,7 @@ from lemo.runtime.rows import (
     RowRange,
     active,
     gather_keywords,
+    hidden_of,
     inverse,
 )
 
@@ -69,7 +71,7 @@ class SkippingLayer:
             return _run_call(inner, hidden, keywords, call, modules)
 
         if lemo_call.exact is not None:
-            lemo_call = lemo_call.exact.first(lemo_call, lambda *pass_: _tensor(run(*pass_)))
+            lemo_call = lemo_call.exact.first(lemo_call, lambda *pass_: hidden_of(run(*pass_)))
         return run(hidden_states, dict(zip(_parameter_names(type(self)), args, strict=False)) | kwargs, lemo_call)
 
 
@@ -149,7 +151,7 @@ class _Step:
         """The layer on packed rows: (capacity, M)."""
         kwargs = self.gathered(rows.rows_N)
         output = self.dense_call(gather_rows(self.x_NM, rows.rows_N).unsqueeze(0), **kwargs, **{CALL: call})
-        return _tensor(output).squeeze(0)
+        return hidden_of(output).squeeze(0)
 
     def gathered(self, rows_N: Tensor) -> dict[str, Any]:
         return gather_keywords(self.kwargs, rows_N, *self.x_BTM.shape[:2])
@@ -257,7 +259,7 @@ def _write(step: _Step, rows: RowSet, values_NM: Tensor, constant: tuple[RowSet,
     skipped = rows if constant is None else constant[0]
     factors = {}
     if bypass is not None and (len(skipped.skipped_S) or rows.valid_N is not None):
-        bypass = bypass.to(step.x_BTM.device, step.x_BTM.dtype)
+        bypass = bypass.on(step.x_BTM.device, step.x_BTM.dtype)
         factors = {"down_MR": bypass.down_MR, "up_RM": bypass.up_RM}
     if constant is not None:
         factors |= {"constant_rows": constant[0].rows_N, "constant_values": constant[1]}
@@ -284,20 +286,19 @@ def _mlp_rows(step: _Step, rows: RowSet) -> MlpRows | None:
     bypass = step.plan.mlp_bypass
     if bypass is None:
         return MlpRows(rows_n, skipped_s, None, None)
-    bypass = bypass.to(step.x_BTM.device, step.x_BTM.dtype)
+    bypass = bypass.on(step.x_BTM.device, step.x_BTM.dtype)
     return MlpRows(rows_n, skipped_s, bypass.down_MR, bypass.up_RM)
 
 
-def all_rows(layout: Any) -> RowSet:
+def all_rows(layout: Layout) -> RowSet:
     """Every row of every document."""
+    return layout.once("all rows", lambda: _all_rows(layout))
+
+
+def _all_rows(layout: Layout) -> RowSet:
     count = layout.real_rows
     rows_N = torch.argsort((layout.document_of_row_N < 0).to(torch.uint8), stable=True)[:count]
     return RowSet(rows_N, tuple(layout.document_length_D.tolist()), rows_N[:0])
-
-
-def _tensor(output: Any) -> Tensor:
-    """The hidden states of a layer's output, which some families wrap in a tuple."""
-    return output[0] if isinstance(output, tuple) else output
 
 
 class _ReplaceValue(torch.autograd.Function):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lemo.core.bypass import Bypass
-from lemo.runtime.rows import MlpRows
+from lemo.runtime.rows import MlpRows, hidden_of
 
 
 @contextmanager
@@ -30,7 +30,7 @@ def mlp_rows(modules: tuple[nn.Module, nn.Module], rows: MlpRows) -> Iterator[No
         return (chosen.reshape(*(1,) * (args[0].dim() - 2), *chosen.shape), *args[1:])
 
     def spread(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        hidden = output[0] if isinstance(output, tuple) else output
+        hidden = hidden_of(output)
         full = _spread(inputs.pop(), hidden, rows)
         return (full, *output[1:]) if isinstance(output, tuple) else full
 
@@ -72,7 +72,7 @@ class MlpTrace:
             self.norm_N = torch.linalg.vector_norm(flat, dim=-1, dtype=torch.promote_types(flat.dtype, torch.float32))
 
         def see_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            hidden = output[0] if isinstance(output, tuple) else output
+            hidden = hidden_of(output)
             self.output_NM = hidden.detach().reshape(-1, hidden.shape[-1])
 
         with ExitStack() as stack:

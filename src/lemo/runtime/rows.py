@@ -43,10 +43,10 @@ class RowRange:
     @classmethod
     def of_batch(cls, layout: Layout) -> RowRange:
         """Range of a tensor that holds all B·T rows of the batch."""
-        return cls(
-            tuple(layout.document_start_D.tolist()),
-            tuple(layout.document_length_D.tolist()),
-            layout.position_of_row_N,
+        starts, lengths = layout.document_start_D, layout.document_length_D
+        return layout.once(
+            "range of the batch",
+            lambda: cls(tuple(starts.tolist()), tuple(lengths.tolist()), layout.position_of_row_N),
         )
 
 
@@ -206,6 +206,11 @@ def gather_keywords(kwargs: Mapping[str, Any], rows_N: Tensor, batch: int, token
         return value
 
     return {name: None if name == "attention_mask" else gather(value) for name, value in kwargs.items()}
+
+
+def hidden_of(output: Any) -> Tensor:
+    """The hidden states of a module's output, which some families wrap in a tuple."""
+    return output[0] if isinstance(output, tuple) else output
 
 
 def inverse(rows_N: Tensor, size: int) -> Tensor:

@@ -13,7 +13,11 @@ from lemo.core.plan import LayerPlan, Plan
 from lemo.core.policy import select
 from lemo.core.selection import Selection
 from lemo.errors import UnsupportedModelError
+from lemo.runtime.attention import attention_module
+from lemo.runtime.batch import BatchContext
 from lemo.runtime.model import decoder_layers
+from lemo.runtime.rows import ACTIVE
+from lemo.runtime.stream import LayerStream
 
 _BLOCK, _BLOCKS = 4, 8
 # Largest relative error of a layer's update. Eager softmax runs in fp32 whatever the dtype. Low precision rounds
@@ -27,8 +31,6 @@ def check_layers(handle: Any) -> None:
     Raises:
         UnsupportedModelError: a layer does not obey `y = x; y[rows] = layer(x[rows])`; the message says which.
     """
-    from lemo.runtime.stream import LayerStream
-
     model = handle.model
     parameters = list(model.parameters())
     if any(p.is_meta or hasattr(p, "full_tensor") for p in parameters):
@@ -64,8 +66,6 @@ def _one_of_each_kind(plan: Plan, layers: Any) -> list[int]:
 
 
 def _check_layer(stream: Any, index: int) -> None:
-    from lemo.runtime.rows import ACTIVE
-
     x_BTM, layout = stream.hidden_BTM, stream.layout
     dense_BTM = stream.dense(index, x_BTM).output_BTM
     scores_K = torch.rand(len(layout.block_start_K), generator=torch.Generator().manual_seed(1)).to(x_BTM.device)
@@ -88,22 +88,13 @@ def _check_layer(stream: Any, index: int) -> None:
 
 def _run(stream: Any, index: int, plan: Plan, selection: Selection) -> Tensor:
     """The layer under a selection given from outside."""
-    from types import SimpleNamespace
-
-    from lemo.runtime.batch import BatchContext
-    from lemo.runtime.stream import _installed
-
     context = BatchContext(plan, stream.layout, in_place=False)
     context.select = lambda i, x: selection  # type: ignore[method-assign]
-    with torch.no_grad(), _installed(stream.model, SimpleNamespace(context=context, tap=None), only=index):
-        output = decoder_layers(stream.model)[index](stream.hidden_BTM, **stream.keywords[index])
-    return output[0] if isinstance(output, tuple) else output
+    return stream.under(context, index, stream.hidden_BTM)
 
 
 def _window(stream: Any, index: int, layout: Layout) -> Tensor:
     """(T, T) bool causal mask of the layer, with its sliding window."""
-    from lemo.runtime.attention import attention_module
-
     module = attention_module(decoder_layers(stream.model)[index])
     window = getattr(module, "sliding_window", None)
     position_T = layout.position_of_row_N

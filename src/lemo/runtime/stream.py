@@ -15,11 +15,12 @@ from lemo.core.layout import Layout
 from lemo.core.plan import Plan
 from lemo.errors import UnsupportedModelError
 from lemo.families import find_family
+from lemo.runtime.attention import attention_module
 from lemo.runtime.batch import BatchContext, document_keys, read_layout
 from lemo.runtime.layer import CALL, LayerState, install, remove
 from lemo.runtime.mlp import MlpTrace
 from lemo.runtime.model import causal_model, decoder_layers, mlp_names
-from lemo.runtime.rows import ACTIVE, LayerCall, Recorder
+from lemo.runtime.rows import ACTIVE, LayerCall, Recorder, hidden_of
 
 
 @dataclass
@@ -133,9 +134,8 @@ class LayerStream:
                     output = module(x_BTM, **self.keywords[layer], **extra)
             else:
                 output = module(x_BTM, **self.keywords[layer], **extra)
-        output = output[0] if isinstance(output, tuple) else output
         return LayerTrace(
-            output,
+            hidden_of(output),
             recorder.query_HND,
             recorder.key_GND,
             recorder.scaling,
@@ -148,10 +148,13 @@ class LayerStream:
     def sparse(self, layer: int, x_BTM: Tensor, plan: Plan) -> Tensor:
         """Runs a layer as a training forward under `plan` would; returns a new tensor."""
         keys = document_keys(self.layout, self.input_ids_BT) if plan.scorer == "random" else None
-        context = BatchContext(plan, self.layout, in_place=False, document_keys_D=keys)
+        return self.under(BatchContext(plan, self.layout, in_place=False, document_keys_D=keys), layer, x_BTM)
+
+    @torch.no_grad()
+    def under(self, context: BatchContext, layer: int, x_BTM: Tensor) -> Tensor:
+        """Runs a layer while `context` is the running batch."""
         with _installed(self.model, SimpleNamespace(context=context, tap=None), only=layer):
-            output = decoder_layers(self.model)[layer](x_BTM, **self.keywords[layer])
-        return output[0] if isinstance(output, tuple) else output
+            return hidden_of(decoder_layers(self.model)[layer](x_BTM, **self.keywords[layer]))
 
     @torch.no_grad()
     def masked(self, layer: int, x_BTM: Tensor, seen_TT: Tensor) -> Tensor:
@@ -171,7 +174,7 @@ class LayerStream:
                 output = decoder_layers(self.model)[layer](x_BTM, **keywords)
             finally:
                 ACTIVE.base_implementation = None
-        return output[0] if isinstance(output, tuple) else output
+        return hidden_of(output)
 
     def _mlp_modules(self, layer: nn.Module) -> tuple[tuple[nn.Module, nn.Module], nn.Module]:
         family = find_family(self.model.config)
@@ -186,11 +189,9 @@ class LayerStream:
 @contextmanager
 def _installed(model: Any, handle: Any, only: int | None = None) -> Iterator[None]:
     """Inside, layers (or one of them) answer to `handle`; those without softmax attention run as they are."""
-    from lemo.runtime.attention import attention_module
-
     names, layers = mlp_names(model), decoder_layers(model)
     chosen = [(i, x) for i, x in enumerate(layers) if only in (None, i)]
-    done: list[nn.Module] = []
+    done: list[tuple[nn.Module, Any]] = []
     try:
         for index, layer in chosen:
             if "_lemo_layer" in layer.__dict__:
