@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lemo.ops.attend_rows import tiling
+from lemo.ops.attend_rows.checks import check, why_not_triton
 from lemo.ops.attend_rows.reference import Rows, chunks, mask_of, own_among_keys
 from lemo.ops.backend import Backend, choose_backend
 
@@ -83,8 +84,8 @@ def attend_rows_with_lse(
         Output (H, N, D), and (H, N) fp32 (fp64 for fp64 input) natural log-sum-exp without gradient, 0 for rows
         outside all documents. The reference needs the scores a second time for it.
     """
-    _check(query_HND, (key_GKD, value_GKD), queries, keys, (scaling, window))
-    chosen = choose_backend("attend_rows", backend, lambda: _why_not_triton(query_HND, keys))
+    check(query_HND, (key_GKD, value_GKD), queries, keys, (scaling, window))
+    chosen = choose_backend("attend_rows", backend, lambda: why_not_triton(query_HND, keys))
     if chosen == "triton":
         return _kernel(query_HND, (key_GKD, value_GKD), (None, None), queries, keys, (scaling, window))
     output_HND = _by_document(query_HND, (key_GKD, value_GKD), queries, keys, (scaling, window))
@@ -127,51 +128,14 @@ def attend_rows_constant(
     Cost:
         as `attend_rows`; the reference also copies keys and values once.
     """
-    _check(query_HND, constant, queries, keys, (scaling, window))
-    _check(query_HND, own, queries, queries, (scaling, window))
-    chosen = choose_backend("attend_rows", backend, lambda: _why_not_triton(query_HND, keys))
+    check(query_HND, constant, queries, keys, (scaling, window))
+    check(query_HND, own, queries, queries, (scaling, window))
+    chosen = choose_backend("attend_rows", backend, lambda: why_not_triton(query_HND, keys))
     if chosen == "triton":
         constant = constant[0].detach(), constant[1].detach()
         return _kernel(query_HND, constant, own, queries, keys, (scaling, window))[0]
     merged = own_among_keys(own, constant, queries, keys)
     return _by_document(query_HND, merged, queries, keys, (scaling, window))
-
-
-def _check(query: Tensor, pair: Sequence[Tensor], queries: Rows, keys: Rows, options: tuple[float, int | None]) -> None:
-    scaling, window = options
-    key, value = pair
-    if query.dim() != 3 or key.dim() != 3 or query.shape[2] != key.shape[2] or key.shape != value.shape:
-        raise ValueError(f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)} do not fit")
-    if key.shape[0] == 0 or query.shape[0] % key.shape[0]:
-        raise ValueError(f"{query.shape[0]} query heads are no multiple of {key.shape[0]} key heads")
-    if any(t.dtype != query.dtype or t.device != query.device for t in pair) or not query.is_floating_point():
-        raise ValueError(
-            f"query is {query.dtype} on {query.device}, key {key.dtype} on {key.device}, "
-            f"value {value.dtype} on {value.device}"
-        )
-    for tensor, rows, name in ((query, queries, "queries"), (key, keys, "keys")):
-        position = rows.position_N
-        if position.shape != tensor.shape[1:2] or position.dtype != torch.int64 or position.device != query.device:
-            raise ValueError(
-                f"positions of the {name} must be ({tensor.shape[1]},) int64 on {query.device}, "
-                f"got {tuple(position.shape)} {position.dtype} on {position.device}"
-            )
-        if len(rows.starts) != len(queries.lengths) or len(rows.lengths) != len(queries.lengths):
-            raise ValueError("queries and keys must have the same documents, each with a start and a length")
-        if any(s < 0 or n < 0 or s + n > len(position) for s, n in zip(rows.starts, rows.lengths, strict=True)):
-            raise ValueError(f"documents of the {name} reach beyond their {len(position)} rows")
-    if not scaling > 0 or (window is not None and window < 1):
-        raise ValueError(f"scaling and window must be positive, got {scaling} and {window}")
-
-
-def _why_not_triton(query: Tensor, keys: Rows) -> str | None:
-    if keys.valid_N is not None:
-        return "keys that are not valid break the order of positions"
-    try:
-        from lemo.ops.attend_rows import kernel  # noqa: F401 - imports triton
-    except ImportError as error:
-        return f"triton cannot be imported ({error})"
-    return tiling.why_not(query)
 
 
 def _kernel(

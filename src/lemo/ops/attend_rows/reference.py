@@ -112,3 +112,44 @@ def mask_of(queries: Rows, keys: Rows, rows: slice, columns: slice, window: int 
         mask_QK &= keys.valid_N[None, columns]
     # A row that was not chosen is computed to no effect; without its own key its softmax would be empty (NaN).
     return mask_QK | (distance_QK == 0)
+
+
+def attend_backward_reference(
+    operands: tuple[Tensor, ...],
+    queries: Rows,
+    keys: Rows,
+    *,
+    scaling: float,
+    window: int | None = None,
+    own: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients (H, N, D), (G, K, D), (G, K, D); see `lemo.ops.attend_backward` for the contract.
+
+    Args:
+        operands: gradient, query, key, value, output and log-sum-exp.
+        queries: documents and positions of the query rows.
+        keys: documents and positions of the key rows.
+        scaling: factor of the scores.
+        window: keys farther back than this are not seen.
+        own: keys and values of the query rows; then their gradients (G, N, D) are returned.
+    """
+    grad_HND, query_HND, key_GKD, value_GKD, output_HND, lse_HN = operands
+    if own is not None:
+        among_own = (grad_HND, query_HND, *own, output_HND, lse_HN)
+        d_query, _, _ = attend_backward_reference(operands, queries, keys, scaling=scaling, window=window)
+        return d_query, *attend_backward_reference(among_own, queries, queries, scaling=scaling, window=window)[1:]
+    wide = torch.promote_types(query_HND.dtype, torch.float32)
+    groups = key_GKD.shape[0]
+    d_query, d_key, d_value = (torch.zeros_like(t, dtype=wide) for t in (query_HND, key_GKD, value_GKD))
+    for rows, columns in chunks(queries, keys):
+        parts = (t[:, rows].to(wide).unflatten(0, (groups, -1)) for t in (grad_HND, query_HND, output_HND))
+        grad, query, output = parts
+        lse = lse_HN[:, rows, None].to(wide).unflatten(0, (groups, -1))
+        key, value = (t[:, None, columns].to(wide) for t in (key_GKD, value_GKD))
+        weight = torch.exp(query @ key.mT * scaling - lse)
+        weight = weight.masked_fill(~mask_of(queries, keys, rows, columns, window), 0.0)
+        d_value[:, columns] += (weight.mT @ grad).sum(1)
+        d_score = weight * (grad @ value.mT - (grad * output).sum(-1, keepdim=True)) * scaling
+        d_query[:, rows] = (d_score @ key).flatten(0, 1)
+        d_key[:, columns] += (d_score.mT @ query).sum(1)
+    return d_query.to(query_HND.dtype), d_key.to(query_HND.dtype), d_value.to(query_HND.dtype)
