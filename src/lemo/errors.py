@@ -27,3 +27,7 @@ class UnsupportedModelError(LemoError):
 
 class BackendError(LemoError):
     """A backend was asked for by name and cannot run here; the message says why."""
+
+
+class MergeError(LemoError):
+    """A merged model does not compute what its adapter model computes; the message says by how much."""

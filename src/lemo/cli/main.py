@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 import lemo
-from lemo.cli import calibrate, doctor, evaluate, inspect, train
+from lemo.cli import calibrate, doctor, evaluate, inspect, merge, train
 from lemo.errors import LemoError
 
 
@@ -64,6 +64,7 @@ app.command("train")(train.train)
 app.command("calibrate")(calibrate.calibrate)
 app.command("eval")(evaluate.evaluate)
 app.command("inspect")(inspect.inspect)
+app.command("merge")(merge.merge)
 app.command("doctor")(doctor.doctor)
 
 

@@ -75,6 +75,41 @@ def load_adapter(model: Any, folder: str | Path, *, trainable: bool = False) -> 
         raise ConfigError(f"{folder}: the adapter cannot be loaded ({str(error).splitlines()[0]})") from error
 
 
+def read_base_path(folder: str | Path) -> str | None:
+    """Base model that a saved adapter names, or None.
+
+    Raises:
+        ConfigError: the folder holds no adapter that can be read.
+    """
+    import json
+
+    try:
+        return json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"{folder} is no adapter: adapter_config.json is missing or cannot be read") from error
+
+
+def wrapped_names(model: Any) -> list[str]:
+    """Dotted names of the modules that an adapter changes."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    changing = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    return [name for name, module in model.named_modules() if isinstance(module, changing)]
+
+
+def merge_layers(model: Any) -> Any:
+    """The base model with the adapter added into its weights, in the dtype that they have.
+
+    Raises:
+        ConfigError: an adapter that cannot be merged.
+    """
+    try:
+        return model.merge_and_unload(safe_merge=True)
+    except (ValueError, RuntimeError, NotImplementedError) as error:
+        raise ConfigError(f"the adapter cannot be merged ({str(error).splitlines()[0]})") from error
+
+
 def trainable_parameters(model: Any) -> int:
     """Number of parameters that training changes."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

@@ -1,0 +1,65 @@
+"""`lemo merge`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def merge(
+    source: Annotated[Path, typer.Argument(help="Output folder of a run, or of an adapter.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the merged model.", show_default=False)],
+    base: Annotated[str | None, typer.Option("--base", help="Base model, when the adapter's own has moved.")] = None,
+    device: Annotated[str | None, typer.Option("--device", help="Where to compute; a GPU if there is one.")] = None,
+) -> None:
+    """Merge an adapter into its base model, check the result against the adapter model, and save it.
+
+    The folder loads with plain Transformers and everything that reads its format. Nothing is left behind when the
+    merged model's logits are further from the adapter model's than rounding explains.
+    """
+    from lemo.cli.arguments import quieten
+    from lemo.errors import ConfigError
+    from lemo.train.merge import merge_adapter, read_samples
+    from lemo.train.model import load_tokenizer
+
+    if out.exists():
+        raise ConfigError(f"--out: {out} exists already")
+    quieten()
+    run, adapter = _find(source, base)
+    samples: Any = None
+    if run.data.validation:
+        try:
+            samples = read_samples(run, load_tokenizer(run.model))
+        except ConfigError:  # no tokenizer: random tokens serve as well
+            samples = None
+    name = "tokens drawn at random" if samples is None else "validation text"
+    report = merge_adapter(run.model, adapter, out, samples=samples, sample_name=name, device=device)
+    for line in report.lines():
+        typer.echo(line)
+    typer.echo(f"merged model: {report.output}")
+
+
+def _find(source: Path, base: str | None) -> tuple[Any, Path]:
+    """The run with its base model, and the adapter's folder."""
+    from lemo.cli.arguments import load_source
+    from lemo.config import RunConfig
+    from lemo.errors import ConfigError
+    from lemo.train.lora import read_base_path
+    from lemo.train.merge import base_config
+
+    is_run = (source / "recipe.yaml").is_file()
+    named = None if is_run else read_base_path(source)
+    folder = source if is_run else source.parent
+    if (folder / "recipe.yaml").is_file():  # it knows how the context was extended, also of the adapter inside a run
+        loaded = load_source(folder, None, None, None)
+        adapter = loaded.adapter if is_run else source
+        if adapter is None:
+            raise ConfigError(f"{source} holds no adapter: the run in it is not finished")
+        run = loaded.run
+        return (run if base is None else replace(run, model=replace(run.model, path=base))), adapter
+    if not (base or named):
+        raise ConfigError(f"{source} does not name its base model; name it with --base")
+    return RunConfig(model=base_config(base or named or "")), source
