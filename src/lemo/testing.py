@@ -1,13 +1,16 @@
 """What the tests and benchmarks of ops share: cases, the error budget, poisoned allocations, gradient checks.
 
-An op's `cases.py` fills an `OpSpec`; one generic suite and one generic benchmark read them all.
+An op's `cases.py` fills an `OpSpec` (or several); one generic suite and one generic benchmark read them all.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -61,6 +64,8 @@ class OpSpec:
         bytes_moved: bytes that it must read and write.
         library_call: makes the torch.library op and its arguments from a case's; None where there is no such op.
         kernel_call: the same for an op that only runs where its kernel does.
+        naive: the same result by indexing, computing and scattering with whole tensors, for the benchmark.
+        ceiling: `copy` where the op should run at the rate of a copy.
     """
 
     name: str
@@ -72,6 +77,17 @@ class OpSpec:
     bytes_moved: Callable[[Inputs], int]
     library_call: Callable[[Inputs], tuple[Any, tuple]] | None = None
     kernel_call: Callable[[Inputs], tuple[Any, tuple]] | None = None
+    naive: Callable[..., Any] | None = None
+    ceiling: str = ""
+
+
+def specs_in(package: ModuleType) -> list[OpSpec]:
+    """Every OpSpec of the op folders of a package: `SPEC`, or `SPECS` of a folder that holds several ops."""
+    found: list[OpSpec] = []
+    for path in sorted(Path(str(package.__file__)).parent.glob("*/op.py")):
+        cases = importlib.import_module(f"{package.__name__}.{path.parent.name}.cases")
+        found += cases.SPECS if hasattr(cases, "SPECS") else [cases.SPEC]
+    return found
 
 
 def tensors_of(output: Any) -> list[Tensor]:

@@ -3,10 +3,16 @@
 from lemo.ops.attend_rows.explicit import attend_backward, attend_forward
 from lemo.ops.attend_rows.op import attend_rows, attend_rows_constant, attend_rows_with_lse
 from lemo.ops.block_score.op import block_score, key_block_scores
+from lemo.ops.gated_act.op import gated_act, gated_act_backward
 from lemo.ops.gather_rows.op import gather_rows
 from lemo.ops.linear_ce.op import linear_ce, linear_ce_module
-from lemo.ops.scatter_rows.op import scatter_rows
+from lemo.ops.norm_rows.op import norm_rows, norm_rows_backward
+from lemo.ops.pool_blocks.op import pool_blocks
+from lemo.ops.rope_rows.op import rope_rows_
+from lemo.ops.scatter_rows.op import scatter_rows, writable
+from lemo.ops.score_blocks.op import score_blocks
 from lemo.ops.select_rows.op import rank_blocks, select_rows
+from lemo.ops.stream_rows.op import bypass_rows_, bypass_rows_backward_, write_rows_
 
 __all__ = [
     "attend_backward",
@@ -15,11 +21,22 @@ __all__ = [
     "attend_rows_constant",
     "attend_rows_with_lse",
     "block_score",
+    "bypass_rows_",
+    "bypass_rows_backward_",
+    "gated_act",
+    "gated_act_backward",
     "gather_rows",
     "key_block_scores",
     "linear_ce",
     "linear_ce_module",
+    "norm_rows",
+    "norm_rows_backward",
+    "pool_blocks",
     "rank_blocks",
+    "rope_rows_",
     "scatter_rows",
+    "score_blocks",
     "select_rows",
+    "writable",
+    "write_rows_",
 ]

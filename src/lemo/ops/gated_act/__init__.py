@@ -1,0 +1,1 @@
+"""Activation of gated and plain MLPs, and its gradient."""

@@ -1,0 +1,1 @@
+"""Rotary embedding of chosen rows, in place."""

@@ -1,0 +1,1 @@
+"""The residual stream written in place: values of rows that ran a layer, bypass of rows that skipped it."""
