@@ -39,6 +39,7 @@ class Layout:
         document_of_row_N: (B·T,) int64 on the device; -1 for padding.
         position_of_row_N: (B·T,) int64 on the device; row's place inside its document; 0 for padding.
         block_of_row_N: (B·T,) int64 on the device; -1 for padding.
+        supervised_row_S: (S,) int64 ascending flat rows that carry loss, on the CPU.
     """
 
     batch: int
@@ -54,6 +55,7 @@ class Layout:
     document_of_row_N: Tensor
     position_of_row_N: Tensor
     block_of_row_N: Tensor
+    supervised_row_S: Tensor
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """What `make` returns, made once per batch: every layer asks for the same host-side arithmetic and copies."""
@@ -126,9 +128,11 @@ class Layout:
         block_of_row[rows] = first_block_D[document_of_row[rows]] + position_of_row[rows] // block_size
 
         supervised = torch.zeros(len(block_document), dtype=torch.bool)
+        supervised_row = torch.zeros(0, dtype=torch.int64)
         if supervised_BT is not None:
-            flagged = block_of_row[supervised_BT.detach().to("cpu").reshape(-1).bool()]
-            supervised[flagged[flagged >= 0]] = True
+            flags = supervised_BT.detach().to("cpu").reshape(-1).bool() & (block_of_row >= 0)
+            supervised_row = flags.nonzero().squeeze(-1)
+            supervised[block_of_row[supervised_row]] = True
         guards = torch.zeros_like(supervised)
         guards[first_block_D] = True
         guards[first_block_D + blocks_D - 1] = True
@@ -146,6 +150,7 @@ class Layout:
             document_of_row_N=document_of_row.to(device),
             position_of_row_N=position_of_row.to(device),
             block_of_row_N=block_of_row.to(device),
+            supervised_row_S=supervised_row,
         )
 
 

@@ -1,6 +1,6 @@
 """Granite: multipliers on embeddings, residuals, attention and logits."""
 
-from lemo.families.family import Family
+from lemo.families.family import Family, LayerNames
 
 FAMILY = Family(
     model_type="granite",
@@ -10,4 +10,5 @@ FAMILY = Family(
         "embedding_multiplier": 2.0,
         "attention_multiplier": 0.25,
     },
+    names=LayerNames(multiplier="residual_multiplier"),
 )

@@ -1,5 +1,5 @@
 """Llama 1 to 3, SmolLM2 and everything that shares their class."""
 
-from lemo.families.family import Family
+from lemo.families.family import Family, LayerNames
 
-FAMILY = Family(model_type="llama")
+FAMILY = Family(model_type="llama", names=LayerNames())

@@ -1,5 +1,5 @@
 """SmolLM3: some layers without RoPE."""
 
-from lemo.families.family import Family
+from lemo.families.family import Family, LayerNames
 
-FAMILY = Family(model_type="smollm3", tiny={"no_rope_layer_interval": 2})
+FAMILY = Family(model_type="smollm3", tiny={"no_rope_layer_interval": 2}, names=LayerNames())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,13 @@ from torch import Tensor, nn
 from lemo.core.plan import Plan
 from lemo.core.selection import Selection
 from lemo.errors import ConfigError, LabelsError, PlanError, UnsupportedModelError
+from lemo.families import find_family
 from lemo.runtime.attention import NAME, attention_module, register_mask
 from lemo.runtime.batch import BatchContext, RunDense, document_keys, read_layout
+from lemo.runtime.fused.call import LEVELS, Recompute
+from lemo.runtime.fused.engine import loss_rows, why_not_plan
+from lemo.runtime.fused.final import install_norm, remove_norm
+from lemo.runtime.fused.parts import Norm, read_norm
 from lemo.runtime.head import LemoModel, forward_parameters, model_class, segmented_forward, why_not_segmented
 from lemo.runtime.layer import LayerState, install, removable, remove
 from lemo.runtime.model import (
@@ -26,6 +31,8 @@ from lemo.runtime.model import (
     mlp_names,
 )
 
+Engine = Literal["auto", "fused", "generic"]
+ENGINES = ("auto", "fused", "generic")
 _LOG = logging.getLogger("lemo")
 MASK_LIMIT_TOKENS = 8192  # longest sequence for which the model may still build a (T, T) mask of its own
 
@@ -56,6 +63,9 @@ class Handle:
         self._loss_only = False
         self._real_rows = 0
         self._attached = self._running_forward = False
+        family = find_family(self.model.config)
+        self._names = None if family is None else family.names
+        self._final_norm: nn.Module | None = None
 
     def __enter__(self) -> Handle:
         """The handle itself."""
@@ -137,6 +147,8 @@ class Handle:
             )
         for layer in layers:
             remove(layer)
+        if self._final_norm is not None:
+            remove_norm(self._final_norm)
         del self.model.__dict__["_lemo_handle"]
         self.model.__class__ = type(self.model).__mro__[2]
         self._attached = False
@@ -170,7 +182,8 @@ class Handle:
         segmented = labelled and own and self._segmented(training)
         with self._running(context):
             if segmented:
-                output = segmented_forward(self.model, arguments, self._options["segment_rows"])
+                final = self._defer(context)
+                output = segmented_forward(self.model, arguments, self._options["segment_rows"], final)
             else:
                 output = inner(**arguments)
         if context is not None:
@@ -190,7 +203,8 @@ class Handle:
     def _open(self, arguments: dict[str, Any], training: bool, compiling: bool) -> BatchContext | None:
         """The batch for the layers, or None when this forward runs densely."""
         sparse_eval = self._options["sparse_eval"] and not training
-        if not (training or sparse_eval) or all(x.is_dense for x in self.plan.layers):
+        dense = all(x.is_dense for x in self.plan.layers) and self._options["engine"] != "fused"
+        if not (training or sparse_eval) or dense:
             if self.model.training and not training and any(x.forward_ratio < 1 for x in self.plan.layers):
                 self.note(
                     "a forward without gradients ran densely, while training forwards skip rows; where a loss compares "
@@ -226,7 +240,57 @@ class Handle:
             in_place=self.in_place,
             maskless=self._wants_no_mask(layout),
             document_keys_D=document_keys(layout, arguments.get("input_ids")) if self.plan.scorer == "random" else None,
+            fused=self._fused_layers(),
+            recompute=self._recompute(),
         )
+
+    def _defer(self, context: BatchContext | None) -> tuple[Norm, Tensor] | None:
+        """Lets the last layer and the norm behind it work on loss rows only: the segmented loss reads no others."""
+        norm = self._final_norm
+        if context is None or norm is None or len(self.plan.layers) - 1 not in context.fused:
+            return None
+        context.loss_rows_only = context.defers_norm = True
+        return read_norm(norm, self._names.norm), loss_rows(context.layout).rows_N
+
+    def _install_norm(self) -> None:
+        """Makes the norm before the head deferrable, where the family names it and it is a plain norm."""
+        names = self._names
+        if self._options["engine"] == "generic" or names is None or names.final_norm is None:
+            return
+        norm = self.model.base_model.get_submodule(names.final_norm)
+        if not hasattr(norm, "original_module"):
+            install_norm(norm, self)
+            self._final_norm = norm
+
+    def _recompute(self) -> Recompute:
+        level = self._options["recompute"]
+        if level is not None:
+            return level
+        checkpoints = any(getattr(x, "gradient_checkpointing", False) for x in decoder_layers(self.model))
+        return "lin" if checkpoints else "none"
+
+    def _fused_layers(self) -> frozenset[int]:
+        """Layers that the fused engine runs as they are now.
+
+        Raises:
+            UnsupportedModelError: `engine="fused"` and a layer cannot.
+        """
+        engine, layers = self._options["engine"], decoder_layers(self.model)
+        if engine == "generic" or (engine == "auto" and not next(self.model.parameters()).is_cuda):
+            return frozenset()
+        general, found = why_not_plan(self.plan), set()
+        for index, layer in enumerate(layers):
+            state = layer.__dict__.get("_lemo_layer")
+            if state is None:
+                continue
+            reason = general or state.why_not_fused(layer)
+            if reason is None:
+                found.add(index)
+            elif engine == "fused":
+                raise UnsupportedModelError(f"engine 'fused' cannot run layer {index}: {reason}")
+            else:
+                self.note(f"layers run in the generic engine (first: layer {index}): {reason}")
+        return frozenset(found)
 
     def _check_capturing(self, arguments: dict[str, Any], sparse_eval: bool) -> None:
         config = self.model.config
@@ -263,7 +327,9 @@ class Handle:
 
     def _close(self, context: BatchContext) -> None:
         self.selections, self._real_rows = context.selections, context.layout.real_rows
-        if all(s.is_dense for s in context.selections.values()):
+        if all(x.is_dense for x in self.plan.layers):
+            self.dense_batches += 1
+        elif all(s.is_dense for s in context.selections.values()):
             self.dense_batches += 1
             self.note("a batch had nothing to skip (short, or mostly supervised) and ran densely")
         else:
@@ -280,6 +346,8 @@ def attach(
     unsafe_no_bypass: bool = False,
     self_test: bool = True,
     segment_rows: int = 2048,
+    engine: Engine = "auto",
+    recompute: Recompute | None = None,
 ) -> Handle:
     """Makes a model's decoder layers skip rows as `plan` says, in training forwards.
 
@@ -295,6 +363,11 @@ def attach(
         unsafe_no_bypass: accept a plan whose skipped rows have no bypass. It ruins models.
         self_test: compare one layer of each kind with masked references before anything is trained.
         segment_rows: rows of a loss segment.
+        engine: `fused` runs every layer as one function that saves backward rows only, and refuses layers that it
+            cannot run; `generic` runs Transformers' own layers on rows; `auto` takes the fused engine layer by layer
+            where it can, on a GPU, and says why where it cannot.
+        recompute: what the fused engine computes again in backward: `none`; `mlp`, the maps into the MLP; `lin`, all
+            linear maps; `layer`, everything. None is `lin` under gradient checkpointing, else `none`.
 
     Returns:
         The handle. `with attach(...) as handle:` detaches at the end.
@@ -306,7 +379,12 @@ def attach(
     """
     if loss not in ("segmented", "model"):
         raise ConfigError(f"loss must be 'segmented' or 'model', got {loss!r}")
+    if engine not in ENGINES:
+        raise ConfigError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}")
+    if recompute is not None and recompute not in LEVELS:
+        raise ConfigError(f"recompute must be one of {', '.join(LEVELS)} or None, got {recompute!r}")
     options = {"loss": loss, "logits": logits, "sparse_eval": sparse_eval, "segment_rows": segment_rows}
+    options |= {"engine": engine, "recompute": recompute}
     handle = Handle(model, plan, options)
     layers = decoder_layers(model)
     check_not_wrapped(layers)
@@ -324,9 +402,11 @@ def attach(
         # A plan that skips nothing leaves every layer as it is. Beside layers that skip, dense layers take part too, so
         # that none of them needs a (T, T) mask on long packed batches.
         sparse = not all(x.is_dense for x in plan.layers)
-        for index, layer in enumerate(layers if sparse else ()):
+        text = handle.model.config.get_text_config()
+        for index, layer in enumerate(layers if sparse or engine == "fused" else ()):
             if not plan.layers[index].is_dense or attention_module(layer) is not None:
-                install(layer, LayerState(index, handle, names))
+                install(layer, LayerState(index, handle, names, handle._names, text))
+        handle._install_norm()
         if self_test and sparse:
             from lemo.runtime.selftest import check_layers
 

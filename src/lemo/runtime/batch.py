@@ -14,6 +14,7 @@ from lemo.core.plan import LayerPlan, Plan
 from lemo.core.policy import select
 from lemo.core.score import Random, ScoreInputs
 from lemo.core.selection import RowSet, Selection
+from lemo.runtime.fused.call import Recompute
 
 _IGNORED = -100
 
@@ -33,6 +34,10 @@ class BatchContext:
         in_place: whether rows are written into the residual stream itself.
         maskless: whether the model was kept from building its own attention masks, so that every layer runs by rows.
         document_keys_D: (D,) what tells documents apart for the `random` scorer.
+        fused: layers that the fused engine runs.
+        recompute: what it computes again in backward.
+        loss_rows_only: nothing but the rows that carry loss is read behind the last layer.
+        defers_norm: the norm before the head is left to the loss, which runs it on its rows.
         selections: selection of every layer that has run.
         mlp_selections: rows of the MLP of every layer that has its own.
     """
@@ -43,6 +48,10 @@ class BatchContext:
     in_place: bool = True
     maskless: bool = False
     document_keys_D: Tensor | None = None
+    fused: frozenset[int] = frozenset()
+    recompute: Recompute = "none"
+    loss_rows_only: bool = False
+    defers_norm: bool = False
     selections: dict[int, Selection] = field(default_factory=dict)
     mlp_selections: dict[int, RowSet] = field(default_factory=dict)
 

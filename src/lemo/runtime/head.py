@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from lemo.families import head_transform
 from lemo.ops import linear_ce, linear_ce_module
+from lemo.runtime.fused.final import final_rows
+from lemo.runtime.fused.parts import Norm
 from lemo.runtime.layer import without_class
 
 
@@ -99,13 +101,16 @@ def why_not_segmented(model: Any) -> str | None:
     return None
 
 
-def segmented_forward(model: Any, arguments: dict[str, Any], segment_rows: int) -> Any:
+def segmented_forward(
+    model: Any, arguments: dict[str, Any], segment_rows: int, final: tuple[Norm, Tensor] | None = None
+) -> Any:
     """The model's forward with a loss whose logits exist for one segment of rows at a time.
 
     Args:
         model: a Transformers causal language model.
         arguments: keywords of its forward; `labels` or `shift_labels` among them.
         segment_rows: rows of a segment.
+        final: the norm before the head and the flat rows that carry loss, where the decoder leaves that norm out.
 
     Returns:
         CausalLMOutputWithPast with `loss` (sum / num_items_in_batch, else the mean), `logits=None`, and whatever else
@@ -123,7 +128,11 @@ def segmented_forward(model: Any, arguments: dict[str, Any], segment_rows: int) 
     if shift_labels is None:
         shift_labels = torch.full_like(labels, -100)
         shift_labels[:, :-1] = labels[:, 1:]
-    loss = head_loss(model, hidden_BTM, shift_labels.to(hidden_BTM.device), num_items, segment_rows)
+    shift_labels = shift_labels.to(hidden_BTM.device)
+    if final is not None:
+        norm, rows_S = final
+        hidden_BTM, shift_labels = final_rows(hidden_BTM, norm, rows_S), shift_labels.flatten()[rows_S]
+    loss = head_loss(model, hidden_BTM, shift_labels, num_items, segment_rows)
     kept = {name: getattr(decoded, name, None) for name in ("past_key_values", "hidden_states", "attentions")}
     return CausalLMOutputWithPast(loss=loss, logits=None, **kept)
 

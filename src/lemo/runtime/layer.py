@@ -16,13 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lemo.core.layout import Layout
 from lemo.core.plan import LayerPlan
 from lemo.core.selection import RowSet, Selection
 from lemo.errors import UnsupportedModelError
+from lemo.families.family import LayerNames
 from lemo.ops import gather_rows, scatter_rows
 from lemo.runtime.attention import AttentionConfig, CapturedKeys, attention_module, register
 from lemo.runtime.batch import BatchContext
+from lemo.runtime.fused.engine import make_call
+from lemo.runtime.fused.layer import run_fused
+from lemo.runtime.fused.parts import LayerParts, read_parts, why_not_fused
 from lemo.runtime.mlp import mlp_rows
 from lemo.runtime.rows import (
     ACTIVE,
@@ -33,6 +36,7 @@ from lemo.runtime.rows import (
     Recorder,
     RowRange,
     active,
+    all_rows,
     gather_keywords,
     hidden_of,
     inverse,
@@ -65,6 +69,8 @@ class SkippingLayer:
         if lemo_call is None:
             return inner(hidden_states, *args, **kwargs)
         state = self.__dict__["_lemo_layer"]
+        if lemo_call.fused is not None:
+            return run_fused(hidden_states, state.read_parts(self), lemo_call.fused)
 
         def run(hidden: Tensor, keywords: Mapping[str, Any], call: LayerCall) -> Any:
             modules = None if call.mlp is None else state.mlp_modules(self)
@@ -173,6 +179,8 @@ def run_layer(dense_call: Callable, x_BTM: Tensor, kwargs: dict[str, Any], conte
     """
     step = _Step(dense_call, x_BTM, kwargs, context, index)
     selection = context.select(index, step.x_NM)
+    if index in context.fused:
+        return _fused(step, selection)
     if selection.is_dense:
         if not context.maskless:
             return dense_call(x_BTM, **kwargs)
@@ -181,6 +189,20 @@ def run_layer(dense_call: Callable, x_BTM: Tensor, kwargs: dict[str, Any], conte
     if selection.forward is selection.backward:
         return _skip(step, selection.forward)
     return _exact(step, selection)
+
+
+def _fused(step: _Step, selection: Selection) -> Tensor:
+    """The layer as one function. The engine recomputes by itself: a checkpoint around it would do so twice."""
+    layer = step.dense_call.__self__
+    call = make_call(step.context, step.index, selection, step.x_BTM, step.kwargs)
+    checkpoints = getattr(layer, "gradient_checkpointing", False)
+    try:
+        if checkpoints:
+            layer.gradient_checkpointing = False
+        return hidden_of(step.dense_call(step.x_BTM, **step.kwargs, **{CALL: LayerCall(fused=call)}))
+    finally:
+        if checkpoints:
+            layer.gradient_checkpointing = True
 
 
 def _skip(step: _Step, rows: RowSet) -> Tensor:
@@ -290,17 +312,6 @@ def _mlp_rows(step: _Step, rows: RowSet) -> MlpRows | None:
     return MlpRows(rows_n, skipped_s, bypass.down_MR, bypass.up_RM)
 
 
-def all_rows(layout: Layout) -> RowSet:
-    """Every row of every document."""
-    return layout.once("all rows", lambda: _all_rows(layout))
-
-
-def _all_rows(layout: Layout) -> RowSet:
-    count = layout.real_rows
-    rows_N = torch.argsort((layout.document_of_row_N < 0).to(torch.uint8), stable=True)[:count]
-    return RowSet(rows_N, tuple(layout.document_length_D.tolist()), rows_N[:0])
-
-
 class _ReplaceValue(torch.autograd.Function):
     """Value of the dense pass, gradient of the recomputed rows."""
 
@@ -322,15 +333,29 @@ class LayerState:
         handle: anything with attributes `context` (the running batch or None) and `tap` (None, or a function that gets
             index, hidden states and keywords of a layer's call and replaces it).
         mlp: attribute names of the MLP's modules, first to last.
+        names: where the layer's parts are, for the fused engine.
+        config: the model's text configuration.
     """
 
     index: int
     handle: Any
     mlp: tuple[str, ...] = ()
+    names: LayerNames | None = None
+    config: Any = None
 
     def mlp_modules(self, layer: nn.Module) -> tuple[nn.Module, nn.Module]:
         """First and last module of the layer's MLP as they are now, adapters included."""
         return getattr(layer, self.mlp[0]), getattr(layer, self.mlp[-1])
+
+    def why_not_fused(self, layer: nn.Module) -> str | None:
+        """Why the layer, as it is now, needs the generic executor."""
+        return why_not_fused(layer, self.names, attention_module(layer), self.config)
+
+    def read_parts(self, layer: nn.Module) -> LayerParts:
+        """Maps and norms of the layer as they are now, for the fused engine."""
+        attention = attention_module(layer)
+        assert self.names is not None and attention is not None
+        return read_parts(layer, self.names, attention, self.config)
 
 
 def install(layer: nn.Module, state: LayerState) -> None:

@@ -6,13 +6,16 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from lemo.core.layout import Layout
 from lemo.core.selection import RowSet
+
+if TYPE_CHECKING:
+    from lemo.runtime.fused.call import FusedCall
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,7 @@ class LayerCall:
         record: catches keys and values of this call.
         mlp: rows of the MLP when it has its own.
         exact: the pass without gradient that has to come first.
+        fused: what the fused engine does; the other fields are then unused.
     """
 
     queries: RowRange | None = None
@@ -121,6 +125,7 @@ class LayerCall:
     record: Recorder | None = None
     mlp: MlpRows | None = None
     exact: ExactPass | None = None
+    fused: FusedCall | None = None
 
 
 class ExactPass:
@@ -218,3 +223,14 @@ def inverse(rows_N: Tensor, size: int) -> Tensor:
     places = torch.zeros(size, dtype=torch.int64, device=rows_N.device)
     places[rows_N] = torch.arange(len(rows_N), device=rows_N.device)
     return places
+
+
+def all_rows(layout: Layout) -> RowSet:
+    """Every row of every document."""
+    return layout.once("all rows", lambda: _all_rows(layout))
+
+
+def _all_rows(layout: Layout) -> RowSet:
+    count = layout.real_rows
+    rows_N = torch.argsort((layout.document_of_row_N < 0).to(torch.uint8), stable=True)[:count]
+    return RowSet(rows_N, tuple(layout.document_length_D.tolist()), rows_N[:0])

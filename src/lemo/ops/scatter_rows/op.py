@@ -69,7 +69,7 @@ def scatter_rows(
     """
     writes = _Writes(rows_N, valid_N, constant_rows, constant_values, skipped_rows, down_MR, up_RM, eps)
     _check(stream_NM, values_NM, writes)
-    return _ScatterRows.apply(stream_NM, values_NM, writes, inplace and _writable(stream_NM, values_NM))
+    return _ScatterRows.apply(stream_NM, values_NM, writes, inplace and writable(stream_NM, values_NM.requires_grad))
 
 
 class _Writes(NamedTuple):
@@ -183,11 +183,11 @@ def _bypass_grad(grad: Tensor, scale: Tensor, down: Tensor, up: Tensor) -> Tenso
     return grad + (through.to(scale.dtype) * scale).to(grad.dtype)
 
 
-def _writable(stream: Tensor, values: Tensor) -> bool:
-    """Whether autograd lets an operation write into `stream` here."""
+def writable(stream: Tensor, requires_grad: bool) -> bool:
+    """Whether autograd lets an operation write values, which require grad or do not, into `stream` here."""
     if not stream.is_contiguous() or (stream.is_inference() and not torch.is_inference_mode_enabled()):
         return False
-    if not torch.is_grad_enabled() or not (stream.requires_grad or values.requires_grad):
+    if not torch.is_grad_enabled() or not (stream.requires_grad or requires_grad):
         return True
     if stream.requires_grad and stream.is_leaf:
         return False

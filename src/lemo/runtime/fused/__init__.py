@@ -1,0 +1,1 @@
+"""The fused engine: one autograd function per layer, one residual stream, only backward rows saved."""

@@ -1,0 +1,176 @@
+"""Queries, keys and values of a fused layer, its attention, and the way back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lemo.ops import attend_backward, attend_forward, norm_rows, norm_rows_backward, rope_rows_
+from lemo.runtime.fused.call import FusedCall
+from lemo.runtime.fused.maps import Gradients
+from lemo.runtime.fused.parts import LayerParts, Norm
+from lemo.runtime.rows import RowRange
+
+State = dict[str, Tensor]
+
+
+def make_heads(parts: LayerParts, call: FusedCall, normed_nM: Tensor) -> State:
+    """Projections of a frame: `query`, `key`, `value` (rows, heads · D), before head norms and RoPE.
+
+    Args:
+        parts: the layer.
+        call: the rows.
+        normed_nM: (n, M) the frame's rows behind the first norm.
+    """
+    if call.places_n is None:
+        query, key, value = parts.inputs.forward(normed_nM, (0, 1, 2))
+    else:
+        key, value = parts.inputs.forward(normed_nM, (1, 2))
+        (query,) = parts.inputs.forward(normed_nM.index_select(0, call.places_n), (0,))
+    return {"query": query, "key": key, "value": value}
+
+
+def turn_heads(parts: LayerParts, call: FusedCall, state: State, rows: tuple[Tensor | None, Tensor | None]) -> State:
+    """Queries, keys and values as attention takes them: (heads, rows, D).
+
+    Projections stay as they are where the head norms' backward needs them, and are rotated in place otherwise.
+
+    Args:
+        parts: the layer.
+        call: the RoPE tables.
+        state: `query`, `key`, `value` of `make_heads`.
+        rows: flat rows of the queries and of the keys.
+    """
+    split = {name: state[name].unflatten(-1, (-1, parts.head_dim)) for name in ("query", "key", "value")}
+    if parts.head_norms:
+        for name, norm in zip(("query", "key"), parts.head_norms, strict=True):
+            split[name] = _norm_heads(norm, split[name])[0]
+    _rotate(parts, call, split["query"], split["key"], rows, inverse=False)
+    return {name: heads_NHD.transpose(0, 1) for name, heads_NHD in split.items()}
+
+
+def _norm_heads(norm: Norm, heads_NHD: Tensor) -> tuple[Tensor, Tensor]:
+    """Normed heads and their 1/rms (N·H,)."""
+    normed, _, rstd, _ = norm_rows(heads_NHD.reshape(-1, heads_NHD.shape[-1]), norm.weight_M, eps=norm.eps)
+    return normed.view(heads_NHD.shape), rstd
+
+
+def _rotate(
+    parts: LayerParts,
+    call: FusedCall,
+    query_NHD: Tensor,
+    key_NGD: Tensor,
+    rows: tuple[Tensor | None, Tensor | None],
+    *,
+    inverse: bool,
+) -> None:
+    if not parts.rope or call.cosine_PR is None:
+        return
+    assert call.sine_PR is not None
+    tables = call.cosine_PR, call.sine_PR
+    if rows[0] is rows[1]:
+        rope_rows_((query_NHD, key_NGD), *tables, rows_N=rows[0], inverse=inverse)
+        return
+    rope_rows_(query_NHD, *tables, rows_N=rows[0], inverse=inverse)
+    rope_rows_(key_NGD, *tables, rows_N=rows[1], inverse=inverse)
+
+
+def attend(parts: LayerParts, heads: State, queries: RowRange, keys: RowRange) -> tuple[Tensor, Tensor]:
+    """Attention output (rows, heads · D) and log-sum-exp (heads, rows)."""
+    output_HND, lse_HN = attend_forward(
+        heads["query"], heads["key"], heads["value"], queries, keys, scaling=parts.scaling, window=parts.window
+    )
+    return output_HND.transpose(0, 1).flatten(1), lse_HN
+
+
+@dataclass(frozen=True)
+class AttentionBackward:
+    """What the backward of one attention needs: heads as attention saw them, and which rows they are.
+
+    Attributes:
+        heads: `query`, `key`, `value` (heads, rows, D).
+        queries: documents and positions of the queries.
+        keys: those of the keys.
+        own: keys and values (G, n, D) of the query rows when all others are constants.
+    """
+
+    heads: State
+    queries: RowRange
+    keys: RowRange
+    own: tuple[Tensor, Tensor] | None = None
+
+    def run(self, parts: LayerParts, grad_nO: Tensor, output_nO: Tensor, lse_HN: Tensor) -> State:
+        """Gradients of `query`, `key`, `value`: (rows, heads, D)."""
+        shape = (-1, parts.head_dim)
+        grads = attend_backward(
+            grad_nO.unflatten(-1, shape).transpose(0, 1),
+            self.heads["query"],
+            self.heads["key"],
+            self.heads["value"],
+            output_nO.unflatten(-1, shape).transpose(0, 1),
+            lse_HN,
+            self.queries,
+            self.keys,
+            scaling=parts.scaling,
+            window=parts.window,
+            own=self.own,
+        )
+        return {name: g.transpose(0, 1) for name, g in zip(("query", "key", "value"), grads, strict=True)}
+
+
+def unturn_heads(
+    parts: LayerParts,
+    call: FusedCall,
+    grads: State,
+    state: State,
+    rows: tuple[Tensor | None, Tensor | None],
+    gradients: Gradients,
+) -> State:
+    """Gradients of the projections, (rows, heads · D), from those of rotated and normed heads."""
+    grads = {name: g if g.stride(-1) == 1 and g.is_contiguous() else g.contiguous() for name, g in grads.items()}
+    _rotate(parts, call, grads["query"], grads["key"], rows, inverse=True)
+    if parts.head_norms:
+        for name, norm in zip(("query", "key"), parts.head_norms, strict=True):
+            grads[name] = _unnorm_heads(norm, grads[name], state[name], gradients)
+    return {name: g.flatten(1) for name, g in grads.items()}
+
+
+def _unnorm_heads(norm: Norm, grad_NHD: Tensor, before_NO: Tensor, gradients: Gradients) -> Tensor:
+    width = grad_NHD.shape[-1]
+    before = before_NO.unflatten(-1, (-1, width)).reshape(-1, width)
+    rstd = norm_rows(before, norm.weight_M, eps=norm.eps)[2]
+    wanted = gradients.wants(norm.places[0])
+    found, weight, _ = norm_rows_backward(grad_NHD.reshape(-1, width), before, norm.weight_M, rstd, weight_grad=wanted)
+    if wanted:
+        gradients.add(norm.places[0], weight.to(norm.weight_M.dtype))
+    return found.view(grad_NHD.shape)
+
+
+def project_back(
+    parts: LayerParts,
+    call: FusedCall,
+    grads: State,
+    normed_nM: Tensor | None,
+    gradients: Gradients,
+    want_input: bool,
+) -> Tensor | None:
+    """Gradient of the normed frame rows (n, M), and of the input maps' tensors."""
+    parts_of = {"query": 0, "key": 1, "value": 2}
+    if call.places_n is None or call.exact is not None:
+        numbered = {parts_of[name]: g for name, g in grads.items()}
+        return parts.inputs.backward(normed_nM, numbered, gradients, want_input=want_input)
+    offered = {1: grads["key"], 2: grads["value"]}
+    frame = parts.inputs.backward(normed_nM, offered, gradients, want_input=want_input)
+    chosen = None if normed_nM is None else normed_nM.index_select(0, call.places_n)
+    queries = parts.inputs.backward(chosen, {0: grads["query"]}, gradients, want_input=want_input)
+    if not want_input:
+        return None
+    assert frame is not None and queries is not None
+    return frame.index_add_(0, call.places_n, queries)
+
+
+def select_heads(heads: State, places: State) -> State:
+    """Heads (heads, rows, D) of some rows, by name, laid out as projections are."""
+    return {n: torch.index_select(h.transpose(0, 1), 0, places[n]).transpose(0, 1) for n, h in heads.items()}

@@ -1,0 +1,77 @@
+"""What one fused layer does with one batch: which rows offer keys, which run, which pass gradient."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from lemo.core.bypass import Bypass
+from lemo.runtime.rows import RowRange
+
+Recompute = Literal["none", "mlp", "lin", "layer"]
+LEVELS = ("none", "mlp", "lin", "layer")
+
+
+@dataclass(frozen=True)
+class ExactRows:
+    """Exact forward: the frame runs without saving anything, these of its rows pass gradient.
+
+    Attributes:
+        places_n: (n,) places in the frame.
+        ran_n: (n,) places among the rows that run.
+        rows_n: (n,) flat rows.
+        range: their documents and positions.
+        valid_n: (n,) bool, rows that do pass gradient; None for all.
+        pairs: gradient through kept pairs only, instead of over all keys.
+    """
+
+    places_n: Tensor
+    ran_n: Tensor
+    rows_n: Tensor
+    range: RowRange
+    valid_n: Tensor | None
+    pairs: bool
+
+
+@dataclass(frozen=True)
+class FusedCall:
+    """Rows of one layer call. The *frame* are the rows that offer keys and values; among them some run the layer.
+
+    Attributes:
+        frame_rows: (n,) flat rows of the frame; None when it is the whole stream, row by row.
+        keys: documents and positions of the frame.
+        places_n: (q,) places in the frame of the rows that run the layer; None when all of the frame do.
+        rows_n: (q,) flat rows that run the layer; None for the whole stream.
+        queries: their documents and positions; the same object as `keys` when all of the frame run.
+        valid_n: (q,) bool, rows whose result counts; None for all.
+        skipped_s: (s,) flat rows that take the bypass.
+        bypass: their update; None leaves them unchanged.
+        exact: rows that pass gradient, when they are fewer than those that run.
+        cosine_PR: RoPE tables, row i of the stream uses entry i mod P; None without RoPE.
+        sine_PR: likewise.
+        recompute: what backward computes again instead of finding it saved.
+        in_place: write into the residual stream itself.
+    """
+
+    frame_rows: Tensor | None
+    keys: RowRange
+    places_n: Tensor | None
+    rows_n: Tensor | None
+    queries: RowRange
+    valid_n: Tensor | None
+    skipped_s: Tensor | None
+    bypass: Bypass | None
+    exact: ExactRows | None
+    cosine_PR: Tensor | None
+    sine_PR: Tensor | None
+    recompute: Recompute
+    in_place: bool
+
+    @property
+    def keeps(self) -> str:
+        """The recompute level in force: exact forward cannot keep what only backward rows have, nor redo its pass."""
+        if self.exact is None:
+            return self.recompute
+        return {"none": "mlp", "layer": "lin"}.get(self.recompute, self.recompute)

@@ -1,0 +1,107 @@
+"""From a batch's selection to a fused layer call, or the reason why the generic executor must run it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lemo.core.layout import Layout
+from lemo.core.plan import Plan
+from lemo.core.selection import RowSet, Selection
+from lemo.ops import writable
+from lemo.runtime.batch import BatchContext
+from lemo.runtime.fused.call import ExactRows, FusedCall
+from lemo.runtime.rows import RowRange, all_rows, inverse
+
+
+def why_not_plan(plan: Plan) -> str | None:
+    """Why a plan needs the generic executor; None when the fused engine can run it."""
+    return "the MLP has rows of its own" if plan.mlp == "own" else None
+
+
+def make_call(
+    context: BatchContext, index: int, selection: Selection, x_BTM: Tensor, kwargs: Mapping[str, Any]
+) -> FusedCall:
+    """Rows of one layer for one batch, as the fused engine takes them.
+
+    Args:
+        context: the batch.
+        index: number of the layer.
+        selection: its rows.
+        x_BTM: residual stream before it.
+        kwargs: the layer's keywords; `position_embeddings` among them where it uses RoPE.
+    """
+    layout, plan = context.layout, context.plan
+    runs, passes = selection.forward, selection.backward
+    runs, passes = runs or _everything(layout), passes or _everything(layout)
+    exact = None if selection.forward is selection.backward else passes
+    wanted = None
+    if exact is None and context.loss_rows_only and index == len(plan.layers) - 1:
+        wanted = loss_rows(layout)
+    whole = runs is None or (plan.kv == "all" and len(runs.skipped_S) > 0)
+    frame_rows = None if whole else runs.rows_N
+    keys = RowRange.of_batch(layout) if whole else RowRange.of_rows(layout, runs)
+    ran = wanted or runs
+    if ran is None or (ran is runs and not whole):
+        places, queries = None, keys
+    else:
+        places = ran.rows_N if whole else inverse(frame_rows, layout.batch * layout.tokens)[ran.rows_N]
+        queries = RowRange.of_rows(layout, ran)
+    bypass = None if wanted is not None else plan.layers[index].bypass
+    tables = _rope(kwargs, x_BTM)
+    return FusedCall(
+        frame_rows=frame_rows,
+        keys=keys,
+        places_n=places,
+        rows_n=frame_rows if places is None else ran.rows_N,
+        queries=queries,
+        valid_n=None if ran is None else ran.valid_N,
+        skipped_s=None if runs is None or wanted is not None else runs.skipped_S,
+        bypass=None if bypass is None else bypass.on(x_BTM.device, x_BTM.dtype),
+        exact=None if exact is None else _exact_rows(layout, plan, runs, exact, frame_rows),
+        cosine_PR=tables[0],
+        sine_PR=tables[1],
+        recompute=context.recompute,
+        in_place=context.in_place and writable(x_BTM, True),
+    )
+
+
+def _exact_rows(
+    layout: Layout, plan: Plan, runs: RowSet | None, passes: RowSet, frame_rows: Tensor | None
+) -> ExactRows:
+    size = layout.batch * layout.tokens
+    ran = passes.rows_N if runs is None else inverse(runs.rows_N, size)[passes.rows_N]
+    places = passes.rows_N if frame_rows is None else ran
+    span = RowRange.of_rows(layout, passes)
+    return ExactRows(places, ran, passes.rows_N, span, passes.valid_N, plan.gradient == "pairs")
+
+
+def loss_rows(layout: Layout) -> RowSet:
+    """The rows that carry loss, and no other row of their blocks."""
+    return layout.once("loss rows", lambda: _loss_rows(layout))
+
+
+def _loss_rows(layout: Layout) -> RowSet:
+    rows_S = layout.supervised_row_S
+    document_S = torch.bucketize(rows_S, layout.document_start_D, right=True) - 1
+    lengths = torch.bincount(document_S, minlength=len(layout.document_start_D))
+    rows_N = rows_S.to(layout.device, non_blocking=True)
+    return RowSet(rows_N, tuple(lengths.tolist()), rows_N[:0])
+
+
+def _everything(layout: Layout) -> RowSet | None:
+    """All rows of all documents; None when they are the whole stream."""
+    return None if layout.real_rows == layout.batch * layout.tokens else all_rows(layout)
+
+
+def _rope(kwargs: Mapping[str, Any], x_BTM: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Cosines and sines by row: (P, R), P = T where all sequences share them."""
+    tables = kwargs.get("position_embeddings")
+    if tables is None:
+        return None, None
+    cosine, sine = (t.reshape(-1, t.shape[-1]) for t in tables)
+    assert len(cosine) in (x_BTM.shape[1], x_BTM.shape[0] * x_BTM.shape[1])
+    return cosine, sine

@@ -1,0 +1,326 @@
+"""A decoder layer as one autograd function: one residual stream written in place, only backward rows saved."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lemo.errors import UnsupportedModelError
+from lemo.ops import bypass_rows_, bypass_rows_backward_, norm_rows, write_rows_
+from lemo.runtime.fused.attention import (
+    AttentionBackward,
+    State,
+    attend,
+    make_heads,
+    project_back,
+    select_heads,
+    turn_heads,
+    unturn_heads,
+)
+from lemo.runtime.fused.call import FusedCall
+from lemo.runtime.fused.maps import Gradients
+from lemo.runtime.fused.mlp import mlp_backward, norm_backward, run_mlp
+from lemo.runtime.fused.parts import LayerParts
+
+OWNED = "_lemo_owned"  # attribute of gradients that only the next layer's backward reads
+
+
+def run_fused(stream_BTM: Tensor, parts: LayerParts, call: FusedCall) -> Tensor:
+    """Residual stream after a layer; the same tensor, written in place, where `call.in_place` says so.
+
+    Args:
+        stream_BTM: (B, T, M) residual stream before the layer.
+        parts: the layer as it is now.
+        call: which rows do what.
+
+    Raises:
+        UnsupportedModelError: in backward, when it runs a second time: saved activations were used up by the first.
+
+    *Cost*: saves, per backward row, its input (M numbers) and, at recompute level `lin`, the attention's output; at
+    `mlp` also queries, keys, values and the rows between attention and MLP; at `none` also the maps into the MLP.
+    *Numerics*: the adapters run in the layer's dtype; gradients of the bypass hold 1/rms constant.
+    """
+    return _FusedLayer.apply(stream_BTM, parts, call, *parts.tensors)
+
+
+class _FusedLayer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, stream: Tensor, parts: LayerParts, call: FusedCall, *tensors: Tensor) -> Tensor:
+        output = stream if call.in_place else stream.clone(memory_format=torch.contiguous_format)
+        needs_grad = any(ctx.needs_input_grad)
+        saved = _Forward(parts, call, output.view(-1, output.shape[-1]), needs_grad).run()
+        if call.in_place:
+            ctx.mark_dirty(stream)
+        ctx.names, ctx.parts, ctx.call, ctx.spent = tuple(saved), parts, call, False
+        if needs_grad:
+            ctx.save_for_backward(*saved.values())
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.spent:
+            raise UnsupportedModelError(
+                "a second backward through the fused engine: its first one used up the saved activations. Use "
+                "engine='generic' for retain_graph=True"
+            )
+        ctx.spent = True
+        saved = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
+        wants_stream = ctx.needs_input_grad[0]
+        if not (getattr(grad, OWNED, False) and grad.is_contiguous()):
+            grad = grad.clone(memory_format=torch.contiguous_format)
+        gradients = Gradients(tuple(ctx.needs_input_grad[3:]))
+        flat = grad.view(-1, grad.shape[-1])
+        _Backward(ctx.parts, ctx.call, flat, saved, gradients, wants_stream).run()
+        if wants_stream:
+            setattr(grad, OWNED, True)
+        return (grad if wants_stream else None, None, None, *gradients.found)
+
+
+class _Forward:
+    """One forward of a layer on the flat stream (B·T, M)."""
+
+    def __init__(self, parts: LayerParts, call: FusedCall, stream: Tensor, needs_grad: bool) -> None:
+        self.parts, self.call, self.stream = parts, call, stream
+        self.level = call.keeps if needs_grad else "layer"
+        self.needs_grad = needs_grad
+        self.saved: State = {}
+
+    def run(self) -> State:
+        """Writes the layer's rows into the stream; returns what backward needs."""
+        parts, call = self.parts, self.call
+        norm = parts.norms[0]
+        # The whole stream is about to be written over: its rows are copied where a gradient will need them.
+        source = self.stream
+        normed, frame, rstd, mean = norm_rows(
+            source,
+            norm.weight_M,
+            bias_M=norm.bias_M,
+            rows_n=call.frame_rows,
+            eps=norm.eps,
+            kind=norm.kind,
+            keep_rows=True,
+        )
+        state = make_heads(parts, call, normed)
+        del normed
+        before = state if parts.head_norms else {}
+        heads = turn_heads(parts, call, state, (call.rows_n, call.frame_rows))
+        output, lse = attend(parts, heads, call.queries, call.keys)
+        assert frame is not None
+        rows = frame if call.places_n is None else frame.index_select(0, call.places_n)
+        middle = _add_update(parts, rows, parts.output.forward(output, (0,))[0])
+        if self.needs_grad:
+            self._save(frame, rstd, mean, heads, before, output, lse, middle)
+        del state, before, heads, output, lse, rows, frame
+        self._finish(middle)
+        return self.saved
+
+    def _save(
+        self,
+        frame: Tensor,
+        rstd: Tensor,
+        mean: Tensor | None,
+        heads: State,
+        before: State,
+        output: Tensor,
+        lse: Tensor,
+        middle: Tensor,
+    ) -> None:
+        call, saved = self.call, self.saved
+        exact = call.exact
+        if exact is not None:
+            if not exact.pairs:
+                saved |= {"all_key": heads["key"], "all_value": heads["value"]}
+            places = {"query": exact.ran_n, "key": exact.places_n, "value": exact.places_n}
+            frame, rstd = frame.index_select(0, exact.places_n), rstd.index_select(0, exact.places_n)
+            mean = None if mean is None else mean.index_select(0, exact.places_n)
+            output, middle = output.index_select(0, exact.ran_n), middle.index_select(0, exact.ran_n)
+            lse, heads = lse.index_select(1, exact.ran_n), select_heads(heads, places)
+            before = {name: t.index_select(0, places[name]) for name, t in before.items()}
+        saved["frame"] = frame.clone() if call.frame_rows is None and exact is None else frame
+        saved["rstd"] = rstd
+        if mean is not None:
+            saved["mean"] = mean
+        if self.level != "layer":
+            saved |= {"output": output, "lse": lse}
+        if self.level in ("none", "mlp"):
+            # Where heads are normed, the projections are kept and their norm and rotation made again.
+            names = {f"pre_{k}": t for k, t in before.items()} or {f"head_{k}": t for k, t in heads.items()}
+            saved |= {"middle": middle} | names
+
+    def _finish(self, middle: Tensor) -> None:
+        """MLP, then the rows, the bypass and the update go into the stream."""
+        parts, call, stream = self.parts, self.call, self.stream
+        if call.skipped_s is not None and call.bypass is not None and len(call.skipped_s):
+            rstd = bypass_rows_(stream, call.skipped_s, call.bypass.down_MR, call.bypass.up_RM)
+            if self.needs_grad:
+                self.saved["bypass_rstd"] = rstd
+        if call.valid_n is not None and call.bypass is not None:
+            assert call.rows_n is not None
+            rstd = bypass_rows_(stream, call.rows_n, call.bypass.down_MR, call.bypass.up_RM, apply_s=~call.valid_n)
+            if self.needs_grad:
+                self.saved["unchosen_rstd"] = rstd
+
+        def write(rows: slice, update: Tensor) -> None:
+            if parts.multiplier != 1.0:
+                update.mul_(parts.multiplier)
+            if call.rows_n is None:
+                torch.add(middle[rows], update, out=stream[rows])
+                return
+            valid = None if call.valid_n is None else call.valid_n[rows]
+            write_rows_(stream, call.rows_n[rows], update, residual_nM=middle[rows], valid_n=valid)
+
+        keep = self.needs_grad and self.level == "none"
+        self.saved |= run_mlp(parts, middle, write, keep=keep)
+
+
+def _add_update(parts: LayerParts, rows: Tensor, update: Tensor) -> Tensor:
+    """rows + m·update, in the memory of the update."""
+    if parts.multiplier != 1.0:
+        update.mul_(parts.multiplier)
+    return update.add_(rows)
+
+
+class _Backward:
+    """One backward of a layer: turns the stream's gradient (B·T, M) behind it into the one before it, in place."""
+
+    def __init__(
+        self,
+        parts: LayerParts,
+        call: FusedCall,
+        grad: Tensor,
+        saved: State,
+        gradients: Gradients,
+        wants_stream: bool,
+    ) -> None:
+        self.parts, self.call, self.grad, self.saved = parts, call, grad, saved
+        self.gradients, self.wants_stream = gradients, wants_stream
+        exact = call.exact
+        self.rows, self.valid = (call.rows_n, call.valid_n) if exact is None else (exact.rows_n, exact.valid_n)
+        self.key_rows = call.frame_rows if exact is None else exact.rows_n
+
+    def run(self) -> None:
+        """Fills `gradients`, and turns `grad` where the stream wants its gradient."""
+        grad_nM = self._taken()
+        self._bypass()
+        heads, before, normed, output, lse, middle = self._recompute()
+        wide = {k: self.saved.pop(k) for k in ("gate", "up") if k in self.saved}
+        mlp_backward(self.parts, grad_nM, middle, wide, self.gradients)
+        del wide, middle
+        grads = self._attention(grad_nM, heads, before, output, lse)
+        del heads, before, output, lse
+        grad_normed = project_back(self.parts, self.call, grads, normed, self.gradients, self._wants_frame())
+        del grads, normed
+        if grad_normed is not None:
+            self._give_back(grad_nM, grad_normed)
+
+    def _wants_frame(self) -> bool:
+        """Whether the gradient of the normed frame is of use: for the stream, or for the norm's own tensors."""
+        return self.wants_stream or any(self.gradients.wants(p) for p in self.parts.norms[0].places)
+
+    def _taken(self) -> Tensor:
+        """Gradient of the rows that ran: a copy, or the stream's own when it is all of them."""
+        if self.rows is None:
+            return self.grad
+        grad_nM = self.grad.index_select(0, self.rows)
+        if self.valid is not None:
+            grad_nM.mul_(self.valid[:, None])
+        return grad_nM
+
+    def _bypass(self) -> None:
+        call, bypass = self.call, self.call.bypass
+        if not self.wants_stream or bypass is None:
+            return
+        for rows, name in ((call.skipped_s, "bypass_rstd"), (call.rows_n, "unchosen_rstd")):
+            if name in self.saved:
+                assert rows is not None
+                bypass_rows_backward_(self.grad, rows, self.saved[name], bypass.down_MR, bypass.up_RM)
+
+    def _recompute(self) -> tuple[State, State, Tensor | None, Tensor, Tensor, Tensor]:
+        """Heads, their projections before head norms, normed frame, attention's output, its lse, and middle rows."""
+        parts, call, saved = self.parts, self.call, self.saved
+        frame, level = saved["frame"], call.keeps
+        normed = None
+        if level in ("lin", "layer") or parts.inputs.needs_input(self.gradients):
+            norm = parts.norms[0]
+            normed = norm_rows(frame, norm.weight_M, bias_M=norm.bias_M, eps=norm.eps, kind=norm.kind)[0]
+        rows = (self.rows, self.key_rows)
+        if level in ("none", "mlp"):
+            before = {n: saved[f"pre_{n}"] for n in ("query", "key", "value") if f"pre_{n}" in saved}
+            heads = (
+                turn_heads(parts, call, before, rows)
+                if before
+                else {n: saved[f"head_{n}"] for n in ("query", "key", "value")}
+            )
+            return heads, before, normed, saved["output"], saved["lse"], saved["middle"]
+        assert normed is not None
+        compact = call if call.exact is None else _all_of(call)
+        state = make_heads(parts, compact, normed)
+        before = state if parts.head_norms else {}
+        heads = turn_heads(parts, call, state, rows)
+        if level == "layer":
+            output, lse = attend(parts, heads, call.queries, call.keys)
+        else:
+            output, lse = saved["output"], saved["lse"]
+        ran = frame if compact.places_n is None else frame.index_select(0, compact.places_n)
+        middle = _add_update(parts, ran, parts.output.forward(output, (0,))[0])
+        return heads, before, normed, output, lse, middle
+
+    def _attention(self, grad_nM: Tensor, heads: State, before: State, output: Tensor, lse: Tensor) -> State:
+        """Gradients of the projections to queries, keys and values."""
+        parts, call = self.parts, self.call
+        update = grad_nM if parts.multiplier == 1.0 else grad_nM * parts.multiplier
+        grad_output = parts.output.backward(output, {0: update}, self.gradients)
+        assert grad_output is not None
+        if call.exact is None:
+            work = AttentionBackward(heads, call.queries, call.keys)
+        elif call.exact.pairs:
+            work = AttentionBackward(heads, call.exact.range, call.exact.range)
+        else:
+            constants = heads | {"key": self.saved["all_key"], "value": self.saved["all_value"]}
+            own = heads["key"], heads["value"]
+            work = AttentionBackward(constants, call.exact.range, call.keys, own)
+        grads = work.run(parts, grad_output, output, lse)
+        return unturn_heads(parts, call, grads, before, (self.rows, self.key_rows), self.gradients)
+
+    def _give_back(self, grad_nM: Tensor, grad_normed: Tensor) -> None:
+        """The gradient through the first norm and the residual, into the stream's."""
+        call, frame = self.call, self.saved["frame"]
+        statistics = self.saved["rstd"], self.saved.get("mean")
+        options: dict[str, Tensor | None] = {"residual_nM": grad_nM, "out_NM": self.grad, "out_rows_n": self.rows}
+        if self.valid is not None:
+            found = norm_backward(
+                self.parts, 0, grad_normed, frame, statistics, self.gradients,
+                residual_nM=grad_nM if call.places_n is None or call.exact is not None else None,
+            )  # fmt: skip
+            self._write_valid(grad_nM, found)
+            return
+        if call.places_n is not None and call.exact is None:
+            # Rows that only offered keys keep the gradient that the stream has for them, and get that of their keys.
+            assert call.rows_n is not None
+            write_rows_(self.grad, call.rows_n, grad_nM)
+            residual = self.grad if call.frame_rows is None else self.grad.index_select(0, call.frame_rows)
+            options = {"residual_nM": residual, "out_NM": self.grad, "out_rows_n": call.frame_rows}
+        norm_backward(self.parts, 0, grad_normed, frame, statistics, self.gradients, **options)
+
+    def _write_valid(self, grad_nM: Tensor, found: Tensor | None) -> None:
+        """The same where some rows were not chosen: those keep the gradient that the stream has for them."""
+        call = self.call
+        assert found is not None and self.rows is not None
+        if call.places_n is None or call.exact is not None:
+            write_rows_(self.grad, self.rows, found, valid_n=self.valid)
+            return
+        write_rows_(self.grad, self.rows, grad_nM, valid_n=self.valid)
+        if call.frame_rows is None:
+            self.grad.add_(found)
+        else:
+            self.grad.index_add_(0, call.frame_rows, found)
+
+
+def _all_of(call: FusedCall) -> FusedCall:
+    """The call as its backward rows alone see it."""
+    assert call.exact is not None
+    return replace(call, places_n=None, rows_n=call.exact.rows_n, frame_rows=call.exact.rows_n)

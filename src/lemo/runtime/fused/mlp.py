@@ -1,0 +1,123 @@
+"""The MLP of a fused layer, a chunk of rows at a time, so that its wide activations exist for one chunk only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from torch import Tensor
+
+from lemo.ops import gated_act, gated_act_backward, norm_rows, norm_rows_backward
+from lemo.runtime.fused.maps import Gradients
+from lemo.runtime.fused.parts import LayerParts
+
+CHUNK_ROWS = 16384  # rows whose wide activations exist at a time; products of this size still run at full rate
+
+
+def chunks(rows: int) -> Iterator[slice]:
+    """Slices of at most CHUNK_ROWS rows."""
+    for at in range(0, rows, CHUNK_ROWS):
+        yield slice(at, min(at + CHUNK_ROWS, rows))
+
+
+def run_mlp(
+    parts: LayerParts, middle_nM: Tensor, write: Callable[[slice, Tensor], None], *, keep: bool
+) -> dict[str, Tensor]:
+    """Update of the MLP, handed to `write` chunk by chunk before the layer's multiplier.
+
+    Args:
+        parts: the layer.
+        middle_nM: (n, M) rows between attention and MLP.
+        write: takes a slice of the rows and their update (rows, M).
+        keep: return the maps into the MLP, for backward.
+
+    Returns:
+        `gate` and, for a gated MLP, `up`: (n, F); empty unless `keep`.
+    """
+    kept: dict[str, Tensor] = {}
+    # What is kept exists whole anyway.
+    for rows in (slice(0, len(middle_nM)),) if keep else chunks(len(middle_nM)):
+        wide = _wide(parts, middle_nM[rows])[0]
+        act = gated_act(wide[0], wide[1] if parts.gated else None, parts.act)
+        if keep:
+            kept = dict(zip(("gate", "up"), wide, strict=False))
+        del wide
+        write(rows, parts.down.forward(act, (0,))[0])
+    return kept
+
+
+def _wide(parts: LayerParts, middle_nM: Tensor) -> tuple[list[Tensor], Tensor, Tensor, Tensor | None]:
+    """Maps into the MLP, and the normed rows, 1/rms and means that they were made from."""
+    norm = parts.norms[1]
+    normed, _, rstd, mean = norm_rows(middle_nM, norm.weight_M, bias_M=norm.bias_M, eps=norm.eps, kind=norm.kind)
+    return parts.gates.forward(normed, tuple(range(len(parts.gates.parts)))), normed, rstd, mean
+
+
+def mlp_backward(
+    parts: LayerParts, grad_nM: Tensor, middle_nM: Tensor, saved: dict[str, Tensor], gradients: Gradients
+) -> None:
+    """Turns the gradient of the rows behind the MLP into that of the rows before it, in place.
+
+    Args:
+        parts: the layer.
+        grad_nM: (n, M) gradient behind the MLP, overwritten.
+        middle_nM: (n, M) rows before it.
+        saved: `gate` and `up` of `run_mlp`, or empty to compute them again. Their memory is used up.
+        gradients: takes the tensors' gradients.
+    """
+    for rows in chunks(len(middle_nM)):
+        _chunk_backward(parts, grad_nM[rows], middle_nM[rows], {k: v[rows] for k, v in saved.items()}, gradients)
+
+
+def _chunk_backward(
+    parts: LayerParts, grad_nM: Tensor, middle_nM: Tensor, saved: dict[str, Tensor], gradients: Gradients
+) -> None:
+    norm = parts.norms[1]
+    if saved:
+        wide = list(saved.values())
+        normed, _, rstd, mean = norm_rows(middle_nM, norm.weight_M, bias_M=norm.bias_M, eps=norm.eps, kind=norm.kind)
+    else:
+        wide, normed, rstd, mean = _wide(parts, middle_nM)
+    update = grad_nM if parts.multiplier == 1.0 else grad_nM * parts.multiplier
+    want_act = parts.down.needs_input(gradients)
+    grad_act = parts.down.backward(None, {0: update}, Gradients((False,) * len(gradients.wanted)))
+    assert grad_act is not None
+    # The gradients of gate and up take the memory of gate and up, the activation that of its own gradient.
+    found = gated_act_backward(
+        grad_act, wide[0], wide[1] if parts.gated else None, parts.act, want_act=want_act, reuse=True
+    )
+    if want_act or any(gradients.wants(p) for p in parts.down.maps[0].places):
+        parts.down.backward(found[2], {0: update}, gradients, want_input=False)
+    grads = {0: found[0]} if found[1] is None else {0: found[0], 1: found[1]}
+    grad_normed = parts.gates.backward(normed, grads, gradients)
+    assert grad_normed is not None
+    norm_backward(parts, 1, grad_normed, middle_nM, (rstd, mean), gradients, residual_nM=grad_nM, out_NM=grad_nM)
+
+
+def norm_backward(
+    parts: LayerParts,
+    which: int,
+    grad_nM: Tensor,
+    rows_nM: Tensor,
+    statistics: tuple[Tensor, Tensor | None],
+    gradients: Gradients,
+    **options: Tensor | None,
+) -> Tensor | None:
+    """Gradient through one of the layer's two norms; `options` are those of `norm_rows_backward`."""
+    norm = parts.norms[which]
+    weight, bias = (gradients.wants(place) for place in norm.places)
+    found, grad_weight, grad_bias = norm_rows_backward(
+        grad_nM,
+        rows_nM,
+        norm.weight_M,
+        statistics[0],
+        mean_n=statistics[1],
+        weight_grad=weight,
+        bias_grad=bias,
+        **options,  # type: ignore[arg-type]
+    )
+    if weight:
+        gradients.add(norm.places[0], grad_weight.to(norm.weight_M.dtype))
+    if bias:
+        assert norm.bias_M is not None
+        gradients.add(norm.places[1], grad_bias.to(norm.bias_M.dtype))
+    return found
