@@ -77,6 +77,32 @@ def test_low_precision_input_is_scored_in_fp32():
     assert torch.equal(scores, predictor.scores(x.float(), layout))
 
 
+def test_rounding_the_projection_to_bf16_does_not_move_scores():
+    """The kernel multiplies bf16 rows by a bf16 projection and adds up in fp32: products of bf16 numbers are exact."""
+    torch.manual_seed(1)
+    predictor, x = PatternPredictor(256), torch.randn(1024, 256).bfloat16()
+    # Nets that were not trained give scores that hardly differ from block to block.
+    for parameter in (*predictor.query_net.parameters(), *predictor.key_net.parameters()):
+        parameter.mul_(3)
+    layout = _layout(700, 324, block_size=16)
+    exact = predictor.scores(x, layout)
+    predictor.projection_MF.copy_(predictor.projection_MF.bfloat16())
+    rounded = predictor.scores(x, layout)
+    assert not torch.equal(exact, rounded)
+    assert torch.corrcoef(torch.stack([exact, rounded]))[0, 1] > 0.9999
+    kept = [set(scores.topk(20).indices.tolist()) for scores in (exact, rounded)]
+    assert len(kept[0] & kept[1]) >= 19
+
+
+def test_scores_are_those_of_the_differentiable_path():
+    """Training goes through `scores_of_features`; what it learns is what `scores` ranks by."""
+    predictor, layout, x = _predictor(), _layout(37, 20), torch.randn(57, WIDTH)
+    predictor.feature_mean.normal_()
+    predictor.feature_scale.uniform_(0.5, 2)
+    expected = predictor.scores_of_features(predictor.pool_blocks(x, layout), layout)
+    torch.testing.assert_close(predictor.scores(x, layout), expected, rtol=1e-6, atol=1e-7)
+
+
 def test_default_sizes_meet_the_share_bars():
     # Models' own parameters: SmolLM2-135M has 134.5 M in 30 layers, Llama-3-8B 8.03 G in 32.
     assert PatternPredictor(576).parameter_count() * 30 <= 0.05 * 134.5e6
@@ -87,5 +113,7 @@ def test_default_sizes_meet_the_share_bars():
 def test_bad_sizes_are_refused():
     with pytest.raises(ConfigError, match="pools"):
         _predictor(pools=("median",))
+    with pytest.raises(ConfigError, match="each once"):
+        _predictor(pools=("mean", "mean"))
     with pytest.raises(ConfigError, match="positive"):
         _predictor(rank=0)

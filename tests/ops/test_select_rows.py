@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from lemo.ops import rank_blocks, select_rows
 from lemo.ops.select_rows.cases import _inputs, _run, _run_reference
+from lemo.ops.select_rows.reference import BlockTable
 
 
 @st.composite
@@ -65,13 +66,14 @@ def test_only_the_order_of_scores_matters(inputs, factor, offset):
 def test_ranks_forced_first_then_by_score_with_ties_early_and_nan_last():
     scores = torch.tensor([0.0, 5.0, torch.nan, 5.0, torch.inf, -torch.inf, 1.0])
     forced = torch.tensor([False, False, False, False, False, False, True])
-    assert rank_blocks(scores, torch.zeros(7, dtype=torch.int64), forced).tolist() == [4, 2, 5, 3, 1, 6, 0]
+    table = BlockTable(torch.arange(7), torch.ones(7, dtype=torch.int64), torch.zeros(7, dtype=torch.int64), forced)
+    assert rank_blocks(scores, table).tolist() == [4, 2, 5, 3, 1, 6, 0]
 
 
 LAYOUT = {
-    "block_start_K": torch.tensor([0, 4, 8]),
-    "block_length_K": torch.tensor([4, 4, 2]),
-    "block_document_K": torch.tensor([0, 0, 0]),
+    "start_K": torch.tensor([0, 4, 8]),
+    "length_K": torch.tensor([4, 4, 2]),
+    "document_K": torch.tensor([0, 0, 0]),
     "forced_K": torch.tensor([False, False, True]),
 }
 
@@ -83,8 +85,32 @@ LAYOUT = {
         ([4], {}, "budget_D"),
         ([2], {"forced_K": torch.tensor([False, False, False])}, "one length"),
         ([2], {"forced_K": torch.tensor([False, False])}, "K"),
+        ([2], {"start_K": torch.zeros(3, device="meta")}, "on the CPU"),
     ],
 )
 def test_refuses_what_does_not_fit(budget, changes, message):
     with pytest.raises(ValueError, match=message):
-        select_rows(torch.tensor([1, 2, 0]), torch.tensor(budget), **{**LAYOUT, **changes})
+        select_rows(torch.tensor([1, 2, 0]), torch.tensor(budget), BlockTable(**{**LAYOUT, **changes}))
+
+
+def test_numbers_per_block_must_fit_the_table():
+    table = BlockTable(**LAYOUT)
+    with pytest.raises(ValueError, match="per block"):
+        rank_blocks(torch.zeros(2), table)
+    with pytest.raises(ValueError, match="keep_K"):
+        select_rows(torch.tensor([1, 2, 0]), torch.tensor([2]), table, keep_K=torch.ones(3))
+
+
+def test_a_table_is_worked_out_once(monkeypatch):
+    """Every layer of a batch asks with the same table and budgets: nothing is copied or counted a second time."""
+    from lemo.ops.select_rows import op
+
+    table, copies, copy = BlockTable(**LAYOUT), [], op._to
+    monkeypatch.setattr(op, "_to", lambda t, device: copies.append(t) or copy(t, device))
+    for _ in range(3):
+        rank = rank_blocks(torch.randn(3), table)
+        select_rows(rank, torch.tensor([2]), table)
+    once = len(copies)
+    assert once > 0
+    select_rows(rank, torch.tensor([3]), table)
+    assert len(copies) == once + 1

@@ -11,6 +11,7 @@ from lemo.core.layout import Layout
 from lemo.core.selection import RowSet, Selection
 from lemo.errors import ConfigError
 from lemo.ops import rank_blocks, select_rows
+from lemo.ops.select_rows.reference import BlockTable
 
 POLICIES = ("topk", "threshold")
 
@@ -79,8 +80,10 @@ def select(
     if policy == "threshold":
         if threshold is None:
             raise ConfigError("policy 'threshold' needs a threshold for every layer; calibrate the plan first")
-        keep_K = (scores_K >= threshold) | layout.forced_K.to(scores_K.device)
-    rank_K = rank_blocks(scores_K, layout.block_document_K, layout.forced_K)
+        device = scores_K.device
+        forced_K = layout.once(("forced", device), lambda: layout.forced_K.to(device, non_blocking=True))
+        keep_K = (scores_K >= threshold) | forced_K
+    rank_K = rank_blocks(scores_K, block_table(layout))
     if backward_ratio == forward_ratio:
         both = _row_set(layout, rank_K, forward_ratio, bucket, keep_K if forward_ratio < 1 else None)
         return Selection(both, both)
@@ -93,13 +96,13 @@ def _row_set(layout: Layout, rank_K: Tensor, ratio: float, bucket: int, keep_K: 
     budget_D = document_budgets(layout, ratio, bucket)
     if int(budget_D.sum()) == len(layout.block_start_K) and keep_K is None:
         return None
-    selected = select_rows(
-        rank_K,
-        budget_D,
-        layout.block_start_K,
-        layout.block_length_K,
-        layout.block_document_K,
-        layout.forced_K,
-        keep_K=keep_K,
-    )
+    selected = select_rows(rank_K, budget_D, block_table(layout), keep_K=keep_K)
     return RowSet(selected.rows_N, selected.segment_lengths, selected.skipped_S, selected.valid_N)
+
+
+def block_table(layout: Layout) -> BlockTable:
+    """The layout's blocks as the ops take them; one per batch, so that copies to the device are made once."""
+    return layout.once(
+        "table of blocks",
+        lambda: BlockTable(layout.block_start_K, layout.block_length_K, layout.block_document_K, layout.forced_K),
+    )

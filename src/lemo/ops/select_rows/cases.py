@@ -7,21 +7,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lemo.ops.backend import Backend
 from lemo.ops.select_rows.op import rank_blocks, select_rows
-from lemo.ops.select_rows.reference import SelectedRows, rank_blocks_reference, select_rows_reference
+from lemo.ops.select_rows.reference import (
+    BlockTable,
+    SelectedRows,
+    rank_blocks_reference,
+    select_rows_reference,
+)
 from lemo.testing import Case, Inputs, OpSpec
 
 
-def _run(scores_K: Tensor, budget_D: Tensor, threshold: float | None, **layout: Tensor) -> SelectedRows:
+def _run(
+    scores_K: Tensor, budget_D: Tensor, threshold: float | None, backend: Backend = "auto", **layout: Tensor
+) -> SelectedRows:
     """rank_blocks and select_rows, with blocks below `threshold` dropped."""
-    layout, budget_D = {name: t.cpu() for name, t in layout.items()}, budget_D.cpu()
-    rank_K = rank_blocks(scores_K, layout["block_document_K"], layout["forced_K"])
-    return select_rows(rank_K, budget_D, **layout, keep_K=_keep(scores_K, threshold, layout["forced_K"]))
+    table = table_of(layout)
+    rank_K = rank_blocks(scores_K, table, backend=backend)
+    return select_rows(
+        rank_K, budget_D.cpu(), table, keep_K=_keep(scores_K, threshold, table.forced_K), backend=backend
+    )
 
 
 def _run_reference(scores_K: Tensor, budget_D: Tensor, threshold: float | None, **layout: Tensor) -> SelectedRows:
-    rank_K = rank_blocks_reference(scores_K, layout["block_document_K"], layout["forced_K"])
-    return select_rows_reference(rank_K, budget_D, **layout, keep_K=_keep(scores_K, threshold, layout["forced_K"]))
+    table = table_of(layout)
+    rank_K = rank_blocks_reference(scores_K, table)
+    return select_rows_reference(rank_K, budget_D, table, keep_K=_keep(scores_K, threshold, table.forced_K))
+
+
+def table_of(layout: Inputs) -> BlockTable:
+    """The table of blocks of a case's layout."""
+    parts = ("block_start_K", "block_length_K", "block_document_K", "forced_K")
+    return BlockTable(*(layout[part].cpu() for part in parts))
 
 
 def _keep(scores_K: Tensor, threshold: float | None, forced_K: Tensor) -> Tensor | None:
@@ -90,6 +107,9 @@ SPEC = OpSpec(
         _case("everything", ratio=1.0),
         _case("everything, threshold", ratio=1.0, threshold=0.0),
         _case("all forced", forced=1.0),
+        _case("many blocks", documents=(1100, 300), block=4, ratio=0.3),
+        _case("many blocks, ties, threshold", documents=(900, 450, 7), block=4, ties=True, threshold=0.5),
+        _case("one row each", documents=(40,), block=1),
     ),
     benchmark_shapes=(_case("131072 rows", documents=(131072,), block=64),),
     flops=_flops,

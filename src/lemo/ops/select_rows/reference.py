@@ -2,10 +2,52 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class BlockTable:
+    """The blocks of a batch as the host knows them; K of them, tensors on the CPU.
+
+    Attributes:
+        start_K: int64 first flat row of each block, ascending.
+        length_K: int64 rows of each block; blocks that are not forced all have one length.
+        document_K: int64 document of each block, ascending.
+        forced_K: bool, blocks that are always taken.
+
+    Raises:
+        ValueError: shapes do not fit, the tensors are not on the CPU, or blocks that are not forced differ in length.
+    """
+
+    start_K: Tensor
+    length_K: Tensor
+    document_K: Tensor
+    forced_K: Tensor
+
+    def __post_init__(self) -> None:
+        """Checks once what every layer relies on."""
+        tensors = (self.start_K, self.length_K, self.document_K, self.forced_K)
+        if any(t.dim() != 1 or t.shape != self.start_K.shape for t in tensors):
+            raise ValueError(f"a table of blocks holds (K,) tensors, got {[tuple(t.shape) for t in tensors]}")
+        if any(t.device.type != "cpu" for t in tensors):
+            raise ValueError("a table of blocks must be on the CPU, where reading it asks no device")
+        competing = self.length_K[~self.forced_K]
+        if len(competing) and bool((competing != competing[0]).any()):
+            raise ValueError("blocks that are not forced must all have one length")
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` returns, made once: every layer asks for the same host-side arithmetic and copies."""
+        made: dict[Hashable, T] = self.__dict__.setdefault("_once", {})
+        if key not in made:
+            made[key] = make()
+        return made[key]
 
 
 class SelectedRows(NamedTuple):
@@ -25,9 +67,9 @@ class SelectedRows(NamedTuple):
     valid_N: Tensor | None
 
 
-def rank_blocks_reference(scores_K: Tensor, block_document_K: Tensor, forced_K: Tensor) -> Tensor:
+def rank_blocks_reference(scores_K: Tensor, table: BlockTable) -> Tensor:
     """See `lemo.ops.rank_blocks` for the contract."""
-    scores, forced, document = scores_K.tolist(), forced_K.tolist(), block_document_K.tolist()
+    scores, forced, document = scores_K.tolist(), table.forced_K.tolist(), table.document_K.tolist()
     rank_K = torch.zeros(len(scores), dtype=torch.int64)
     for d in set(document):
         blocks = [k for k in range(len(scores)) if document[k] == d]
@@ -42,18 +84,11 @@ def rank_blocks_reference(scores_K: Tensor, block_document_K: Tensor, forced_K: 
 
 
 def select_rows_reference(
-    rank_K: Tensor,
-    budget_D: Tensor,
-    block_start_K: Tensor,
-    block_length_K: Tensor,
-    block_document_K: Tensor,
-    forced_K: Tensor,
-    *,
-    keep_K: Tensor | None = None,
+    rank_K: Tensor, budget_D: Tensor, table: BlockTable, *, keep_K: Tensor | None = None
 ) -> SelectedRows:
     """See `lemo.ops.select_rows` for the contract."""
-    rank, budget, document = rank_K.tolist(), budget_D.tolist(), block_document_K.tolist()
-    runs = [range(s, s + n) for s, n in zip(block_start_K.tolist(), block_length_K.tolist(), strict=True)]
+    rank, budget, document = rank_K.tolist(), budget_D.tolist(), table.document_K.tolist()
+    runs = [range(s, s + n) for s, n in zip(table.start_K.tolist(), table.length_K.tolist(), strict=True)]
     rows, valid, lengths, skipped = [], [], [], []
     for d in range(len(budget)):
         blocks = [k for k in range(len(rank)) if document[k] == d]

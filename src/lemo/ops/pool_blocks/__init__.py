@@ -1,0 +1,1 @@
+"""From rows of the residual stream to a few numbers per block."""
