@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 from collections.abc import Callable
 from typing import Literal
+
+import torch
+from torch import Tensor
 
 from lemo.errors import BackendError
 
@@ -42,3 +47,26 @@ def choose_backend(op: str, backend: Backend, why_not_triton: Callable[[], str |
         _logged.add((op, chosen, because))
         _log.info("%s uses backend %s (%s)", op, chosen, because)
     return chosen
+
+
+def interpreting() -> bool:
+    """Whether Triton was told, before its import, to run kernels in its CPU interpreter."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def why_no_kernel(tensor: Tensor) -> str | None:
+    """Why no Triton kernel of this package runs on a tensor of this dtype and device; None if one may."""
+    if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"it takes fp16, bf16 and fp32, not {tensor.dtype}"
+    if interpreting():
+        return "the interpreter has no bf16" if tensor.dtype == torch.bfloat16 else None
+    if tensor.device.type != "cuda":
+        return f"the tensors are on {tensor.device.type}, it needs a CUDA device"
+    if torch.cuda.get_device_capability(tensor.device) < (8, 0):
+        return "it needs compute capability 8.0 or newer"
+    return None
+
+
+def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """Makes the tensor's device the current one, where kernels are launched; nothing on the CPU."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
