@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +13,10 @@ from torch import Tensor, nn
 from lemo.core.plan import Plan
 from lemo.core.selection import Selection
 from lemo.errors import ConfigError, LabelsError, PlanError, UnsupportedModelError
-from lemo.families import find_family
 from lemo.runtime.attention import NAME, attention_module, register_mask
 from lemo.runtime.batch import BatchContext, RunDense, document_keys, read_layout
+from lemo.runtime.fused.attachment import ENGINES, Engine, FusedEngine
 from lemo.runtime.fused.call import LEVELS, Recompute
-from lemo.runtime.fused.engine import loss_rows, why_not_plan
-from lemo.runtime.fused.final import install_norm, remove_norm
-from lemo.runtime.fused.parts import Norm, read_norm
 from lemo.runtime.head import LemoModel, forward_parameters, model_class, segmented_forward, why_not_segmented
 from lemo.runtime.layer import LayerState, install, removable, remove
 from lemo.runtime.model import (
@@ -31,8 +28,6 @@ from lemo.runtime.model import (
     mlp_names,
 )
 
-Engine = Literal["auto", "fused", "generic"]
-ENGINES = ("auto", "fused", "generic")
 _LOG = logging.getLogger("lemo")
 MASK_LIMIT_TOKENS = 8192  # longest sequence for which the model may still build a (T, T) mask of its own
 
@@ -63,9 +58,7 @@ class Handle:
         self._loss_only = False
         self._real_rows = 0
         self._attached = self._running_forward = False
-        family = find_family(self.model.config)
-        self._names = None if family is None else family.names
-        self._final_norm: nn.Module | None = None
+        self._fused = FusedEngine(self, options["engine"], options["recompute"])
 
     def __enter__(self) -> Handle:
         """The handle itself."""
@@ -147,8 +140,7 @@ class Handle:
             )
         for layer in layers:
             remove(layer)
-        if self._final_norm is not None:
-            remove_norm(self._final_norm)
+        self._fused.remove()
         del self.model.__dict__["_lemo_handle"]
         self.model.__class__ = type(self.model).__mro__[2]
         self._attached = False
@@ -182,7 +174,7 @@ class Handle:
         segmented = labelled and own and self._segmented(training)
         with self._running(context):
             if segmented:
-                final = self._defer(context)
+                final = self._fused.defer(context)
                 output = segmented_forward(self.model, arguments, self._options["segment_rows"], final)
             else:
                 output = inner(**arguments)
@@ -240,57 +232,9 @@ class Handle:
             in_place=self.in_place,
             maskless=self._wants_no_mask(layout),
             document_keys_D=document_keys(layout, arguments.get("input_ids")) if self.plan.scorer == "random" else None,
-            fused=self._fused_layers(),
-            recompute=self._recompute(),
+            fused=self._fused.layers(),
+            recompute=self._fused.recompute(),
         )
-
-    def _defer(self, context: BatchContext | None) -> tuple[Norm, Tensor] | None:
-        """Lets the last layer and the norm behind it work on loss rows only: the segmented loss reads no others."""
-        norm = self._final_norm
-        if context is None or norm is None or len(self.plan.layers) - 1 not in context.fused:
-            return None
-        context.loss_rows_only = context.defers_norm = True
-        return read_norm(norm, self._names.norm), loss_rows(context.layout).rows_N
-
-    def _install_norm(self) -> None:
-        """Makes the norm before the head deferrable, where the family names it and it is a plain norm."""
-        names = self._names
-        if self._options["engine"] == "generic" or names is None or names.final_norm is None:
-            return
-        norm = self.model.base_model.get_submodule(names.final_norm)
-        if not hasattr(norm, "original_module"):
-            install_norm(norm, self)
-            self._final_norm = norm
-
-    def _recompute(self) -> Recompute:
-        level = self._options["recompute"]
-        if level is not None:
-            return level
-        checkpoints = any(getattr(x, "gradient_checkpointing", False) for x in decoder_layers(self.model))
-        return "lin" if checkpoints else "none"
-
-    def _fused_layers(self) -> frozenset[int]:
-        """Layers that the fused engine runs as they are now.
-
-        Raises:
-            UnsupportedModelError: `engine="fused"` and a layer cannot.
-        """
-        engine, layers = self._options["engine"], decoder_layers(self.model)
-        if engine == "generic" or (engine == "auto" and not next(self.model.parameters()).is_cuda):
-            return frozenset()
-        general, found = why_not_plan(self.plan), set()
-        for index, layer in enumerate(layers):
-            state = layer.__dict__.get("_lemo_layer")
-            if state is None:
-                continue
-            reason = general or state.why_not_fused(layer)
-            if reason is None:
-                found.add(index)
-            elif engine == "fused":
-                raise UnsupportedModelError(f"engine 'fused' cannot run layer {index}: {reason}")
-            else:
-                self.note(f"layers run in the generic engine (first: layer {index}): {reason}")
-        return frozenset(found)
 
     def _check_capturing(self, arguments: dict[str, Any], sparse_eval: bool) -> None:
         config = self.model.config
@@ -405,8 +349,8 @@ def attach(
         text = handle.model.config.get_text_config()
         for index, layer in enumerate(layers if sparse or engine == "fused" else ()):
             if not plan.layers[index].is_dense or attention_module(layer) is not None:
-                install(layer, LayerState(index, handle, names, handle._names, text))
-        handle._install_norm()
+                install(layer, LayerState(index, handle, names, handle._fused.names, text))
+        handle._fused.install()
         if self_test and sparse:
             from lemo.runtime.selftest import check_layers
 

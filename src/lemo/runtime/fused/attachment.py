@@ -1,0 +1,96 @@
+"""Which layers of an attached model the fused engine runs, and the norm before the head that it may defer."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from lemo.errors import UnsupportedModelError
+from lemo.families import find_family
+from lemo.runtime.batch import BatchContext
+from lemo.runtime.fused.call import Recompute
+from lemo.runtime.fused.engine import loss_rows, why_not_plan
+from lemo.runtime.fused.final import install_norm, remove_norm
+from lemo.runtime.fused.parts import Norm, read_norm
+from lemo.runtime.model import decoder_layers
+
+Engine = Literal["auto", "fused", "generic"]
+ENGINES = ("auto", "fused", "generic")
+
+
+class FusedEngine:
+    """The fused engine of one handle.
+
+    Attributes:
+        names: where the parts of the model's layers are; None when no family file says.
+    """
+
+    def __init__(self, handle: Any, engine: Engine, level: Recompute | None) -> None:
+        """Nothing is installed yet.
+
+        Args:
+            handle: has `model`, `plan`, `context` and `note`.
+            engine: which engine was asked for.
+            level: what backward computes again; None to follow gradient checkpointing.
+        """
+        self._handle, self._engine, self._level = handle, engine, level
+        family = find_family(handle.model.config)
+        self.names = None if family is None else family.names
+        self._norm: nn.Module | None = None
+
+    def install(self) -> None:
+        """Makes the norm before the head deferrable, where the family names it and it is a plain norm."""
+        if self._engine == "generic" or self.names is None or self.names.final_norm is None:
+            return
+        norm = self._handle.model.base_model.get_submodule(self.names.final_norm)
+        if not hasattr(norm, "original_module"):
+            install_norm(norm, self._handle)
+            self._norm = norm
+
+    def remove(self) -> None:
+        """Undoes `install`."""
+        if self._norm is not None:
+            remove_norm(self._norm)
+
+    def layers(self) -> frozenset[int]:
+        """Layers that the fused engine runs, as they are now.
+
+        Raises:
+            UnsupportedModelError: `engine="fused"` and a layer cannot.
+        """
+        model = self._handle.model
+        if self._engine == "generic" or (self._engine == "auto" and not next(model.parameters()).is_cuda):
+            return frozenset()
+        general, found = why_not_plan(self._handle.plan), set()
+        for index, layer in enumerate(decoder_layers(model)):
+            state = layer.__dict__.get("_lemo_layer")
+            if state is None:
+                continue
+            reason = general or state.why_not_fused(layer)
+            if reason is None:
+                found.add(index)
+            elif self._engine == "fused":
+                raise UnsupportedModelError(f"engine 'fused' cannot run layer {index}: {reason}")
+            else:
+                self._handle.note(f"layers run in the generic engine (first: layer {index}): {reason}")
+        return frozenset(found)
+
+    def recompute(self) -> Recompute:
+        """What backward computes again."""
+        if self._level is not None:
+            return self._level
+        checkpoints = any(getattr(x, "gradient_checkpointing", False) for x in decoder_layers(self._handle.model))
+        return "lin" if checkpoints else "none"
+
+    def defer(self, context: BatchContext | None) -> tuple[Norm, Tensor] | None:
+        """Lets the last layer and the norm behind it work on loss rows only: the segmented loss reads no others.
+
+        Returns:
+            That norm and the flat rows, or None where all rows must be normed.
+        """
+        if context is None or self._norm is None or len(self._handle.plan.layers) - 1 not in context.fused:
+            return None
+        assert self.names is not None
+        context.loss_rows_only = context.defers_norm = True
+        return read_norm(self._norm, self.names.norm), loss_rows(context.layout).rows_N
