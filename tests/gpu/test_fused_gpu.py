@@ -1,0 +1,85 @@
+"""The fused engine on a GPU: in bf16 no farther from fp32 than the generic executor, and never waiting for the device."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from lemo.runtime.attach import attach
+from tests.runtime.oracle import batch, gradients, tiny_model
+from tests.runtime.test_fused import MODES, plan_of
+
+pytestmark = pytest.mark.gpu
+
+
+def adapted(dtype: torch.dtype, family: str = "llama"):
+    """A model of several tiles with adapters that matter; weights are bf16 numbers in every dtype."""
+    model = tiny_model(
+        family, hidden_size=256, intermediate_size=512, num_attention_heads=4, max_position_embeddings=2048
+    )
+    config = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"])
+    model = get_peft_model(model, config)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                scale = 0.05 if "lora_B" in name else 0.03
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+            parameter.copy_(parameter.bfloat16())
+    return model.cuda().to(dtype)
+
+
+def step(model, plan, inputs, **options):
+    """Loss and gradients in fp32 on the CPU."""
+    model.zero_grad(set_to_none=True)
+    with attach(model, plan, self_test=False, unsafe_no_bypass=True, **options) as handle:
+        loss = model(**inputs).loss
+        loss.backward()
+        assert handle.notes == []
+    flat = torch.cat([g.float().cpu().flatten() for g in gradients(model).values()])
+    return float(loss), flat
+
+
+@pytest.mark.parametrize("recompute", ["none", "mlp", "lin", "layer"])
+@pytest.mark.parametrize("kv", ["kept", "all"])
+@pytest.mark.parametrize("mode", MODES)
+def test_half_precision_is_as_good_as_the_generic_executors(mode, kv, recompute):
+    """Error against fp32: at most twice that of the generic executor in bf16, with a floor of a few bf16 units."""
+    inputs = {name: tensor.cuda() for name, tensor in batch(1500, 1, supervised_from=1200).items()}
+    model = adapted(torch.float32)
+    plan = replace(plan_of(model, mode, kv, dense=(1,)), block_size=32)
+    exact_loss, exact = step(model, plan, inputs, engine="generic")
+    model = model.bfloat16()
+    generic_loss, generic = step(model, plan, inputs, engine="generic")
+    loss, got = step(model, plan, inputs, engine="fused", recompute=recompute)
+    scale = float(exact.norm())
+    error, allowed = (float((x - exact).norm()) / scale for x in (got, generic))
+    print(f"{mode} {kv} {recompute}: fused {error:.2e}, generic {allowed:.2e}")
+    assert error <= 2 * allowed + 4 * torch.finfo(torch.bfloat16).eps
+    assert abs(loss - exact_loss) <= 2 * abs(generic_loss - exact_loss) + 2e-3 * abs(exact_loss)
+
+
+def test_fused_forward_and_backward_never_wait():
+    """From the first layer to the end of backward the device is asked for nothing."""
+    model = adapted(torch.bfloat16)
+    inputs = {name: tensor.cuda() for name, tensor in batch(1024, 1, supervised_from=900).items()}
+    for kv in ("kept", "all"):
+        plan = replace(plan_of(model, "skip", kv), block_size=32)
+        with attach(model, plan, engine="fused", self_test=False) as handle:
+            model(**inputs).loss.backward()
+            context = handle._open(inputs | {"use_cache": False}, True, False)
+            base = model.get_base_model().model
+            hidden = base.embed_tokens(inputs["input_ids"])
+            tables = base.rotary_emb(hidden, torch.arange(1024, device="cuda")[None])
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                with handle._running(context):
+                    for layer in base.layers:
+                        hidden = layer(hidden, position_embeddings=tables)
+                hidden.sum().backward()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
