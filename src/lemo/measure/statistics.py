@@ -23,12 +23,20 @@ _TWO_LISTS: dict[str, Callable[[Sequence[float], Sequence[float]], float]] = {
     # Gain: how many times less the candidate needs.
     "ratio_of_medians": lambda baseline, lemo: statistics.median(baseline) / statistics.median(lemo),
     "ratio_of_max": lambda baseline, lemo: max(baseline) / max(lemo),
+    # The same over several settings: element i of both lists belongs to setting i.
+    "ratio_of_geometric_means": lambda baseline, lemo: (
+        statistics.geometric_mean(baseline) / statistics.geometric_mean(lemo)
+    ),
     # Cost: how many times the baseline the candidate needs.
     "overhead_of_medians": lambda baseline, lemo: statistics.median(lemo) / statistics.median(baseline),
     # Gap: what the candidate has on top of the baseline.
     "difference_of_means": lambda baseline, lemo: statistics.fmean(lemo) - statistics.fmean(baseline),
     # Gain as a difference: what the candidate has less than the baseline.
     "reduction_of_means": lambda baseline, lemo: statistics.fmean(baseline) - statistics.fmean(lemo),
+    # The same by pairs, one standard error to the unfavourable side; and the gain in standard errors.
+    "gap_plus_error": lambda baseline, lemo: _mean_difference(baseline, lemo) + paired_standard_error(baseline, lemo),
+    "gain_less_error": lambda baseline, lemo: _mean_difference(lemo, baseline) - paired_standard_error(baseline, lemo),
+    "gain_in_errors": lambda baseline, lemo: _mean_difference(lemo, baseline) / paired_standard_error(baseline, lemo),
 }
 
 STATISTICS = (*_ONE_LIST, *_TWO_LISTS)
@@ -74,3 +82,8 @@ def paired_standard_error(baseline: Sequence[float], candidate: Sequence[float])
         raise DataError(f"needs two or more pairs, got {len(baseline)} and {len(candidate)} samples")
     differences = [c - b for b, c in zip(baseline, candidate, strict=True)]
     return statistics.stdev(differences) / len(differences) ** 0.5
+
+
+def _mean_difference(first: Sequence[float], second: Sequence[float]) -> float:
+    """Mean of second minus mean of first."""
+    return statistics.fmean(second) - statistics.fmean(first)
