@@ -181,7 +181,9 @@ def _of_method(one: Measured) -> list[Record]:
     for cell in one.turns:
         if spent := cell.get("probe", {}).get("selection_s"):
             share = spent / statistics.median(one.seconds)
-            bar = f"C.selection_share/{one.group.setting.label}-{one.group.setting.tokens}"
+            setting, says = one.group.setting, cell.get("describe", {})
+            counts = setting.label in FAMILY and setting.layers is None and says.get("engine") != "generic"
+            bar = f"C.selection_share/{setting.label}-{setting.tokens}" if counts else None
             found.append(_record(one, "selection_share", "share", [share], "max", bar=bar))
     return found
 
