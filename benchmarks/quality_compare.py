@@ -1,0 +1,221 @@
+"""Records of comparisons between cells: paired by seed, a domain at a time, with the bars that they answer.
+
+The unit that repeats is the seed: a cell's losses are averaged over the windows of a domain first. Errors are those of
+the paired differences over seeds. A cell counts only beside one with the same protocol, and a domain is void when dense
+LoRA improves it by less than 0.2 nats; every seed that both methods have run is used, at the newest measurement.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from benchmarks.quality_methods import METHODS, gain_at_64k
+from lemo.measure.record import Record, read_records
+
+SCRIPT = "benchmarks/quality.py"
+VOID_BELOW_NATS = 0.2
+_PROTOCOL = ("data", "domains", "window", "batch", "rank", "dtype", "model", "validation_windows")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One gap between two methods.
+
+    Attributes:
+        bar: that it answers, or None.
+        method: the candidate.
+        baseline: what it is compared with.
+        metric: of the cells.
+        statistic: how the value follows.
+        baseline_metric: another metric of the baseline's cells.
+        pooled: pairs are (seed, domain) instead of one Record a domain.
+        equal_flops: the candidate's steps followed from the baseline's FLOPs.
+        unit: of the value.
+    """
+
+    bar: str | None
+    method: str
+    baseline: str
+    metric: str = "dense"
+    statistic: str = "gap_plus_error"
+    baseline_metric: str | None = None
+    pooled: bool = False
+    equal_flops: bool = False
+    unit: str = "nats"
+
+
+COMPARISONS = (
+    Comparison("B.default_gap", "balanced", "dense_rows"),
+    Comparison("B.default_total_gap", "balanced", "dense_all"),
+    Comparison("B.equal_compute_gain", "balanced", "dense_all", statistic="gain_less_error", equal_flops=True),
+    Comparison("B.over_short_windows", "balanced", "dense_4k", "last_quarter", "gain_less_error"),
+    Comparison("B.over_short_windows", "balanced", "dense_8k", "last_quarter", "gain_less_error"),
+    Comparison("B.mha_gap", "balanced_mha", "dense_rows"),
+    Comparison("B.conservative_gap", "quality", "dense_rows"),
+    Comparison("B.aggressive_gap", "fast", "dense_rows"),
+    Comparison("B.over_random_nats", "balanced", "random", statistic="gain_less_error", pooled=True),
+    Comparison(
+        "B.over_random_se", "balanced", "random", statistic="gain_in_errors", pooled=True, unit="standard errors"
+    ),
+    Comparison("B.sparse_gap", "balanced", "balanced", "sparse", baseline_metric="loss_rows"),
+    Comparison("B.instruct_gap", "instruct_skip", "instruct_dense"),
+    Comparison("B.instruct_context_value", "instruct_dense", "instruct_no_document", statistic="gain_less_error"),
+)
+GAINS = (
+    ("B.default_ideal_gain", "balanced", "llama-3-8b"),
+    ("B.mha_ideal_gain", "balanced_mha", "llama-2-7b"),
+    ("B.conservative_ideal_gain", "quality", "llama-3-8b"),
+    ("B.aggressive_ideal_gain", "fast", "llama-2-7b"),
+)
+
+
+class Cells:
+    """Scored cells of a Records file, newest first."""
+
+    def __init__(self, records: Sequence[Record]) -> None:
+        """Keeps Records that belong to a cell."""
+        self.records = sorted((r for r in records if "cell" in r.setting), key=lambda r: r.time, reverse=True)
+
+    def protocols(self) -> list[dict[str, Any]]:
+        """Protocols that occur."""
+        found = {str({k: r.setting[k] for k in _PROTOCOL}): {k: r.setting[k] for k in _PROTOCOL} for r in self.records}
+        return list(found.values())
+
+    def of(self, method: str, metric: str, protocol: dict[str, Any], **wanted: Any) -> list[Record]:
+        """Newest Record of each (seed, cell) of a method that agrees with what is wanted."""
+        found: dict[tuple, Record] = {}
+        for record in self.records:
+            setting = record.setting
+            if record.name != f"quality/{method}/{metric}" or any(setting[k] != protocol[k] for k in _PROTOCOL):
+                continue
+            if any(setting[k] != v for k, v in wanted.items()):
+                continue
+            found.setdefault((record.seeds, setting["cell"]), record)
+        return list(found.values())
+
+
+def domain_means(record: Record) -> dict[str, float]:
+    """Mean loss of each domain."""
+    order = record.setting["window_order"]
+    return {
+        domain: fmean(x for x, o in zip(record.samples, order, strict=True) if o == domain)
+        for domain in dict.fromkeys(order)
+    }
+
+
+def void_domains(cells: Cells, protocol: dict[str, Any], dense: Sequence[Record]) -> dict[str, float]:
+    """Domains that dense LoRA improves by less than 0.2 nats, with by how much."""
+    name = "before" if protocol["data"] == "text" else "instruct_before"
+    before = cells.of(name, "dense", protocol)
+    if not before or not dense:
+        return {}
+    start = domain_means(before[0])
+    ends = [domain_means(r) for r in dense]
+    gains = {d: start[d] - fmean(e[d] for e in ends) for d in start}
+    return {d: gain for d, gain in gains.items() if gain < VOID_BELOW_NATS}
+
+
+def pairs_of(
+    cells: Cells, item: Comparison, protocol: dict[str, Any]
+) -> Iterator[tuple[str, int, list[tuple[Record, Record]]]]:
+    """(label, steps, pairs of baseline and candidate, one a seed) of every number of steps that both have run."""
+    flops = {"flops_steps": None}
+    baselines = cells.of(item.baseline, item.baseline_metric or item.metric, protocol, **flops)
+    candidates = cells.of(item.method, item.metric, protocol, **({} if item.equal_flops else flops))
+    groups: dict[tuple[int, float], list[tuple[Record, Record]]] = {}
+    for baseline in baselines:
+        for candidate in candidates:
+            key = "flops_steps" if item.equal_flops else "asked_steps"
+            same = baseline.setting["asked_steps"] == candidate.setting[key]
+            same = same and baseline.setting["learning_rate"] == candidate.setting["learning_rate"]
+            if same and baseline.seeds == candidate.seeds:
+                steps = candidate.setting[key]
+                groups.setdefault((steps, candidate.setting["learning_rate"]), []).append((baseline, candidate))
+    for (steps, rate), pairs in sorted(groups.items()):
+        yield f"{steps} steps at {rate:g}", steps, sorted(pairs, key=lambda p: p[0].seeds)
+
+
+def write_comparisons(path: Path) -> int:
+    """Appends Records of every comparison that at least two seeds allow; prints all. Returns 0."""
+    if not path.exists():
+        print(f"{path}: no Records yet")
+        return 0
+    records = read_records(path)
+    cells = Cells(records)
+    known = {(r.name, r.config_hash) for r in records}
+    for protocol in cells.protocols():
+        for item in COMPARISONS:
+            for label, steps, pairs in pairs_of(cells, item, protocol):
+                _compare(item, protocol, (label, steps, pairs), cells, path, known)
+    _write_gains(cells, path, known)
+    return 0
+
+
+def _compare(
+    item: Comparison,
+    protocol: dict[str, Any],
+    group: tuple[str, int, list[tuple[Record, Record]]],
+    cells: Cells,
+    path: Path,
+    known: set,
+) -> None:
+    """One comparison: a Record a domain, or one of all pairs of seed and domain."""
+    label, steps, pairs = group
+    void = void_domains(cells, protocol, [b for b, _ in pairs]) if item.baseline.startswith("dense") else {}
+    means = [(domain_means(b), domain_means(c)) for b, c in pairs]
+    domains = list(means[0][0])
+    lists = {d: ([b[d] for b, _ in means], [c[d] for _, c in means]) for d in domains}
+    if item.pooled:
+        lists = {"": tuple([x for d in domains for x in lists[d][i]] for i in (0, 1))}
+    for domain, (baseline, candidate) in lists.items():
+        gap = fmean(candidate) - fmean(baseline)
+        name = f"quality/{item.method}/gap/{item.baseline}/{item.metric}" + (f"/{domain}" if domain else "")
+        note = f" (void: dense gains {void[domain]:.2f} nats)" if domain in void else ""
+        print(f"{name}, {label}: {gap:+.4f} nats over {len(pairs)} seeds{note}", flush=True)
+        if len(pairs) < 2:
+            continue
+        published = steps == 200 and domain not in void and protocol["window"] == 16384
+        at = f"{domain}/{item.baseline}" if item.bar == "B.over_short_windows" else domain
+        bar = None if item.bar is None or not published else item.bar + (f"/{at}" if at else "")
+        setting = {**protocol, "steps": steps, "learning_rate": pairs[0][1].setting["learning_rate"]}
+        setting |= {"method": item.method, "baseline": item.baseline, "metric": item.metric, "domain": domain}
+        setting |= {"statistic": item.statistic, "cells": sorted({r.setting["cell"] for p in pairs for r in p})}
+        setting["seeds"] = [b.seeds[0] for b, _ in pairs]
+        samples = {"baseline": baseline, "lemo": candidate}
+        _append(path, known, name, item.unit, samples, setting, bar, [r for p in pairs for r in p])
+
+
+def _write_gains(cells: Cells, path: Path, known: set) -> None:
+    """Ideal gains of presets that have been measured: arithmetic, beside the gaps that they belong to."""
+    for bar, method, shape in GAINS:
+        sources = [r for r in cells.records if r.name == f"quality/{method}/dense"]
+        if sources:
+            setting = {"method": method, "shape": shape, "tokens": 65536, "recompute": "lin", "statistic": "min"}
+            setting["choices"] = METHODS[method].setting()
+            gain = gain_at_64k(METHODS[method])[shape]
+            _append(path, known, f"quality/{method}/ideal_gain", "times", [gain], setting, bar, sources[:1])
+
+
+def _append(
+    path: Path,
+    known: set,
+    name: str,
+    unit: str,
+    samples: Any,
+    setting: dict[str, Any],
+    bar: str | None,
+    sources: Sequence[Record],
+) -> None:
+    """Writes a derived Record, once; device, versions and commit are those of the cells that it is made of."""
+    seeds = sorted({s for r in sources for s in r.seeds})
+    record = Record.measure(name, unit, samples, setting, script=SCRIPT, seeds=seeds, bar=bar)
+    newest = max(sources, key=lambda r: r.time)
+    record = dataclasses.replace(record, device=newest.device, versions=newest.versions, commit=newest.commit)
+    if (name, record.config_hash) not in known:
+        known.add((name, record.config_hash))
+        record.append(path)

@@ -1,0 +1,325 @@
+"""What the quality grids compare: every method as one entry of a table, and what each costs in FLOPs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from statistics import fmean
+from typing import Any
+
+from lemo.config import CalibrationConfig
+from lemo.measure.flops import DecoderShape, Flops, LayerWork, ideal_gain, layer_flops, step_flops
+
+LLAMA_3_8B = DecoderShape(32, 4096, 14336, 32, 8, 128, 128256)
+LLAMA_2_7B = DecoderShape(32, 4096, 11008, 32, 32, 128, 32000)
+
+
+@dataclass(frozen=True)
+class PlanSpec:
+    """Which rows layers run. Fields up to `bypass_rank` are the plan's own; the others say how it is made.
+
+    Attributes:
+        scorer: `predictor` or `random` while training.
+        fitted_scorer: what ranks blocks while bypass and predictors are fitted.
+        oracle: name of a target of `benchmarks.rivals.oracle` that ranks blocks by looking, instead of a predictor.
+        strip_bypass: rows that skip a layer pass it unchanged.
+    """
+
+    forward_ratio: float = 0.3
+    backward_ratio: float = 0.3
+    kv: str = "all"
+    gradient: str = "rows"
+    scorer: str = "predictor"
+    dense_layers: tuple[int, ...] = (0, -1)
+    block_size: int = 64
+    bypass_rank: int = 64
+    bypass_target: str = CalibrationConfig.bypass_target
+    target: str = CalibrationConfig.target
+    fitted_scorer: str = "predictor"
+    oracle: str | None = None
+    strip_bypass: bool = False
+
+    @property
+    def needs_fit(self) -> bool:
+        """Whether a calibration has to come first."""
+        bypassed = self.forward_ratio < 1 and not self.strip_bypass
+        return bypassed or (self.scorer == "predictor" and self.oracle is None)
+
+    @property
+    def fit(self) -> dict[str, Any]:
+        """What the calibrated plan depends on: cells that agree in it share one plan."""
+        names = ("forward_ratio", "kv", "dense_layers", "block_size", "bypass_rank", "bypass_target", "target")
+        return {name: getattr(self, name) for name in (*names, "fitted_scorer")}
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """Ratios rise linearly to 1 between two shares of the steps: (0, 1) is random-LTD's schedule."""
+
+    begin: float
+    end: float
+
+    def progress(self, step: int, steps: int) -> float:
+        """0 before, 1 after; in twentieths, so that few plans are made."""
+        if self.end <= self.begin:
+            return float(step >= self.begin * steps)
+        return min(1.0, max(0.0, round(20 * (step / steps - self.begin) / (self.end - self.begin)) / 20))
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to train.
+
+    Attributes:
+        about: for tables.
+        plan: rows of layers; None runs every row.
+        loss_share: share of blocks that carry loss; 1.0 all rows.
+        placement: of loss rows.
+        forced: loss rows never skip. Methods of others do not know the rule.
+        pieces: training windows that make up one sequence of the protocol; 1 for whole ones.
+        flops_of: trains for as many steps as this method's FLOPs buy.
+        ramp: towards dense.
+        rival: a context manager of `benchmarks.rivals` that is in force while training.
+        documents: instruction data: whether samples keep their document.
+    """
+
+    about: str
+    plan: PlanSpec | None = None
+    loss_share: float = 1.0
+    placement: str = "random"
+    forced: bool = True
+    pieces: int = 1
+    flops_of: str | None = None
+    ramp: Ramp | None = None
+    rival: str | None = None
+    documents: bool = True
+
+    @property
+    def loss_block_size(self) -> int:
+        """Rows of a drawn block."""
+        return self.plan.block_size if self.plan is not None else 64
+
+    def setting(self) -> dict[str, Any]:
+        """Everything that decides what the method does, for the hash of a cell."""
+        found = asdict(self)
+        del found["about"]
+        return found
+
+
+LOSS_SHARE = 0.2
+BALANCED = PlanSpec()
+_PLAIN = PlanSpec(0.5, 0.5, kv="kept", strip_bypass=True)
+_BARE = PlanSpec(1e-6, 1e-6, kv="kept", scorer="random", dense_layers=(), strip_bypass=True)
+
+
+def lemo(about: str, loss_share: float = LOSS_SHARE, placement: str = "random", **changes: Any) -> Method:
+    """A method of this library: the default with some choices changed."""
+    return Method(about, replace(BALANCED, **changes), loss_share, placement)
+
+
+def _both(ratio: float) -> dict[str, float]:
+    return {"forward_ratio": ratio, "backward_ratio": ratio}
+
+
+PRESETS = {
+    "balanced": lemo("default for grouped-query models: 30 % of rows, all offer keys"),
+    "balanced_mha": lemo("default for multi-head models: 40 % of rows, others offer no keys", kv="kept", **_both(0.4)),
+    "quality": lemo("exact forward, gradient through 35 % of rows", forward_ratio=1.0, backward_ratio=0.35),
+    "fast": lemo("20 % of rows, skipped rows offer nothing, loss on 10 %", 0.1, kv="kept", **_both(0.2)),
+}
+NULLS = {
+    "before": Method("the model before any training"),
+    "dense_all": Method("dense LoRA, loss on all rows"),
+    "dense_rows": Method("dense LoRA, loss on the default's rows", loss_share=LOSS_SHARE),
+    "dense_4k": Method("dense LoRA on 4K windows, FLOPs of the default", pieces=4, flops_of="balanced"),
+    "dense_8k": Method("dense LoRA on 8K windows, FLOPs of the default", pieces=2, flops_of="balanced"),
+    "no_context": Method("loss rows with all other context removed", _BARE, LOSS_SHARE),
+    "random": lemo("the default with blocks drawn at random", scorer="random"),
+    "random_refit": lemo("the same, bypass fitted on random blocks too", scorer="random", fitted_scorer="random"),
+}
+RIVALS = {
+    "random_ltd": Method(
+        "random-LTD: random rows of each layer, no bypass, loss everywhere, ramp to dense",
+        replace(_PLAIN, scorer="random", block_size=1, **_both(0.3)),
+        forced=False,
+        ramp=Ramp(0.0, 1.0),
+    ),
+    "random_ltd_no_ramp": Method(
+        "random-LTD without its ramp",
+        replace(_PLAIN, scorer="random", block_size=1, **_both(0.3)),
+        forced=False,
+    ),
+    "longlora": Method("LongLoRA: attention in shifted groups while training", rival="shifted_groups"),
+    "fixed_rule": Method(
+        "the artifact's rule: upper half keeps 40 %, attention only, loss everywhere",
+        replace(_PLAIN, **_both(0.4)),
+        forced=False,
+        rival="attention_only",
+    ),
+    "plain": Method("the plain method: half of the rows, loss everywhere, no bypass", _PLAIN, forced=False),
+    "tokentune": Method(
+        "TokenTune: all rows forward, gradient and loss through random rows",
+        replace(_BARE, forward_ratio=1.0, block_size=1),
+        LOSS_SHARE,
+    ),
+}
+ABLATIONS = {
+    # one step at a time from dense towards the default
+    "step_backward": lemo("exact forward, gradient through 30 %", forward_ratio=1.0),
+    "step_backward_random": lemo("the same, random blocks", forward_ratio=1.0, scorer="random"),
+    "pairs": lemo("exact forward, `pairs` gradient through 30 %", forward_ratio=1.0, gradient="pairs"),
+    "both_budgets": lemo("forward 50 %, backward 30 %", forward_ratio=0.5),
+    "both_budgets_low": lemo("forward 30 %, backward 22 %", backward_ratio=0.22),
+    **{f"keep_{round(100 * k)}": lemo(f"{k:.0%} of rows", **_both(k)) for k in (0.22, 0.25, 0.4, 0.5, 0.7)},
+    **{
+        f"kept_{round(100 * k)}": lemo(f"{k:.0%} of rows, skipped rows offer nothing", kv="kept", **_both(k))
+        for k in (0.22, 0.3, 0.5)
+    },
+    "no_bypass": lemo("no bypass", strip_bypass=True),
+    **{f"bypass_{r}": lemo(f"bypass of rank {r}", bypass_rank=r) for r in (16, 256)},
+    "bypass_update": lemo("bypass fitted on the layer's own update", bypass_target="update"),
+    **{f"block_{c}": lemo(f"blocks of {c} rows", block_size=c) for c in (16, 32, 128)},
+    "dense_none": lemo("no dense layers", dense_layers=()),
+    "dense_four": lemo("two dense layers at each end", dense_layers=(0, 1, -2, -1)),
+    "dense_first_two": lemo("two dense layers at the start, none at the end", dense_layers=(0, 1)),
+    **{
+        f"loss_{round(100 * s)}": lemo(f"loss on {s:.0%} of rows, context kept alike", s, **_both(round(s + 0.1, 2)))
+        for s in (0.1, 0.4)
+    },
+    "spread": lemo("loss rows spread evenly", placement="spread"),
+    "tail": lemo("loss rows at the end", placement="tail"),
+    "interaction": lemo("predictors of the paper's score", target="interaction"),
+    "dense_at_end": replace(lemo("the last 15 % of the steps dense"), ramp=Ramp(0.85, 0.85)),
+    "ramp_end": replace(lemo("ratio rises to 1 over the last 30 %"), ramp=Ramp(0.7, 1.0)),
+}
+ANSWER_SHARE = 0.08  # of rows of an instruction sample, for FLOPs only: the data decides which rows carry loss
+ORACLES = ("mass", "mass_loss_rows", "mass_detrended", "mass_times_value", "mass_peak", "interaction")
+TARGETS = {f"oracle_{name}": lemo(f"oracle, {name.replace('_', ' ')}", oracle=name) for name in ORACLES}
+_CONTEXT = {"loss_share": ANSWER_SHARE, **_both(0.15)}
+INSTRUCT = {
+    "instruct_before": Method("before any training"),
+    "instruct_dense": Method("dense LoRA, answers supervised"),
+    "instruct_no_document": Method("dense LoRA, questions and answers alone", documents=False),
+    "instruct_skip": lemo("15 % of rows", **_CONTEXT),
+    "instruct_skip_kept": lemo("15 % of rows, skipped rows offer nothing", kv="kept", **_CONTEXT),
+    "instruct_exact": lemo(
+        "exact forward, gradient through 15 %", ANSWER_SHARE, forward_ratio=1.0, backward_ratio=0.15
+    ),
+    "instruct_random": lemo("15 % of rows, random", scorer="random", **_CONTEXT),
+}
+METHODS: dict[str, Method] = {**NULLS, **PRESETS, **RIVALS, **ABLATIONS, **TARGETS, **INSTRUCT}
+
+
+def at_least(spec: PlanSpec, share: float) -> PlanSpec:
+    """The spec with the ratios that keeping a share of forced rows leaves."""
+    backward, forward = max(spec.backward_ratio, share), max(spec.forward_ratio, share)
+    return replace(spec, backward_ratio=backward, forward_ratio=forward)
+
+
+def sparse_work(spec: PlanSpec, lora_rank: int, recompute: str = "none", progress: float = 0.0) -> LayerWork:
+    """Work of a layer that skips, with ratios risen by `progress` towards 1."""
+    forward, backward = (r + (1 - r) * progress for r in (spec.forward_ratio, spec.backward_ratio))
+    return LayerWork(
+        forward_ratio=forward,
+        backward_ratio=backward,
+        kv="all" if spec.kv == "all" else "kept",
+        gradient="pairs" if spec.gradient == "pairs" else "rows",
+        recompute=recompute,  # type: ignore[arg-type]
+        bypass_rank=0 if spec.strip_bypass else spec.bypass_rank,
+        lora_rank=lora_rank,
+    )
+
+
+def method_flops(method: Method, shape: DecoderShape, window: int, lora_rank: int, supervised: float = 0.0) -> Flops:
+    """FLOPs of one sequence of the protocol's length, mean over a run; nothing is recomputed in either run.
+
+    Counts predictors, bypass, offered keys and dense layers. Calibration is left out: it is paid once per plan. Ratios
+    are at least the supervised share where loss rows are forced.
+
+    Args:
+        method: what trains.
+        shape: the model.
+        window: tokens of the protocol's sequence; shorter training windows share it.
+        lora_rank: of the adapter.
+        supervised: share of rows that carry loss when the data decides (instruction data).
+    """
+    window //= method.pieces
+    share = supervised or method.loss_share
+    dense = LayerWork(lora_rank=lora_rank)
+    if method.rival == "shifted_groups":
+        total = step_flops(shape, window, [dense] * shape.layers, share)
+        # Groups of a quarter: a quarter of the attention.
+        saved = 0.75 * 2.0 * shape.heads * shape.head_dim * window**2 * shape.layers
+        return total + Flops(forward=-saved, backward=-2.5 * saved)
+    if method.plan is None:
+        return step_flops(shape, window, [dense] * shape.layers, share)
+    spec = method.plan
+    if method.forced:
+        spec = at_least(spec, share)
+    if method.rival == "attention_only":
+        return _attention_only_flops(shape, window, spec, lora_rank, share)
+    skipping = shape.layers - len(spec.dense_layers)
+    rises = [0.0] if method.ramp is None else [method.ramp.progress(i, 100) for i in range(100)]
+    found = []
+    for progress in rises:
+        work = sparse_work(spec, lora_rank, progress=progress)
+        works = [dense] * len(spec.dense_layers) + [work] * skipping
+        found.append(step_flops(shape, window, works, share))
+    predictor = 2.0 * shape.width * shape.heads * window * skipping if spec.scorer == "predictor" else 0.0
+    return Flops(fmean(f.forward for f in found) + predictor, 0.0, fmean(f.backward for f in found))
+
+
+def _attention_only_flops(shape: DecoderShape, window: int, spec: PlanSpec, rank: int, share: float) -> Flops:
+    """Upper half: attention of the kept rows, MLP of all rows."""
+    half = shape.layers // 2
+    dense, kept = LayerWork(lora_rank=rank), replace(sparse_work(spec, rank), bypass_rank=0)
+    total = step_flops(shape, window, [dense] * half + [kept] * (shape.layers - half), share)
+    attention = replace(shape, ffn=1, gated=False)
+    mlp = layer_flops(shape, window, dense), layer_flops(attention, window, dense)
+    missing = (shape.layers - half) * (1 - spec.forward_ratio)
+    forward, backward = mlp[0].forward - mlp[1].forward, mlp[0].backward - mlp[1].backward
+    return total + Flops(missing * forward, 0.0, missing * backward)
+
+
+def sequence_flops(method: Method, shape: DecoderShape, window: int, lora_rank: int, supervised: float = 0.0) -> float:
+    """FLOPs per `window` tokens of training text."""
+    return method_flops(method, shape, window, lora_rank, supervised).total * method.pieces
+
+
+def equal_steps(method: Method, other: Method, steps: int, shape: DecoderShape, window: int, lora_rank: int) -> int:
+    """Steps of `method` that cost what `steps` of `other` cost."""
+    costs = [sequence_flops(m, shape, window, lora_rank) for m in (other, method)]
+    return max(1, round(steps * costs[0] / costs[1]))
+
+
+def gain_at_64k(method: Method, recompute: str = "lin") -> dict[str, float]:
+    """Ideal gain over dense + recompute with loss on all rows at 64K, for the two shapes that bars name.
+
+    Empty for methods of others, for ramps, and for dense ones.
+    """
+    if method.plan is None or not method.forced or method.ramp is not None:
+        return {}
+    work = sparse_work(at_least(method.plan, method.loss_share), 16, recompute)
+    shapes = {"llama-3-8b": LLAMA_3_8B, "llama-2-7b": LLAMA_2_7B}
+    return {name: _full_gain(shape, work, len(method.plan.dense_layers), method) for name, shape in shapes.items()}
+
+
+def _full_gain(shape: DecoderShape, work: LayerWork, dense_layers: int, method: Method, tokens: int = 65536) -> float:
+    """`ideal_gain` with loss rows in our head and predictors counted."""
+    plain = ideal_gain(shape, tokens, work, dense_layers=dense_layers)
+    baseline = step_flops(shape, tokens, [LayerWork(recompute="layer", lora_rank=work.lora_rank)] * shape.layers).total
+    ours = baseline / plain
+    ours -= (1 - method.loss_share) * 4.0 * shape.width * shape.vocabulary * tokens
+    if method.plan is not None and method.plan.scorer == "predictor":
+        ours += 2.0 * shape.width * shape.heads * tokens * (shape.layers - dense_layers)
+    return baseline / ours
+
+
+def describe(names: Sequence[str]) -> list[list[str]]:
+    """Rows of a table: name, what it is, ideal gain at 64K for both shapes."""
+    rows = []
+    for name in names:
+        gains = gain_at_64k(METHODS[name])
+        cells = [f"{gains[s]:.2f}" if s in gains else "–" for s in ("llama-3-8b", "llama-2-7b")]
+        rows.append([name, METHODS[name].about, *cells])
+    return rows

@@ -1,0 +1,106 @@
+"""One run of the quality benchmark: the loop, ramps, and what methods of others put in force while training."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.quality_methods import Method
+from benchmarks.quality_study import QualityStudy
+from lemo.core.plan import LayerPlan, Plan
+from lemo.measure.memory import track_peak
+from lemo.runtime.attach import Handle
+from lemo.runtime.model import causal_model
+
+
+@dataclass
+class Trained:
+    """What a run left behind beside the weights.
+
+    Attributes:
+        losses: of every step.
+        seconds: of every step.
+        peak_gib: device memory.
+        shares: (forward, backward) share of rows of each layer in the last step; empty for dense runs.
+    """
+
+    losses: list[float]
+    seconds: list[float]
+    peak_gib: float
+    shares: list[tuple[float, float]]
+
+
+def train(study: QualityStudy, method: Method, seed: int, setting: Mapping[str, Any], handle: Handle) -> Trained:
+    """Trains the study's adapter.
+
+    Args:
+        study: model and data.
+        method: how.
+        seed: of order and loss rows.
+        setting: of the cell: `steps` and `learning_rate`.
+        handle: of the attached plan; a ramp puts others in force.
+    """
+    from transformers import get_cosine_schedule_with_warmup
+
+    steps, model, plan = setting["steps"], study.model(), handle.plan
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=setting["learning_rate"], weight_decay=0.0)
+    schedule = get_cosine_schedule_with_warmup(optimizer, max(1, steps // 20), max(1, steps))
+    losses, times = [], [time.perf_counter()]
+    model.train()
+    with track_peak(study.device) as peak:
+        for number, batch in enumerate(study.training_batches(method, seed, steps)):
+            if method.ramp is not None:
+                handle.plan = at_progress(plan, method.ramp.progress(number, steps))
+            with step_context(handle, method, batch):
+                loss = model(**batch).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(float(loss.detach()))
+            times.append(time.perf_counter())
+            if number % 50 == 0 or number == steps - 1:
+                print(f"{setting['method']} seed {seed} step {number}: loss {losses[-1]:.4f}", flush=True)
+    handle.plan = plan
+    shares = handle.ratios() if handle.selections else {}
+    seconds = [after - before for before, after in itertools.pairwise(times)]
+    return Trained(losses, seconds, peak.peak_gib, [shares[i] for i in sorted(shares)])
+
+
+def at_progress(plan: Plan, progress: float) -> Plan:
+    """The plan with every ratio risen by a share of its way to 1."""
+    if progress == 0:
+        return plan
+
+    def risen(layer: LayerPlan) -> LayerPlan:
+        if layer.is_dense:
+            return layer
+        forward, backward = (r + (1 - r) * progress for r in (layer.forward_ratio, layer.backward_ratio))
+        return replace(layer, forward_ratio=min(1.0, forward), backward_ratio=min(1.0, backward))
+
+    return replace(plan, layers=tuple(risen(x) for x in plan.layers))
+
+
+def in_force(model: Any, method: Method, plan: Plan | None) -> AbstractContextManager[None]:
+    """Inside, the model trains as the method of others does; evaluation happens outside."""
+    if method.rival is None:
+        return nullcontext()
+    from benchmarks.rivals import RIVAL_CONTEXTS
+
+    return RIVAL_CONTEXTS[method.rival](causal_model(model), plan)
+
+
+def step_context(handle: Handle, method: Method, batch: Mapping[str, Tensor]) -> Any:
+    """Inside, a forward of the method's training step may run; loss rows of methods of others may be skipped."""
+    if method.forced or method.plan is None:
+        return nullcontext()
+    return handle.supervised(torch.zeros_like(batch["input_ids"], dtype=torch.bool))

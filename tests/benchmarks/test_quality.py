@@ -1,0 +1,159 @@
+"""The quality grid runs on a tiny model: paired, resumable, within its budget, with sound Records."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import check_bars, quality, quality_grids
+from benchmarks.quality_compare import Cells, domain_means
+from benchmarks.quality_grids import GRIDS, Cell
+from benchmarks.quality_methods import METHODS, equal_steps, gain_at_64k, sequence_flops
+from benchmarks.quality_study import Protocol, QualityStudy
+from lemo.measure.record import read_records
+from lemo.train.data import write_npz
+
+WINDOW = 512
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with a tiny model and random tokens of two domains."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("inputs")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=64, max_position_embeddings=256)
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    generator = np.random.default_rng(0)
+    for domain in ("books", "code"):
+        for split, windows in (("train", 7), ("validation", 2)):
+            write_npz(folder / f"{domain}-{split}.npz", [generator.integers(0, 64, WINDOW * windows)])
+    return folder
+
+
+def _options(inputs: Path, out: Path, grid: str, *more: str) -> list[str]:
+    sizes = ["--window", str(WINDOW), "--batch", "2", "--rank", "2", "--dtype", "float32", "--device", "cpu"]
+    counts = ["--validation-windows", "2", "--calibration-windows", "1", "--predictor-steps", "10"]
+    places = ["--model", str(inputs / "model"), "--data", str(inputs), "--plans", str(inputs / "plans")]
+    return ["run", grid, *places, "--out", str(out), "--domains", "books,code", *sizes, *counts, *more]
+
+
+def _study(inputs: Path, **changes) -> QualityStudy:
+    sizes = {"window": WINDOW, "rank": 2, "dtype": "float32", "calibration_windows": 1, "predictor_steps": 10}
+    protocol = Protocol(domains=("books", "code"), validation_windows=2, **sizes, **changes)
+    return QualityStudy(inputs / "model", inputs, inputs / "plans", protocol, "cpu")
+
+
+def test_a_grid_runs_resumes_and_compares(inputs: Path, tmp_path: Path, capsys, monkeypatch):
+    out = tmp_path / "r.jsonl"
+    cells = [*quality_grids._sweep(2), *(Cell(n, s, 2) for s in (0, 1) for n in ("dense_rows", "balanced", "random"))]
+    monkeypatch.setitem(GRIDS, "pilot", [*cells, Cell("before", 0, 2)])
+    options = _options(inputs, out, "pilot", "--started-seconds", "0")
+    assert quality.main([*options, "--seeds", "0", "--only", "dense_all"]) == 0
+    assert quality.main([*options, "--budget-seconds", "0"]) == 0
+    shown = capsys.readouterr().out
+    assert "7 cells left" in shown and shown.count("done before") == 3, "the sweep is done, nothing else may start"
+    assert quality.main(options) == 0
+    records = read_records(out)
+    assert sum(r.name.endswith("/cell_seconds") for r in records) == len(cells) + 1
+    for record in (r for r in records if r.name == "quality/balanced/sparse"):
+        assert record.setting["window_order"] == ["books"] * 2 + ["code"] * 2 and len(record.samples) == 4
+    pooled = next(r for r in records if r.name == "quality/balanced/gap/random/dense")
+    assert len(pooled.samples["lemo"]) == 4 and pooled.bar is None, "two steps are no published figure"
+    assert check_bars.main([str(out)]) == 0
+
+    capsys.readouterr()
+    assert quality.main(options) == 0
+    assert capsys.readouterr().out.count("done before") == len(cells) + 1
+    assert len(read_records(out)) == len(records), "nothing is written twice"
+
+
+def test_a_grid_needs_a_swept_rate(inputs: Path, tmp_path: Path, capsys):
+    assert quality.main(_options(inputs, tmp_path / "r.jsonl", "main", "--only", "balanced")) == 2
+    assert "run the grid `sweep`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["no_context", "dense_4k", "random_ltd", "longlora", "fixed_rule", "plain", "tokentune", "dense_at_end", "pairs"],
+)
+def test_methods_train_and_leave_no_trace(inputs: Path, tmp_path: Path, monkeypatch, method: str):
+    monkeypatch.setitem(GRIDS, "pilot", [Cell(method, 0, 2)])
+    options = quality.read_options(_options(inputs, tmp_path / "r.jsonl", "pilot", "--learning-rate", "1e-2"))
+    grid = quality.Grid(options)
+    model = grid.study.model()
+    ids = torch.randint(0, 64, (1, 96))
+    before = model.eval()(ids).logits
+    assert grid.run() == 0
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert all(p.isfinite().all() for p in named.values())
+    assert any(p.abs().sum() > 0 for n, p in named.items() if "lora_B" in n), "something was learned"
+    grid.study.fresh_adapter(0)
+    assert torch.equal(model.eval()(ids).logits, before), "the model is dense and its own again"
+
+
+def test_methods_of_one_seed_are_paired(inputs: Path):
+    study = _study(inputs)
+    for left, right in (("dense_all", "random_ltd"), ("dense_rows", "balanced")):
+        batches = [list(study.training_batches(METHODS[n], 3, 3)) for n in (left, right)]
+        for a, b in zip(*batches, strict=True):
+            assert torch.equal(a["input_ids"], b["input_ids"]) and torch.equal(a["labels"], b["labels"])
+    other = list(study.training_batches(METHODS["dense_rows"], 4, 3))
+    assert not all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(other, batches[0], strict=True))
+    name = next(n for n in study.model().state_dict() if "lora_A" in n)
+    kept = [study.fresh_adapter(s).state_dict()[name].clone() for s in (0, 1, 0)]
+    assert torch.equal(kept[0], kept[2]) and not torch.equal(kept[0], kept[1])
+
+
+def test_training_never_reads_calibration_windows_and_mixes_domains_equally(inputs: Path):
+    study = _study(inputs)
+    seen: dict[bytes, str] = {}
+    for domain in ("books", "code"):
+        for index in range(7):
+            sample = study.windows(domain, "train", WINDOW)[index]
+            seen[sample["input_ids"].tobytes()] = f"{domain}{index}"
+    drawn = [
+        seen[row.numpy().tobytes()]
+        for b in study.training_batches(METHODS["dense_all"], 0, 6)
+        for row in b["input_ids"]
+    ]
+    assert sum(n.startswith("books") for n in drawn) == len(drawn) // 2
+    reserved = {f"{d}{i}" for d in ("books", "code") for i in study.reserved(d)}
+    assert not reserved & set(drawn)
+    short = next(study.training_batches(METHODS["dense_4k"], 0, 1))
+    assert short["input_ids"].shape == (8, WINDOW // 4)
+    kept = {
+        study.windows(d, "train", WINDOW)[i]["input_ids"].tobytes()
+        for d in ("books", "code")
+        for i in study.reserved(d)
+    }
+    for batch in study.training_batches(METHODS["dense_4k"], 0, 6):
+        assert not any(row.numpy().tobytes() in whole for row in batch["input_ids"] for whole in kept)
+
+
+def test_equal_flops_and_gains():
+    shape, sizes = quality.SMOLLM2, (16384, 16)
+    steps = equal_steps(METHODS["balanced"], METHODS["dense_all"], 100, shape, *sizes)
+    spent = steps * sequence_flops(METHODS["balanced"], shape, *sizes)
+    assert spent == pytest.approx(100 * sequence_flops(METHODS["dense_all"], shape, *sizes), rel=0.01)
+    assert gain_at_64k(METHODS["balanced"])["llama-3-8b"] > gain_at_64k(METHODS["keep_40"])["llama-3-8b"] > 1
+    ramped = sequence_flops(METHODS["random_ltd"], shape, *sizes)
+    dense = sequence_flops(METHODS["dense_all"], shape, *sizes)
+    assert sequence_flops(METHODS["random_ltd_no_ramp"], shape, *sizes) < ramped < dense
+    assert sequence_flops(METHODS["dense_4k"], shape, *sizes) < dense
+
+
+def test_newest_cell_counts(inputs: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setitem(GRIDS, "pilot", [Cell("before", 0, 2)])
+    options = quality.read_options(_options(inputs, tmp_path / "r.jsonl", "pilot"))
+    grid = quality.Grid(options)
+    grid.run_cell(grid.cells[0])
+    grid.run_cell(grid.cells[0])
+    cells = Cells(read_records(options.out))
+    (only,) = cells.of("before", "dense", cells.protocols()[0])
+    assert set(domain_means(only)) == {"books", "code"}
