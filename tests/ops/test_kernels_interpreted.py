@@ -37,9 +37,11 @@ if SPEC.kernel_call:
 json.dump({"cases": len(cases), "failed": failed}, sys.stdout)
 """
 
+OPS = ["attend_rows", "block_score", "linear_ce", "pool_blocks", "score_blocks", "select_rows"]
+
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.parametrize("op", ["attend_rows", "block_score"])
+@pytest.mark.parametrize("op", OPS)
 def test_kernels_meet_their_reference(op):
     source = Path(__file__).resolve().parents[2] / "src"
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(source)}

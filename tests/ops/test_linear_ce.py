@@ -179,3 +179,22 @@ def test_refuses_what_does_not_fit(changes, message):
     hidden, weight, labels = _inputs()
     with pytest.raises(ValueError, match=message):
         linear_ce(**{"hidden_NM": hidden, "weight_VM": weight, "labels_N": labels, **changes})
+
+
+def test_segments_are_chosen_by_their_bytes(monkeypatch):
+    """A segment's logits stay below the limit, whatever the vocabulary; large ones come in steps of 256 rows."""
+    from lemo.ops.linear_ce import op
+
+    hidden = torch.zeros(1, 4, dtype=torch.bfloat16)
+    for vocabulary in (1, 300, 32000, 128256, 1 << 29):
+        for backend, bytes_each in (("triton", 2), ("reference", 6)):
+            rows = op._fitting_rows(hidden, vocabulary, None, backend)
+            assert rows >= 1 and (rows == 1 or rows * vocabulary * bytes_each <= op.SEGMENT_BYTES)
+            assert (rows + 256) * vocabulary * bytes_each > op.SEGMENT_BYTES
+    assert op._fitting_rows(hidden, 128256, None, "triton") == 2048
+    seen = []
+    shape_of = op._segment_loss
+    monkeypatch.setattr(op, "_segment_loss", lambda z, *rest: seen.append(len(z)) or shape_of(z, *rest))
+    monkeypatch.setattr(op, "SEGMENT_BYTES", 4 * 7 * (4 + 4))
+    linear_ce(*_inputs())
+    assert seen == [4, 4, 1]

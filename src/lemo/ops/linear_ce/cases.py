@@ -28,10 +28,11 @@ def _inputs(
     ignored: float = 0.4,
     bias: bool = False,
     gaps: bool = False,
+    scale: float = 1.0,
     **options: Any,
 ) -> Inputs:
     draw = partial(torch.randn, generator=generator, dtype=torch.float64)
-    hidden = draw(shape)
+    hidden = draw(shape) * scale
     labels = torch.randint(vocabulary, shape[:-1], generator=generator)
     labels[torch.rand(shape[:-1], generator=generator) < ignored] = options.get("ignore_index", -100)
     made = {"hidden_NM": with_gaps(hidden) if gaps else hidden, "weight_VM": draw(vocabulary, shape[-1])}
@@ -54,14 +55,22 @@ def _bytes_moved(inputs: Inputs) -> int:
     return 2 * elements * inputs["hidden_NM"].element_size()
 
 
-def _library_call(inputs: Inputs) -> tuple[Any, tuple]:
+def _library_call(inputs: Inputs, triton: bool = False) -> tuple[Any, tuple]:
     hidden = inputs["hidden_NM"].reshape(-1, inputs["hidden_NM"].shape[-1])
     labels, bias = inputs["labels_N"].reshape(-1), inputs.get("bias_V")
     rows = (labels != inputs.get("ignore_index", -100)).nonzero().squeeze(1)
     options = (inputs.get("softcap"), inputs.get("logit_scale", 1.0), SEGMENT_ROWS)
     wanted = (hidden.requires_grad, inputs["weight_VM"].requires_grad, bias is not None and bias.requires_grad)
     hidden = hidden.detach()[rows].requires_grad_(hidden.requires_grad)
-    return torch.ops.lemo.linear_ce.default, (hidden, inputs["weight_VM"], labels[rows], bias, *options, *wanted)
+    return torch.ops.lemo.linear_ce.default, (
+        hidden,
+        inputs["weight_VM"],
+        labels[rows],
+        bias,
+        *options,
+        *wanted,
+        triton,
+    )
 
 
 def _case(name: str, *gradients: str, ulps: float = 4.0, **options: Any) -> Case:
@@ -87,6 +96,8 @@ SPEC = OpSpec(
         _case("num_items tensor", num_items=torch.tensor(40)),
         _case("ignore index 0", ignore_index=0),
         _case("gaps", gaps=True),
+        _case("large logits", "hidden_NM", scale=40.0),
+        _case("vocabulary of several tiles", shape=(5, 4), vocabulary=41),
     ),
     benchmark_shapes=(
         _case("8192x4096, 128256", "hidden_NM", shape=(8192, 4096), vocabulary=128256, ignored=0.0),
@@ -95,4 +106,5 @@ SPEC = OpSpec(
     flops=_flops,
     bytes_moved=_bytes_moved,
     library_call=_library_call,
+    kernel_call=partial(_library_call, triton=True),
 )

@@ -10,7 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from lemo.ops.backend import Backend, choose_backend
 from lemo.ops.linear_ce.reference import count_items, shape_logits
+
+# What the logits of one segment may take, with the copies that are made of them.
+SEGMENT_BYTES = 512 << 20
 
 
 def linear_ce(
@@ -23,7 +27,8 @@ def linear_ce(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     num_items: int | Tensor | None = None,
-    segment_rows: int = 2048,
+    segment_rows: int | None = None,
+    backend: Backend = "auto",
 ) -> Tensor:
     """Cross-entropy of z = softcap·tanh(logit_scale·(h·Wᵀ + b) / softcap), logits in segments of rows.
 
@@ -39,22 +44,27 @@ def linear_ce(
         softcap: final logit softcap, None for none.
         logit_scale: factor on the logits (a model that divides by s passes 1/s).
         num_items: divisor of the summed loss, an int or a 0-d tensor; None for the number of rows that carry a label.
-        segment_rows: rows of a segment.
+        segment_rows: rows of a segment; None for as many as fit into 512 MiB (2,048 by the kernel in bf16 at 128,256
+            tokens).
+        backend: what turns logits into loss and gradient: `triton`, `reference` (torch, a wide copy of the logits), or
+            `auto` to take the kernel where it can run.
 
     Returns:
         0-d loss, fp32 (fp64 for fp64 input).
 
     Raises:
+        BackendError: `triton` was asked for and cannot run; the message says why.
         ValueError: shapes, dtypes or devices do not fit, or `segment_rows` is not positive.
 
     Cost:
         2·n·V·M FLOPs for the loss and as many each for the gradients of hidden and weight, n the rows with a label;
-        6·segment_rows·V bytes at a time in bf16 (10 with a softcap); saves gradients of hidden (n·M) and, when trained,
-        of the weight (V·M). One host synchronisation, to count the rows with a label.
+        in bf16 2·segment_rows·V bytes at a time by the kernel, else 6 (10 with a softcap); saves gradients of hidden
+        (n·M) and, when trained, of the weight (V·M). One host synchronisation, to count the rows with a label.
 
     Numerics:
-        logits in the input's (or autocast's) dtype as a model makes them, softmax and loss in fp32; the weight's
-        gradient is accumulated over segments in fp32. Exact gradients; no second derivative.
+        logits in the input's (or autocast's) dtype as a model makes them, softmax and loss in fp32, the gradient of
+        logits rounded to their dtype; the weight's gradient is accumulated over segments in fp32. Exact gradients; no
+        second derivative.
 
     Source:
         LeMo section 4 (segment-based peak cutting); docs/method.md.
@@ -64,6 +74,7 @@ def linear_ce(
         raise ValueError(f"weight_VM must be (V, {hidden_NM.shape[-1]}), got {tuple(weight_VM.shape)}")
     if bias_V is not None and tuple(bias_V.shape) != (weight_VM.shape[0],):
         raise ValueError(f"bias_V must be ({weight_VM.shape[0]},), got {tuple(bias_V.shape)}")
+    chosen = choose_backend("linear_ce", backend, lambda: _why_not_triton(hidden_NM))
     rows_NM, labels_N = _labelled(hidden_NM, labels_N, ignore_index)
     graph = torch.is_grad_enabled()
     total = torch.ops.lemo.linear_ce(
@@ -73,10 +84,11 @@ def linear_ce(
         bias_V,
         softcap,
         logit_scale,
-        segment_rows,
+        segment_rows or _fitting_rows(hidden_NM, len(weight_VM), softcap, chosen),
         graph and rows_NM.requires_grad,
         graph and weight_VM.requires_grad,
         graph and bias_V is not None and bias_V.requires_grad,
+        chosen == "triton",
     )[0]
     return total / _divisor(num_items, total, len(labels_N))
 
@@ -129,7 +141,7 @@ def linear_ce_module(
     return total / _divisor(num_items, total, len(labels_N))
 
 
-def _check(hidden: Tensor, labels: Tensor, segment_rows: int) -> None:
+def _check(hidden: Tensor, labels: Tensor, segment_rows: int | None) -> None:
     if hidden.dim() < 2 or not hidden.is_floating_point():
         raise ValueError(f"hidden_NM must be (..., M) floating, got {tuple(hidden.shape)} {hidden.dtype}")
     if labels.numel() * hidden.shape[-1] != hidden.numel() or labels.dtype.is_floating_point:
@@ -138,8 +150,24 @@ def _check(hidden: Tensor, labels: Tensor, segment_rows: int) -> None:
         )
     if labels.device != hidden.device:
         raise ValueError(f"labels_N is on {labels.device}, hidden_NM on {hidden.device}")
-    if segment_rows < 1:
+    if segment_rows is not None and segment_rows < 1:
         raise ValueError(f"segment_rows must be positive, got {segment_rows}")
+
+
+def _why_not_triton(hidden: Tensor) -> str | None:
+    try:
+        from lemo.ops.linear_ce import kernel
+    except ImportError as error:
+        return f"triton cannot be imported ({error})"
+    return kernel.why_not(hidden)
+
+
+def _fitting_rows(hidden: Tensor, vocabulary: int, softcap: float | None, backend: Backend) -> int:
+    """Rows whose logits, with the copies that are made of them, fit into SEGMENT_BYTES; in steps of 256 if so many."""
+    wide = torch.promote_types(hidden.dtype, torch.float32).itemsize
+    copies = 0 if backend == "triton" else 1 if softcap is None else 2
+    rows = max(1, SEGMENT_BYTES // (vocabulary * (hidden.dtype.itemsize + copies * wide)))
+    return rows // 256 * 256 or rows
 
 
 def _labelled(hidden: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
@@ -158,16 +186,16 @@ def _divisor(num_items: int | Tensor | None, total: Tensor, valid_rows: int) -> 
 
 _SCHEMA = (
     "(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, float? softcap, float logit_scale, int segment_rows, "
-    "bool grad_hidden, bool grad_weight, bool grad_bias) -> (Tensor, Tensor, Tensor, Tensor)"
+    "bool grad_hidden, bool grad_weight, bool grad_bias, bool triton) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
 @torch.library.custom_op("lemo::linear_ce", mutates_args=(), schema=_SCHEMA)
 def _linear_ce(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     """Summed loss and its gradients; a gradient that is not asked for is an empty tensor."""
-    softcap, logit_scale, segment_rows, grad_hidden, grad_weight, grad_bias = rest
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    total = hidden.new_zeros((), dtype=wide)
+    softcap, logit_scale, segment_rows, grad_hidden, grad_weight, grad_bias, triton = rest
+    wide, grad = torch.promote_types(hidden.dtype, torch.float32), grad_hidden or grad_weight or grad_bias
+    losses = []
     d_hidden = hidden.new_empty(hidden.shape if grad_hidden else (0,))
     d_weight = weight.new_zeros(weight.shape if grad_weight else (0,), dtype=wide)
     d_bias = weight.new_zeros(len(weight) if grad_bias else 0, dtype=wide)
@@ -175,18 +203,33 @@ def _linear_ce(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | No
         rows = slice(at, at + segment_rows)
         segment = hidden[rows]
         logits = F.linear(segment, weight, bias)
-        loss, z = _segment_loss(logits, labels[rows], softcap, logit_scale, grad_hidden or grad_weight or grad_bias)
-        total += loss
+        loss = _segment_loss_in_place if triton else _segment_loss
+        loss_sum, z = loss(logits, labels[rows], softcap, logit_scale, grad)
+        losses.append(loss_sum)
         if grad_bias:
-            d_bias += z.sum(0)
+            d_bias += z.sum(0, dtype=wide)
         # Into the memory of the logits, which are needed no more.
-        d_logits = logits.copy_(z) if grad_hidden or grad_weight else logits
-        if grad_hidden:
+        d_logits = logits.copy_(z) if (grad_hidden or grad_weight) and z is not logits else logits
+        if grad_hidden and d_logits.dtype == weight.dtype == d_hidden.dtype:
+            torch.mm(d_logits, weight, out=d_hidden[rows])
+        elif grad_hidden:
             d_hidden[rows] = d_logits @ weight.to(d_logits.dtype)
         if grad_weight:
             d_weight += d_logits.mT @ segment.to(d_logits.dtype)
         del logits, d_logits, z  # or they would live beside the next segment's
+    total = torch.stack(losses).sum() if losses else hidden.new_zeros((), dtype=wide)
     return total, d_hidden, d_weight.to(weight.dtype), d_bias.to(weight.dtype if bias is None else bias.dtype)
+
+
+def _segment_loss_in_place(
+    logits: Tensor, labels: Tensor, softcap: float | None, logit_scale: float, grad: bool
+) -> tuple[Tensor, Tensor]:
+    """As `_segment_loss`, by the kernel: the gradient takes the place of the logits."""
+    from lemo.ops.linear_ce import kernel
+
+    loss_N = torch.empty(len(labels), dtype=torch.float32, device=logits.device)
+    kernel.launch(logits, labels, loss_N, softcap, logit_scale, grad)
+    return loss_N.sum(), logits
 
 
 def _segment_loss(
@@ -214,7 +257,7 @@ def _segment_loss(
 
 @_linear_ce.register_fake
 def _fake(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    grad_hidden, grad_weight, grad_bias = rest[-3:]
+    grad_hidden, grad_weight, grad_bias = rest[-4:-1]
     return (
         hidden.new_empty((), dtype=torch.promote_types(hidden.dtype, torch.float32)),
         hidden.new_empty(hidden.shape if grad_hidden else (0,)),
@@ -227,7 +270,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     # Gradients are saved outputs; without this autograd would make zeros of their size in backward.
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[1:])
-    ctx.grads = inputs[-3:]
+    ctx.grads = inputs[-4:-1]
 
 
 def _backward(ctx: Any, grad_total: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -238,7 +281,7 @@ def _backward(ctx: Any, grad_total: Tensor | None, *_: Tensor | None) -> tuple[T
         else None
         for saved, wanted in zip(ctx.saved_tensors, ctx.grads, strict=True)
     ]
-    return (scaled[0], scaled[1], None, scaled[2], None, None, None, None, None, None)
+    return (scaled[0], scaled[1], None, scaled[2], *[None] * 7)
 
 
 _linear_ce.register_autograd(_backward, setup_context=_setup_context)
