@@ -37,28 +37,38 @@ class DataConfig:
     Attributes:
         train: files or folders (.txt, .jsonl, .jsonl.gz, .npz, datasets folders).
         validation: the same, for evaluation.
+        held_out_share: without `validation`, this share of the training data is held out for it: every n-th document,
+            or the end of each where there are too few for that. 0 holds out nothing.
         window_tokens: tokens of one training sample.
-        long_rows: what happens to a `qas` sample that is longer than the window: refuse it, shorten its document so
-            that the questions stay, or leave the sample out. Plain text is cut into windows instead.
+        long_rows: what happens to a sample of `qas` or messages that is longer than the window: refuse it, shorten it
+            so that first questions and answers stay, or leave it out. Plain text is cut into windows instead.
         remainder: what happens to the end of a document that fills no window, and to documents shorter than one:
             `drop` counts its tokens as lost, `keep` makes it a short window. With `packing` nothing is lost.
         packing: put several short documents into one window (documents never see each other).
         text_field: JSON key of the text.
-        answer_only: supervise only answers of `qas` rows.
+        messages_field: JSON key of a conversation, a list of messages with `role` and `content`.
+        answer_only: supervise only the answers of `qas` rows and the assistant's words in conversations.
         max_windows: at most this many training windows, spread evenly over the data; None for all.
         validation_windows: at most this many validation windows, spread evenly over the data.
     """
 
     train: tuple[str, ...] = ()
     validation: tuple[str, ...] = ()
+    held_out_share: float = 0.0
     window_tokens: int = 4096
     long_rows: Literal["error", "truncate", "drop"] = "error"
     remainder: Literal["drop", "keep"] = "drop"
     packing: bool = False
     text_field: str = "text"
+    messages_field: str = "messages"
     answer_only: bool = False
     max_windows: int | None = None
     validation_windows: int = 8
+
+    @property
+    def validation_sources(self) -> tuple[str, ...]:
+        """Files that validation reads: its own, or the training files when a share of them is held out."""
+        return self.validation or (self.train if self.held_out_share > 0 else ())
 
 
 @dataclass(frozen=True)
@@ -173,6 +183,8 @@ class TrainingConfig:
         max_steps: optimizer steps; -1 for `epochs`.
         loss: `segmented` never forms the logits of the whole sequence; `model` is the model's own loss.
         segment_rows: rows of one loss segment.
+        early_stopping_evals: stop after this many evaluations without a lower validation loss, and keep the adapter of
+            the lowest; None trains to the end and keeps the last.
     """
 
     learning_rate: float = 1e-4
@@ -191,6 +203,7 @@ class TrainingConfig:
     logging_steps: int = 1
     eval_steps: int | None = None
     save_steps: int | None = None
+    early_stopping_evals: int | None = None
     seed: int = 0
     report_to: tuple[str, ...] = ()
 
@@ -239,6 +252,11 @@ def check_run(run: RunConfig) -> None:
         value = _lookup(run, key)
         if value is not None and not 0 < value <= 1:
             raise ConfigError(f"{key} must lie in (0, 1], got {value!r}")
+    if not 0 <= run.data.held_out_share < 1:
+        raise ConfigError(f"data.held_out_share must lie in [0, 1), got {run.data.held_out_share!r}")
+    if run.data.validation and run.data.held_out_share:
+        raise ConfigError("data.held_out_share has no effect beside data.validation; remove one of them")
+    _check_stopping(run)
     if not 0 <= run.lora.dropout < 1:
         raise ConfigError(f"lora.dropout must lie in [0, 1), got {run.lora.dropout!r}")
     if run.data.window_tokens < 2:
@@ -254,6 +272,17 @@ def check_run(run: RunConfig) -> None:
     if run.calibration.scorer == "random" and run.sparsity.scorer != "random":
         raise ConfigError("calibration.scorer is random, but sparsity.scorer is not; a run has one scorer")
     _check_sparsity(run)
+
+
+def _check_stopping(run: RunConfig) -> None:
+    """Early stopping compares evaluations, and keeps the checkpoint of the best."""
+    training = run.training
+    if training.early_stopping_evals is None:
+        return
+    if not run.data.validation_sources or not training.eval_steps:
+        raise ConfigError("training.early_stopping_evals needs validation data and training.eval_steps")
+    if training.save_steps not in (None, training.eval_steps):
+        raise ConfigError("training.early_stopping_evals saves at each evaluation: set training.save_steps to null")
 
 
 def _check_sparsity(run: RunConfig) -> None:
@@ -300,6 +329,7 @@ _POSITIVE = (
     "training.logging_steps",
     "training.eval_steps",
     "training.save_steps",
+    "training.early_stopping_evals",
 )
 _NOT_NEGATIVE = (
     "calibration.bypass_rank",
@@ -315,6 +345,14 @@ _SHARES = (
     "sparsity.backward_ratio",
     "sparsity.mlp_ratio",
     "calibration.prune_to",
+)
+
+
+# Ranges as JSON Schema has them.
+RANGES: tuple[tuple[dict[str, float], tuple[str, ...]], ...] = (
+    ({"exclusiveMinimum": 0}, _POSITIVE),
+    ({"minimum": 0}, _NOT_NEGATIVE),
+    ({"exclusiveMinimum": 0, "maximum": 1}, _SHARES),
 )
 
 

@@ -33,7 +33,7 @@ def evaluate(
         raise ConfigError(f"--output: {output} exists already")
     from lemo.train.data import load_windows
 
-    model, tokenizer = load_parts(loaded, loaded.run.data.validation)
+    model, tokenizer = load_parts(loaded, loaded.run.data.validation_sources)
     vocabulary = model.config.get_text_config().vocab_size
     dataset, report = load_windows(loaded.run.data, tokenizer, "validation", vocabulary=vocabulary)
     for line in report.lines():

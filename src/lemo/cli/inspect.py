@@ -32,9 +32,16 @@ def inspect(
 
     loaded = load_source(source, overrides, adapter, plan)
     if text is not None:
-        data = replace(loaded.run.data, validation=(str(text),), remainder="keep", answer_only=False, packing=False)
+        data = replace(
+            loaded.run.data,
+            validation=(str(text),),
+            held_out_share=0.0,
+            remainder="keep",
+            answer_only=False,
+            packing=False,
+        )
         loaded = replace(loaded, run=replace(loaded.run, data=data))
-    elif not loaded.run.data.validation:
+    elif not loaded.run.data.validation_sources:
         raise ConfigError("data.validation is empty: name a text with --text")
     from lemo.core.plan import Plan
     from lemo.eval.keep_map import keep_map
@@ -45,7 +52,7 @@ def inspect(
 
     if loaded.plan is None and needs_calibration(loaded.run):
         raise ConfigError("the recipe needs a calibrated plan; make one with lemo calibrate and name it with --plan")
-    model, tokenizer = load_parts(loaded, loaded.run.data.validation)
+    model, tokenizer = load_parts(loaded, loaded.run.data.validation_sources)
     chosen = skeleton_plan(model, loaded.run) if loaded.plan is None else Plan.load(loaded.plan)
     run = replace(loaded.run, sparsity=replace(loaded.run.sparsity, block_size=chosen.block_size))
     vocabulary = model.config.get_text_config().vocab_size

@@ -30,7 +30,7 @@ def merge(
     quieten()
     run, adapter = _find(source, base)
     samples: Any = None
-    if run.data.validation:
+    if run.data.validation_sources:
         try:
             samples = read_samples(run, load_tokenizer(run.model))
         except ConfigError:  # no tokenizer: random tokens serve as well

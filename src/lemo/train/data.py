@@ -8,6 +8,7 @@ from typing import Any, Literal
 from lemo.config import DataConfig
 from lemo.errors import ConfigError
 from lemo.train.collate import WindowCollator, WindowDataset
+from lemo.train.hold_out import split_documents
 from lemo.train.loss_rows import LossRows
 from lemo.train.sources import Document, read_documents, write_npz
 from lemo.train.windows import DataReport, Window, WindowCutter, spread
@@ -50,9 +51,12 @@ def load_windows(
         ConfigError: the split names no files.
         DataError: a file or row cannot be used.
     """
-    paths = config.train if split == "train" else config.validation
+    paths = config.train if split == "train" else config.validation_sources
     if not paths:
-        raise ConfigError(f"data.{split} is empty: name at least one file or folder")
+        raise ConfigError(
+            f"data.{split} is empty: name at least one file or folder"
+            + (", or set data.held_out_share" if split == "validation" else "")
+        )
     if limit is None:
         limit = config.max_windows if split == "train" else config.validation_windows
     cutter = WindowCutter(
@@ -64,7 +68,10 @@ def load_windows(
         long_rows=config.long_rows,
         vocabulary=vocabulary,
     )
-    windows, report = cutter.cut(read_documents(paths, text_field=config.text_field))
+    documents = read_documents(paths, text_field=config.text_field, messages_field=config.messages_field)
+    if config.held_out_share and not config.validation:
+        documents = split_documents(documents, config.held_out_share, split)
+    windows, report = cutter.cut(documents)
     return WindowDataset(spread(windows, limit, report)), report
 
 

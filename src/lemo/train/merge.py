@@ -141,7 +141,7 @@ def read_samples(run: RunConfig, tokenizer: Any, *, count: int = 2) -> list[Tens
     """The first tokens of some validation windows of a run; None when it has none that can be read now."""
     from lemo.train.data import load_windows
 
-    if not run.data.validation:
+    if not run.data.validation_sources:
         return None
     data = replace(run.data, max_windows=None, validation_windows=count)
     try:

@@ -47,6 +47,36 @@ def load_tokenizer(config: ModelConfig) -> Any:
         raise ConfigError(f"model.path: no tokenizer can be read from {path} ({_first_line(error)})") from error
 
 
+def load_settings(config: ModelConfig) -> Any:
+    """The model's own configuration, without its weights.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    from transformers import AutoConfig
+
+    path = _checked_path(config)
+    try:
+        return AutoConfig.from_pretrained(path, **_gguf(config))
+    except Exception as error:
+        raise ConfigError(f"model.path: no model can be read from {path} ({_first_line(error)})") from error
+
+
+def find_gguf(path: str) -> str | None:
+    """The GGUF file of a model folder that holds no other weights, when there is one; None elsewhere.
+
+    Raises:
+        ConfigError: there are several.
+    """
+    folder = Path(resolve_path(path)).expanduser()
+    files = sorted(p.name for p in folder.glob("*.gguf")) if folder.is_dir() else []
+    if not files or (folder / "config.json").exists():
+        return None
+    if len(files) > 1:
+        raise ConfigError(f"model.gguf_file: {folder} holds several GGUF files, name one: {', '.join(files)}")
+    return files[0]
+
+
 def load_model(config: ModelConfig, *, window_tokens: int | None = None, device: Any = None) -> Any:
     """The base model in `config.dtype`, frozen in nothing, with its context extended as asked.
 
@@ -61,14 +91,10 @@ def load_model(config: ModelConfig, *, window_tokens: int | None = None, device:
     Raises:
         ConfigError: the model cannot be read, or its context is too short or cannot be extended.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    path = _checked_path(config)
-    options: dict[str, Any] = _gguf(config)
-    try:
-        settings = AutoConfig.from_pretrained(path, **options)
-    except Exception as error:
-        raise ConfigError(f"model.path: no model can be read from {path} ({_first_line(error)})") from error
+    settings = load_settings(config)
+    path, options = _checked_path(config), _gguf(config)
     extend_context(settings, config)
     check_window(settings, window_tokens)
     if options:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lemo.config import RunConfig, check_run, resolved
+from lemo.config import RunConfig, TrainingConfig, check_run, resolved
 from lemo.core.plan import Plan
 from lemo.errors import ConfigError
 from lemo.measure.memory import GIB
@@ -92,7 +92,7 @@ def train(
     if not run.data.train:
         raise ConfigError("data.train is empty: name at least one file or folder")
     # A missing file is found before minutes go into loading.
-    for paths in (run.data.train, run.data.validation):
+    for paths in (run.data.train, run.data.validation_sources):
         if paths:
             list_sources(paths)
     console = console or _console()
@@ -118,7 +118,9 @@ class _Session:
         # Whatever can be wrong is found before calibration takes minutes and before anything is written.
         self.arguments = training_arguments(run, self.folder.checkpoints)
         set_seed(run.training.seed)
-        self.tokenizer = load_tokenizer(run.model) if needs_tokenizer([*run.data.train, *run.data.validation]) else None
+        self.tokenizer = (
+            load_tokenizer(run.model) if needs_tokenizer([*run.data.train, *run.data.validation_sources]) else None
+        )
         model = load_model(run.model, window_tokens=run.data.window_tokens)
         check_targets(model, run.lora)
         if run.sparsity.enabled and run.sparsity.plan is None:
@@ -127,7 +129,7 @@ class _Session:
         self.dataset, report = load_windows(run.data, self.tokenizer, "train", vocabulary=vocabulary)
         self._say_data("training data", report)
         self.validation: WindowDataset | None = None
-        if run.data.validation:
+        if run.data.validation_sources:
             self.validation, report = load_windows(run.data, self.tokenizer, "validation", vocabulary=vocabulary)
             self._say_data("validation data", report)
         self.folder.begin(recipe)
@@ -188,7 +190,7 @@ class _Session:
             train_dataset=self.dataset,
             eval_dataset=self.validation,
             data_collator=training_collator(self.run, self.tokenizer),
-            callbacks=[self.saver],
+            callbacks=[self.saver, *stopping(self.run)],
             handle=handle,
             metrics_path=self.folder.metrics,
             console=self.console,
@@ -284,10 +286,11 @@ def training_arguments(run: RunConfig, checkpoints: Path) -> Any:
         "max_grad_norm": training.max_grad_norm,
         "optim": training.optimizer,
         "logging_steps": training.logging_steps,
-        "eval_strategy": "steps" if training.eval_steps and run.data.validation else "no",
+        "eval_strategy": "steps" if training.eval_steps and run.data.validation_sources else "no",
         "eval_steps": training.eval_steps,
         "save_strategy": "steps" if training.save_steps else "no",
         "save_steps": training.save_steps or 500,
+        **_keeping_best(training),
         "seed": training.seed,
         "report_to": list(training.report_to) or "none",
         "remove_unused_columns": False,
@@ -301,6 +304,27 @@ def training_arguments(run: RunConfig, checkpoints: Path) -> Any:
         return TrainingArguments(**values)
     except ValueError as error:
         raise ConfigError(f"training: {str(error).splitlines()[0]}") from error
+
+
+def stopping(run: RunConfig) -> list[Any]:
+    """The callback that ends a run whose validation loss no longer falls, where the recipe asks for it."""
+    from transformers import EarlyStoppingCallback
+
+    patience = run.training.early_stopping_evals
+    return [] if patience is None else [EarlyStoppingCallback(early_stopping_patience=patience)]
+
+
+def _keeping_best(training: TrainingConfig) -> dict[str, Any]:
+    """Keywords that keep the adapter of the lowest validation loss; they save at each evaluation."""
+    if training.early_stopping_evals is None:
+        return {}
+    return {
+        "save_strategy": "steps",
+        "save_steps": training.eval_steps,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": False,
+    }
 
 
 def _checkpointing(arguments: type, on: bool) -> dict[str, Any]:

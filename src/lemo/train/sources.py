@@ -27,6 +27,14 @@ class Turn:
 
 
 @dataclass(frozen=True)
+class FieldNames:
+    """Keys of .jsonl rows and columns of datasets: of the text, and of a conversation."""
+
+    text: str = "text"
+    messages: str = "messages"
+
+
+@dataclass(frozen=True)
 class Document:
     """One document of a source, as text or as tokens.
 
@@ -36,6 +44,7 @@ class Document:
         text: the document, or None when it is pre-tokenised.
         tokens_T: uint32 tokens of a pre-tokenised document, else None.
         turns: questions and answers of a `qas` row; empty for plain text.
+        messages: a conversation, each message with `role` and `content`; empty for other rows.
     """
 
     name: str
@@ -43,6 +52,12 @@ class Document:
     text: str | None = None
     tokens_T: np.ndarray | None = None
     turns: tuple[Turn, ...] = ()
+    messages: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def is_sample(self) -> bool:
+        """Whether it is one sample as it stands: it has questions, or is a conversation."""
+        return bool(self.turns or self.messages)
 
 
 def list_sources(paths: Sequence[str | Path]) -> list[Path]:
@@ -76,23 +91,47 @@ def needs_tokenizer(paths: Sequence[str | Path]) -> bool:
     return not all(path.name.endswith(".npz") for path in list_sources(paths))
 
 
-def read_documents(paths: Sequence[str | Path], *, text_field: str = "text") -> Iterator[Document]:
+def read_documents(
+    paths: Sequence[str | Path], *, text_field: str = "text", messages_field: str = "messages"
+) -> Iterator[Document]:
     """Documents of all sources, in order.
 
     Args:
         paths: files or folders, see `list_sources`.
         text_field: key of the text in .jsonl rows and datasets columns.
+        messages_field: key of a conversation in them; a row that has one is a conversation.
 
     Raises:
         DataError: a source or row cannot be read or is empty; the message names it.
     """
     for path in list_sources(paths):
         before = 0
-        for document in _reader(path)(path, text_field):
+        for document in _reader(path)(path, FieldNames(text_field, messages_field)):
             before += 1
             yield document
         if before == 0:
             raise DataError(f"{path}: holds no documents")
+
+
+def read_first_row(path: Path) -> dict[str, Any] | None:
+    """The first row of a .jsonl file or datasets folder as it stands; None for sources without named fields.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    if path.is_dir():
+        return next((dict(values) for values in _load_rows(path)), None)
+    if path.name.endswith((".txt", ".npz")):
+        return None
+    try:
+        with _open_text(path) as file:
+            line = next((line for line in file if line.strip()), "null")
+        values = json.loads(line)
+    except (OSError, EOFError, ValueError) as error:
+        raise DataError(f"{path}, row 1: cannot be read ({error})") from error
+    if not isinstance(values, dict):
+        raise DataError(f"{path}, row 1: must be a JSON object, got {type(values).__name__}")
+    return values
 
 
 def write_npz(path: str | Path, documents: Sequence[Sequence[int] | np.ndarray]) -> None:
@@ -127,7 +166,7 @@ def _reader(path: Path):
     return _read_npz if path.name.endswith(".npz") else _read_jsonl
 
 
-def _read_txt(path: Path, text_field: str) -> Iterator[Document]:
+def _read_txt(path: Path, fields: FieldNames) -> Iterator[Document]:
     """A .txt file is one document."""
     try:
         text = path.read_text(encoding="utf-8")
@@ -140,43 +179,64 @@ def _read_txt(path: Path, text_field: str) -> Iterator[Document]:
     yield Document(path.name, str(path), text=text)
 
 
-def _read_jsonl(path: Path, text_field: str) -> Iterator[Document]:
+def _read_jsonl(path: Path, fields: FieldNames) -> Iterator[Document]:
     """Each line of a .jsonl or .jsonl.gz file is one document; blank lines are no rows."""
-    opener = gzip.open if path.name.endswith(".gz") else open
     row = 0
     try:
-        with opener(path, "rt", encoding="utf-8") as file:
+        with _open_text(path) as file:
             for row, line in enumerate(file, start=1):
                 if line.strip():
-                    yield _parse_row(path, row, line, text_field)
+                    yield _parse_row(path, row, line, fields)
     except UnicodeDecodeError as error:
         raise DataError(f"{path}, row {row + 1}: not UTF-8 text") from error
     except (OSError, EOFError) as error:
         raise DataError(f"{path}, row {row + 1}: cannot be read ({error})") from error
 
 
-def _parse_row(path: Path, row: int, line: str, text_field: str) -> Document:
+def _open_text(path: Path) -> Any:
+    """A text file, unpacked where its name says so."""
+    return gzip.open(path, "rt", encoding="utf-8") if path.name.endswith(".gz") else path.open(encoding="utf-8")
+
+
+def _parse_row(path: Path, row: int, line: str, fields: FieldNames) -> Document:
     """One JSON row."""
     try:
-        fields = json.loads(line)
+        values = json.loads(line)
     except json.JSONDecodeError as error:
         raise DataError(f"{path}, row {row}: not valid JSON ({error.msg} at column {error.colno})") from error
-    if not isinstance(fields, dict):
-        raise DataError(f"{path}, row {row}: must be a JSON object, got {type(fields).__name__}")
-    return _document(fields, text_field, name=f"{path.name}:{row}", place=f"{path}, row {row}")
+    if not isinstance(values, dict):
+        raise DataError(f"{path}, row {row}: must be a JSON object, got {type(values).__name__}")
+    return _document(values, fields, name=f"{path.name}:{row}", place=f"{path}, row {row}")
 
 
-def _document(fields: dict[str, Any], text_field: str, *, name: str, place: str) -> Document:
-    """A document from the fields of a row."""
-    if text_field not in fields:
-        known = ", ".join(sorted(map(str, fields))) or "none"
-        raise DataError(f"{place}: has no field {text_field!r} (fields: {known}); data.text_field names it")
-    text = fields[text_field]
+def _document(values: dict[str, Any], fields: FieldNames, *, name: str, place: str) -> Document:
+    """A document from the values of a row."""
+    if values.get(fields.messages) is not None:
+        return Document(name, place, messages=_messages(values[fields.messages], fields.messages, place))
+    if fields.text not in values:
+        known = ", ".join(sorted(map(str, values))) or "none"
+        raise DataError(f"{place}: has no field {fields.text!r} (fields: {known}); data.text_field names it")
+    text = values[fields.text]
     if not isinstance(text, str):
-        raise DataError(f"{place}: field {text_field!r} must be text, got {type(text).__name__}")
+        raise DataError(f"{place}: field {fields.text!r} must be text, got {type(text).__name__}")
     if not text.strip():
-        raise DataError(f"{place}: field {text_field!r} is empty")
-    return Document(name, place, text=text, turns=_turns(fields.get("qas"), place))
+        raise DataError(f"{place}: field {fields.text!r} is empty")
+    return Document(name, place, text=text, turns=_turns(values.get("qas"), place))
+
+
+def _messages(messages: Any, field: str, place: str) -> tuple[dict[str, Any], ...]:
+    """The messages of a conversation, checked."""
+    if not isinstance(messages, list) or not messages:
+        raise DataError(f"{place}: field {field!r} must be a list of messages")
+    for number, message in enumerate(messages, start=1):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise DataError(f"{place}: message {number} of {field!r} has no role")
+        if message.get("tool_calls"):
+            raise DataError(f"{place}: message {number} of {field!r} calls tools, which is not supported")
+        content = message.get("content")
+        if not isinstance(content, str) or (message["role"] == "assistant" and not content.strip()):
+            raise DataError(f"{place}: message {number} of {field!r} ({message['role']}) has no text in 'content'")
+    return tuple(messages)
 
 
 def _turns(qas: Any, place: str) -> tuple[Turn, ...]:
@@ -198,7 +258,7 @@ def _turns(qas: Any, place: str) -> tuple[Turn, ...]:
     return tuple(turns)
 
 
-def _read_npz(path: Path, text_field: str) -> Iterator[Document]:
+def _read_npz(path: Path, fields: FieldNames) -> Iterator[Document]:
     """Pre-tokenised documents, see `write_npz`."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
@@ -228,8 +288,14 @@ def _is_datasets_folder(path: Path) -> bool:
     return (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists()
 
 
-def _read_datasets_folder(path: Path, text_field: str) -> Iterator[Document]:
+def _read_datasets_folder(path: Path, fields: FieldNames) -> Iterator[Document]:
     """Rows of a folder that `Dataset.save_to_disk` wrote."""
+    for row, values in enumerate(_load_rows(path), start=1):
+        yield _document(dict(values), fields, name=f"{path.name}:{row}", place=f"{path}, row {row}")
+
+
+def _load_rows(path: Path) -> Any:
+    """The rows of a datasets folder; they stay on disk until they are asked for."""
     if (path / "dataset_dict.json").exists():
         splits = sorted(p.name for p in path.iterdir() if p.is_dir())
         raise DataError(f"{path}: holds several splits ({', '.join(splits)}); name the folder of one of them")
@@ -238,8 +304,6 @@ def _read_datasets_folder(path: Path, text_field: str) -> Iterator[Document]:
     except ImportError as error:
         raise DataError(f"{path}: reading a datasets folder needs the package `datasets`") from error
     try:
-        rows = datasets.load_from_disk(str(path))
+        return datasets.load_from_disk(str(path))
     except Exception as error:  # datasets raises errors of many kinds for damaged folders
         raise DataError(f"{path}: cannot be read as a datasets folder ({error})") from error
-    for row, fields in enumerate(rows, start=1):
-        yield _document(dict(fields), text_field, name=f"{path.name}:{row}", place=f"{path}, row {row}")

@@ -10,8 +10,10 @@ from typing import Any, Literal
 import numpy as np
 
 from lemo.errors import DataError
+from lemo.train.chat import fit_messages, render_chat
 from lemo.train.sources import Document
 
+_NO_END = "the chat template marks no end of turn as the assistant's, so the model does not learn when to stop"
 QUESTION = "\n\nQuestion: {question}\nAnswer:"
 
 
@@ -54,8 +56,8 @@ class DataReport:
         unused_windows: samples beyond the limit that was asked for.
         unused_tokens: tokens in them.
         packed_windows: samples that hold more than one document.
-        truncated: `qas` samples whose document (or last turns) were cut.
-        dropped: `qas` samples left out because they were longer than the window.
+        truncated: samples whose document or last turns were cut.
+        dropped: samples left out because they were longer than the window.
         supervised_rows: rows that carry loss before any loss-row draw.
         notes: further facts, one line each.
     """
@@ -112,15 +114,16 @@ class WindowCutter:
     Plain text is cut into consecutive windows of `window_tokens`. What remains of a document is dropped and counted,
     kept as a short window, or (packing) put together with other remainders, whole pieces only. The end-of-text token
     is appended to every text document. A `qas` sample is the document followed by its questions and answers; only the
-    answers and the end token behind each are learned.
+    answers and the end token behind each are learned. A conversation is written by the tokenizer's chat template; only
+    the assistant's messages, and what ends each, are learned.
 
     Attributes:
         tokenizer: Transformers tokenizer; None when every document is pre-tokenised.
         window_tokens: longest sample.
         packing: put short pieces together; documents never see each other.
         remainder: `drop` or `keep` pieces shorter than a window (ignored with packing).
-        answer_only: make samples from `qas`.
-        long_rows: what to do with a `qas` sample longer than the window.
+        answer_only: make samples from `qas` and conversations.
+        long_rows: what to do with such a sample when it is longer than the window.
         vocabulary: tokens must be below this; None checks nothing.
     """
 
@@ -149,6 +152,8 @@ class WindowCutter:
                 if sample is not None:
                     (pieces if self.packing and len(sample.tokens_T) < self.window_tokens else windows).append(sample)
                 continue
+            if document.messages:
+                raise DataError(f"{document.place}: is a conversation: set data.answer_only=true")
             ignored_qas += bool(document.turns)
             self._cut_text(document, windows, pieces, report)
         if ignored_qas:
@@ -203,9 +208,11 @@ class WindowCutter:
         return [] if end is None or (len(ids) > 0 and ids[-1] == end) else [end]
 
     def _sample(self, document: Document, report: DataReport) -> Window | None:
-        """The answer-only sample of a `qas` row; None when it was dropped."""
+        """The answer-only sample of a row; None when it was dropped."""
+        if document.messages:
+            return self._conversation(document, report)
         if not document.turns:
-            raise DataError(f"{document.place}: has no 'qas', so there is no answer to learn (data.answer_only)")
+            raise DataError(f"{document.place}: has no 'qas' and no messages: no answer to learn (data.answer_only)")
         context = self._encode(document.text or "", special=True)
         turns = [
             (
@@ -217,14 +224,7 @@ class WindowCutter:
         total = len(context) + _size(turns)
         report.tokens += total
         if total > self.window_tokens:
-            if self.long_rows == "error":
-                raise DataError(
-                    f"{document.place}: the sample has {total:,} tokens, the window {self.window_tokens:,}; raise "
-                    "data.window_tokens, or set data.long_rows to truncate or drop"
-                )
-            if self.long_rows == "drop":
-                report.dropped += 1
-                report.lose("in dropped samples", total)
+            if self._leave_out(document, total, report):
                 return None
             context, turns = self._shorten(document, context, turns, report)
             report.truncated += 1
@@ -235,6 +235,37 @@ class WindowCutter:
             tokens += question + answer
             learned += [False] * len(question) + [True] * len(answer)
         return Window(document.name, np.asarray(tokens, np.uint32), np.asarray(learned, bool), (len(tokens),))
+
+    def _leave_out(self, document: Document, total: int, report: DataReport) -> bool:
+        """Whether a sample that is too long is left out; False when it is to be shortened."""
+        if self.long_rows == "error":
+            raise DataError(
+                f"{document.place}: the sample has {total:,} tokens, the window {self.window_tokens:,}; raise "
+                "data.window_tokens, or set data.long_rows to truncate or drop"
+            )
+        if self.long_rows == "drop":
+            report.dropped += 1
+            report.lose("in dropped samples", total)
+        return self.long_rows == "drop"
+
+    def _conversation(self, document: Document, report: DataReport) -> Window | None:
+        """The sample of a conversation; None when it was dropped."""
+        rendered = render_chat(self.tokenizer, document.messages, document.place)
+        total = len(rendered.tokens)
+        report.tokens += total
+        if total > self.window_tokens:
+            if self._leave_out(document, total, report):
+                return None
+            kept, rendered = fit_messages(self.tokenizer, document.messages, document.place, self.window_tokens)
+            report.truncated += 1
+            report.lose("cut from samples", total - len(rendered.tokens))
+            if len(kept) < len(document.messages):
+                left_out = len(document.messages) - len(kept)
+                report.notes.append(f"{document.place}: {left_out} of {len(document.messages)} messages cut off")
+        if not rendered.ends_turns and _NO_END not in report.notes:
+            report.notes.append(_NO_END)
+        tokens_T, learned_T = np.asarray(rendered.tokens, np.uint32), np.asarray(rendered.learned, bool)
+        return Window(document.name, tokens_T, learned_T, (len(tokens_T),))
 
     def _shorten(self, document: Document, context: list[int], turns: list, report: DataReport) -> tuple[list, list]:
         """A sample that fits: first turns that fill at most half of the window, then the document's beginning."""
