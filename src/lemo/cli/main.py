@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 import lemo
-from lemo.cli import calibrate, doctor, evaluate, inspect, merge, train
+from lemo.cli import calibrate, doctor, evaluate, init, inspect, merge, schema, train
 from lemo.errors import LemoError
 
 
@@ -60,6 +60,8 @@ def root(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+app.command("init")(init.init)
+app.command("schema")(schema.schema)
 app.command("train")(train.train)
 app.command("calibrate")(calibrate.calibrate)
 app.command("eval")(evaluate.evaluate)

@@ -84,6 +84,17 @@ def dump_recipe(run: RunConfig) -> str:
     return yaml.dump(resolved(run), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
+def dump_value(value: Any) -> str:
+    """One value as it is written behind a key, on one line."""
+    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=10**6)
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of recipes: types, choices and defaults."""
+    return _schema(RunConfig).model_json_schema()
+
+
 def parse_yaml(text: str, source: str) -> Any:
     """YAML 1.2 core values; duplicate keys and syntax errors are refused with their line."""
     try:

@@ -1,0 +1,280 @@
+"""Writes the recipe of `lemo init`: every line with the reason for its value."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lemo.cli.presets import CHEAP_GROUPS, PRESETS, Preset
+from lemo.cli.recipe import dump_value
+from lemo.errors import ConfigError
+from lemo.train.survey import DataFacts, MachineFacts, ModelFacts
+
+HELD_OUT = 0.1
+STEP_TOKENS = 32_768
+CPU_TOKENS, CPU_STEPS = 2048, 20
+_SHORTEST, _COMMENT_COLUMN = 128, 36
+
+Line = tuple[str, Any, str]
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What the user said.
+
+    Attributes:
+        train: files or folders.
+        validation: the same; empty holds a share of the training data out.
+        output: folder of the run.
+        preset: name of a set of options.
+        window_tokens: asked-for length of a sample; None finds one.
+    """
+
+    train: tuple[str, ...]
+    validation: tuple[str, ...] = ()
+    output: str = "run"
+    preset: str = "balanced"
+    window_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Lengths and counts that follow from model, data and machine.
+
+    Attributes:
+        window_tokens: of a sample.
+        why: where that comes from.
+        rope_scaling: `none` within the model's own context.
+        packing: short documents share windows.
+        truncate: samples that are longer are shortened, because the model's context cannot be extended.
+        windows: training windows, about.
+        accumulation: batches per optimizer step.
+        steps: optimizer steps of one pass, about.
+    """
+
+    window_tokens: int
+    why: str
+    rope_scaling: str
+    packing: bool
+    truncate: bool
+    windows: int
+    accumulation: int
+    steps: int
+
+
+def find_shape(wish: Wish, model: ModelFacts, data: DataFacts, machine: MachineFacts) -> Shape:
+    """Decides the lengths.
+
+    Raises:
+        ConfigError: the data is too short, or the window asked for is beyond what the model can be extended to.
+    """
+    packing = truncate = False
+    if wish.window_tokens is not None:
+        window, why = wish.window_tokens, "as asked for"
+    elif data.answers:
+        step = 128 if data.longest_tokens < 4096 else 1024
+        # The longest by characters was counted; another one may have a few tokens more.
+        window, why = (
+            math.ceil(1.02 * data.longest_tokens / step) * step,
+            f"the longest sample has {data.longest_tokens:,}",
+        )
+    else:
+        window, why, packing = _text_window(wish, model, data, machine)
+    scaling = model.rope_scaling(window)
+    if scaling is None:
+        if wish.window_tokens is not None:
+            raise ConfigError(
+                f"--window: the context of {model.context_tokens:,} tokens of this model cannot be extended"
+            )
+        window, scaling, truncate = model.context_tokens or window, "none", data.answers
+        why = "the model's own context, which cannot be extended"
+    kept = 1.0 if wish.validation else 1 - HELD_OUT
+    if data.answers:
+        windows = round(len(data.lengths) * kept)
+    else:
+        windows = int(data.tokens * kept / window) if packing else sum(int(n * kept) // window for n in data.lengths)
+    windows = max(1, windows)
+    accumulation = max(1, min(STEP_TOKENS // window, windows // 20))
+    return Shape(window, why, scaling, packing, truncate, windows, accumulation, max(1, windows // accumulation))
+
+
+def _text_window(wish: Wish, model: ModelFacts, data: DataFacts, machine: MachineFacts) -> tuple[int, str, bool]:
+    """The longest power of two within the model's context that documents fill; its reason; whether to pack."""
+    most, why = model.context_tokens or 8192, "the model's own context"
+    if not machine.gpu and most > CPU_TOKENS:
+        most, why = CPU_TOKENS, "enough to try on a CPU; raise it on a GPU"
+    window = first = 2 ** int(math.log2(most))
+    if first < most:
+        why = f"the largest power of two in the model's context of {most:,}"
+    while window >= max(_SHORTEST, first // 2):
+        if _fills(data.lengths, window, holds_out=not wish.validation):
+            return window, why if window == first else "longer windows would leave more than a quarter unused", False
+        window //= 2
+    window = first
+    while window >= _SHORTEST and data.tokens < 2 * window:
+        window //= 2
+    if window < _SHORTEST:
+        raise ConfigError(f"the data has about {data.tokens:,} tokens, too few to train on and hold some out")
+    return window, "documents are short: several share a window", True
+
+
+def _fills(lengths: Sequence[int], window: int, *, holds_out: bool) -> bool:
+    """Whether windows leave at most a quarter of the tokens over, and what is held out has one."""
+    parts = holds_out and len(lengths) < round(1 / HELD_OUT)  # then the end of each document is held out
+    train = [int(n * (1 - HELD_OUT)) if parts else n for n in lengths]
+    used = sum(n // window * window for n in train) >= 0.75 * sum(train)
+    return used and (not parts or any(int(n * HELD_OUT) >= window for n in lengths))
+
+
+def draft_recipe(wish: Wish, model: ModelFacts, data: DataFacts, machine: MachineFacts) -> str:
+    """A recipe as commented YAML."""
+    preset = PRESETS[wish.preset]
+    shape = find_shape(wish, model, data, machine)
+    sections = {
+        "model": _model(model, shape, machine),
+        "data": _data(wish, data, shape),
+        "loss_rows": _loss_rows(data, preset),
+        "sparsity": _sparsity(model, shape, preset),
+        "calibration": _calibration(data, shape, preset, machine),
+        "lora": _lora(),
+        "training": _training(shape, machine),
+    }
+    about = f"# {model.kind} with {model.layers} layers, {data.tokens:,} tokens of {_kind(data)}, {machine.name}"
+    parts = [
+        "# Every key can be replaced on the command line: lemo train RECIPE training.learning_rate=1e-4",
+        f"{about}; preset {wish.preset}:",
+        f"# {preset.about}. Keys that are not here keep their defaults; lemo schema lists all.",
+        *_render([("output", wish.output, "receives adapter, plan, metrics and the resolved recipe")], ""),
+    ]
+    for name, lines in sections.items():
+        if lines:
+            parts += ["", f"{name}:", *_render(lines, "  ")]
+    return "\n".join(parts) + "\n"
+
+
+def _kind(data: DataFacts) -> str:
+    words = {"qas": "documents with questions", "messages": "conversations", "tokens": "tokenised text", "text": "text"}
+    return words[data.kind]
+
+
+def _model(model: ModelFacts, shape: Shape, machine: MachineFacts) -> list[Line]:
+    lines: list[Line] = [("path", model.path, "a model folder, a hub name, or package:NAME")]
+    if model.gguf_file:
+        lines.append(("gguf_file", model.gguf_file, "the only weights there"))
+    if not machine.gpu:
+        lines.append(("dtype", "float32", "the fastest on most CPUs; bfloat16 takes half the memory"))
+    elif machine.bfloat16:
+        lines.append(("dtype", "bfloat16", "what the GPU computes fastest"))
+    else:
+        lines.append(("dtype", "float32", "the GPU has no bfloat16"))
+    if shape.rope_scaling != "none":
+        times = shape.window_tokens / (model.context_tokens or 1)
+        lines.append(
+            ("context_length", shape.window_tokens, f"{times:.1f} times the model's own of {model.context_tokens:,}")
+        )
+        how = "positions are divided by the factor" if shape.rope_scaling == "linear" else "interpolated by frequency"
+        lines.append(("rope_scaling", shape.rope_scaling, how))
+    return lines
+
+
+def _data(wish: Wish, data: DataFacts, shape: Shape) -> list[Line]:
+    lines: list[Line] = [("train", list(wish.train), "files or folders of .txt, .jsonl, .jsonl.gz or .npz")]
+    if wish.validation:
+        lines.append(("validation", list(wish.validation), "its loss is measured before and after"))
+    else:
+        lines.append(("held_out_share", HELD_OUT, "of the training data, for validation: no files were named"))
+    lines.append(("window_tokens", shape.window_tokens, shape.why))
+    if data.kind == "messages" and data.field != "messages":
+        lines.append(("messages_field", data.field, "key of the conversation in each row"))
+    if data.field not in (None, "text", "messages") and data.kind != "messages":
+        lines.append(("text_field", data.field, "key of the text in each row"))
+    if data.answers:
+        share = data.supervised_share or 0.0
+        lines.append(("answer_only", True, f"answers carry loss: {share:.1%} of the rows of the longest sample"))
+        rule = "truncate" if shape.truncate else "error"
+        lines.append(("long_rows", rule, "what happens to longer samples: error, truncate or drop"))
+    if shape.packing or data.answers:
+        lines.append(("packing", True, "documents that share a window never see each other"))
+    return lines
+
+
+def _loss_rows(data: DataFacts, preset: Preset) -> list[Line]:
+    if data.answers:
+        return []
+    return [("share", preset.loss_share, "of the blocks carry loss, drawn anew each epoch; such rows never skip")]
+
+
+def _sparsity(model: ModelFacts, shape: Shape, preset: Preset) -> list[Line]:
+    block = 64 if shape.window_tokens >= 2048 else 32 if shape.window_tokens >= 512 else 16
+    lines: list[Line] = [
+        ("block_size", block, "rows are chosen by blocks of this many tokens"),
+        ("forward_ratio", preset.forward_ratio, "share of rows that run a layer"),
+        ("backward_ratio", preset.backward_ratio, "share of rows that keep activations and pass gradient"),
+    ]
+    if preset.forward_ratio < 1:
+        groups = model.heads // model.kv_heads
+        everything = preset.kv == "all" or (preset.kv == "grouped" and groups >= CHEAP_GROUPS)
+        why = f"{groups} query heads to a key head" if groups > 1 else "a key head to each query head"
+        better = "" if everything else "; all costs time and keeps more quality"
+        lines.append(("kv", "all" if everything else "kept", f"{why}{better}"))
+    return lines
+
+
+def _calibration(data: DataFacts, shape: Shape, preset: Preset, machine: MachineFacts) -> list[Line]:
+    windows, held = (16, 4) if machine.gpu else (4, 1)
+    lines: list[Line] = []
+    length = shape.window_tokens
+    if length > 8192 and not data.answers:
+        length = 8192
+        lines.append(("window_tokens", length, "predictors generalise over length; shorter windows calibrate faster"))
+    count = max(2, shape.windows * shape.window_tokens // length)
+    held = max(1, min(held, count // 4))
+    lines.append(("windows", max(1, min(windows, count - held)), "fit, per layer, what ranks blocks"))
+    lines.append(("tune_windows", held, "held out, for the report"))
+    if preset.forward_ratio < 1:
+        lines.append(("bypass_rank", preset.bypass_rank, "rows that skip a layer get a linear map of this rank"))
+    if not machine.gpu:
+        lines.append(("predictor_steps", 150, "fewer than on a GPU"))
+        lines.append(("compare_dense_fit", False, "a second fit that only the report needs"))
+    return lines
+
+
+def _lora() -> list[Line]:
+    return [
+        ("rank", 16, "of the adapter"),
+        ("targets", ["all-linear"], "all linear maps of the decoder layers"),
+    ]
+
+
+def _training(shape: Shape, machine: MachineFacts) -> list[Line]:
+    steps = shape.steps
+    lines: list[Line] = []
+    if not machine.gpu and steps > CPU_STEPS:
+        lines.append(("max_steps", CPU_STEPS, f"a first try on a CPU; one pass over the data is {steps:,}"))
+        steps = CPU_STEPS
+    else:
+        epochs = 1 if steps >= 10 else 3
+        steps *= epochs
+        lines.append(("epochs", epochs, f"about {steps:,} steps"))
+    tokens = shape.accumulation * shape.window_tokens
+    lines += [
+        ("learning_rate", 2e-4, "usual for LoRA"),
+        ("warmup_steps", max(1, steps // 20), ""),
+        ("batch_size", 1, "window at a time"),
+        ("gradient_accumulation_steps", shape.accumulation, f"about {tokens:,} tokens a step"),
+        ("gradient_checkpointing", machine.gpu, "less memory, more time" if machine.gpu else "memory suffices without"),
+        ("eval_steps", max(1, steps // 4), "validation loss while training"),
+        ("save_steps", max(1, steps // 4), "checkpoints that --resume takes up"),
+    ]
+    return lines
+
+
+def _render(lines: Sequence[Line], indent: str) -> list[str]:
+    """Lines of YAML with comments in one column where they fit."""
+    out = []
+    for key, value, comment in lines:
+        text = f"{indent}{key}: {dump_value(value)}"
+        out.append(f"{text:<{_COMMENT_COLUMN}}  # {comment}" if comment else text)
+    return out

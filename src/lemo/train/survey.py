@@ -1,0 +1,223 @@
+"""What can be found out about a model, data and a machine before a recipe is written, without loading weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lemo.config import ModelConfig
+from lemo.errors import ConfigError, DataError
+from lemo.train.model import extend_context, find_gguf, load_settings
+from lemo.train.sources import Document, list_sources, read_documents, read_first_row
+from lemo.train.windows import WindowCutter
+
+_SAMPLED_DOCUMENTS, _SAMPLED_CHARACTERS = 24, 50_000
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a model's configuration says.
+
+    Attributes:
+        path: as the user named it.
+        gguf_file: the only weights in its folder, or None.
+        kind: Transformers' model type.
+        context_tokens: longest sequence that it was made for; None where it does not say.
+        heads: query heads.
+        kv_heads: key heads.
+        layers: decoder layers.
+        vocabulary: number of tokens.
+        settings: the configuration itself.
+    """
+
+    path: str
+    gguf_file: str | None
+    kind: str
+    context_tokens: int | None
+    heads: int
+    kv_heads: int
+    layers: int
+    vocabulary: int
+    settings: Any
+
+    def rope_scaling(self, tokens: int) -> Literal["none", "linear", "yarn"] | None:
+        """How RoPE reaches a length: `none` within the model's own, None when it cannot."""
+        if self.context_tokens is None or tokens <= self.context_tokens:
+            return "none"
+        # Dividing positions is the plainest way and was measured at twice the length; yarn holds further out.
+        method: Literal["linear", "yarn"] = "linear" if tokens <= 2 * self.context_tokens else "yarn"
+        try:
+            extend_context(deepcopy(self.settings), ModelConfig("", context_length=tokens, rope_scaling=method))
+        except ConfigError:
+            return None
+        return method
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What a look at the data says. Lengths are in tokens, estimated from characters unless the data is tokenised.
+
+    Attributes:
+        kind: `text`, `qas`, `messages`, or `tokens` for tokenised text.
+        field: key of the text or conversation; None where files have no keys.
+        lengths: of each document.
+        longest_tokens: of the longest, counted.
+        supervised_share: share of rows that are answers, in the longest sample; None for text.
+    """
+
+    kind: Literal["text", "qas", "messages", "tokens"]
+    field: str | None
+    lengths: tuple[int, ...]
+    longest_tokens: int
+    supervised_share: float | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all documents."""
+        return sum(self.lengths)
+
+    @property
+    def answers(self) -> bool:
+        """Whether only answers are learned."""
+        return self.kind in ("qas", "messages")
+
+
+@dataclass(frozen=True)
+class MachineFacts:
+    """Where a run will be.
+
+    Attributes:
+        name: of the GPU, or `CPU`.
+        gpu: whether there is one.
+        memory_bytes: of the GPU; 0 on a CPU.
+        bfloat16: whether it computes in bfloat16 at speed.
+    """
+
+    name: str
+    gpu: bool
+    memory_bytes: int
+    bfloat16: bool
+
+
+def survey_model(path: str) -> ModelFacts:
+    """Reads a model's configuration.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    gguf = find_gguf(path)
+    settings = load_settings(ModelConfig(path, gguf_file=gguf))
+    text = settings.get_text_config()
+    heads = text.num_attention_heads
+    return ModelFacts(
+        path=path,
+        gguf_file=gguf,
+        kind=text.model_type,
+        context_tokens=getattr(text, "max_position_embeddings", None),
+        heads=heads,
+        kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+        layers=text.num_hidden_layers,
+        vocabulary=text.vocab_size,
+        settings=settings,
+    )
+
+
+def survey_data(paths: Sequence[str], tokenizer: Any) -> DataFacts:
+    """Reads all documents once, tokenises a sample of them, and counts the longest exactly.
+
+    Raises:
+        DataError: a file or row cannot be used, or no key of the rows holds text.
+    """
+    field, is_chat = _find_field(paths)
+    names = {} if field is None else {"messages_field" if is_chat else "text_field": field}
+    documents = list(read_documents(paths, **names))
+    kinds = {_kind(document) for document in documents}
+    if len(kinds) > 1:
+        if kinds <= {"text", "tokens"}:
+            kinds = {"text"}
+        else:
+            raise DataError(
+                f"{paths[0]}: some rows are {' and others '.join(sorted(kinds))}; train on one kind at a time"
+            )
+    kind = kinds.pop()
+    if kind == "tokens":
+        lengths = tuple(len(document.tokens_T) for document in documents)  # type: ignore[arg-type]
+        return DataFacts(kind, None, lengths, max(lengths))
+    sizes = [_characters(document) for document in documents]
+    ratio = _tokens_per_character(documents, tokenizer)
+    lengths = tuple(
+        len(d.tokens_T) if d.tokens_T is not None else max(2, round(size * ratio))
+        for d, size in zip(documents, sizes, strict=True)
+    )
+    longest = documents[max(range(len(sizes)), key=sizes.__getitem__)]
+    if kind == "text":
+        return DataFacts(kind, field, lengths, max(lengths))
+    windows, report = WindowCutter(tokenizer, 10**9, answer_only=True).cut([longest])
+    return DataFacts(kind, field, lengths, len(windows[0].tokens_T), report.supervised_share)
+
+
+def survey_machine(wanted: Literal["auto", "cpu", "gpu"] = "auto") -> MachineFacts:
+    """The GPU or CPU of this machine, or what is assumed of another one.
+
+    `gpu` on a machine without one stands for a card that computes in bfloat16, of unknown memory.
+    """
+    import torch
+
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return MachineFacts("CPU", False, 0, False)
+    if not torch.cuda.is_available():
+        return MachineFacts("GPU", True, 0, True)
+    properties = torch.cuda.get_device_properties(0)
+    bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return MachineFacts(properties.name, True, properties.total_memory, bfloat16)
+
+
+def _find_field(paths: Sequence[str]) -> tuple[str | None, bool]:
+    """Key of the text or conversation in the first row that has keys, and whether it is a conversation."""
+    for path in list_sources(paths):
+        row = read_first_row(path)
+        if row is None:
+            continue
+        for name in ("messages", *row):
+            if _is_conversation(row.get(name)):
+                return name, True
+        texts = [name for name, value in row.items() if isinstance(value, str) and value.strip()]
+        if not texts:
+            raise DataError(f"{path}, row 1: no field holds text or messages (fields: {', '.join(row) or 'none'})")
+        return ("text" if "text" in texts else max(texts, key=lambda name: len(row[name]))), False
+    return None, False
+
+
+def _is_conversation(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(m, dict) and "role" in m for m in value)
+
+
+def _kind(document: Document) -> Literal["text", "qas", "messages", "tokens"]:
+    if document.messages:
+        return "messages"
+    if document.turns:
+        return "qas"
+    return "text" if document.tokens_T is None else "tokens"
+
+
+def _texts(document: Document) -> list[str]:
+    """All text of a document."""
+    turns = [part for turn in document.turns for part in (turn.question, turn.answer)]
+    return [document.text or "", *turns, *(message["content"] for message in document.messages)]
+
+
+def _characters(document: Document) -> int:
+    return sum(map(len, _texts(document)))
+
+
+def _tokens_per_character(documents: Sequence[Document], tokenizer: Any) -> float:
+    """Tokens that a character takes, over a sample spread over the documents."""
+    if tokenizer is None:
+        raise DataError("text needs a tokenizer, and the model folder has none; use pre-tokenised .npz data")
+    plain = [document for document in documents if document.tokens_T is None]
+    step = max(1, len(plain) // _SAMPLED_DOCUMENTS)
+    texts = ["\n".join(_texts(document))[:_SAMPLED_CHARACTERS] for document in plain[::step]]
+    tokens = sum(len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) for text in texts)
+    return tokens / max(1, sum(map(len, texts)))

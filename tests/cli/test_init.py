@@ -1,0 +1,163 @@
+"""`lemo init` finds out what it can, and what it writes is a recipe that trains."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from lemo.cli.draft import Wish, draft_recipe, find_shape
+from lemo.cli.main import app
+from lemo.cli.presets import PRESETS
+from lemo.cli.recipe import build_run, load_recipe, parse_yaml
+from lemo.cli.schema import describe_fields, recipe_schema
+from lemo.config import RunConfig
+from lemo.errors import ConfigError, DataError
+from lemo.train.survey import DataFacts, MachineFacts, survey_data, survey_model
+from tests.train.test_chat import PLAIN, TALK
+from tests.train.tiny import byte_tokenizer, save_tiny_model, words
+
+CPU, GPU = MachineFacts("CPU", False, 0, False), MachineFacts("card", True, 80 * 2**30, True)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = save_tiny_model(tmp_path_factory.mktemp("m") / "model", layers=3)
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = PLAIN
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def lemo(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def text_facts(*lengths):
+    return DataFacts("text", None, tuple(lengths), max(lengths))
+
+
+def draft(model, data, machine=GPU, **wish):
+    text = draft_recipe(Wish(("d.txt",), **wish), survey_model(str(model)), data, machine)
+    return build_run(parse_yaml(text, "draft"), "draft")
+
+
+def test_one_text_file_trains_as_it_stands(model, tmp_path):
+    (tmp_path / "book.txt").write_text(words(1600))
+    made = lemo("init", model, tmp_path / "book.txt", "--out", tmp_path / "r.yaml", "--run", tmp_path / "run")
+    assert made.exit_code == 0, made.output
+    assert "context of 512 tokens" in made.stdout and f"next: lemo train {tmp_path / 'r.yaml'}" in made.stdout
+    run = load_recipe(tmp_path / "r.yaml")
+    assert run.data.held_out_share == 0.1 and run.data.window_tokens == 512 and run.loss_rows.share == 0.4
+    done = lemo("train", tmp_path / "r.yaml", "training.max_steps=1", "calibration.predictor_steps=3")
+    assert done.exit_code == 0, done.output
+    assert "dense after" in done.stdout
+    again = lemo("init", model, tmp_path / "book.txt", "--out", tmp_path / "r.yaml")
+    assert again.exit_code == 2 and "exists already" in again.stderr
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("machine", [CPU, GPU], ids=["cpu", "gpu"])
+def test_every_preset_is_a_valid_recipe(model, preset, machine):
+    run = draft(model, text_facts(40_000, 30_000), machine, preset=preset)
+    assert run.sparsity.forward_ratio == PRESETS[preset].forward_ratio
+    assert run.loss_rows.share == PRESETS[preset].loss_share
+    assert run.training.gradient_checkpointing is machine.gpu
+    assert run.model.dtype == ("bfloat16" if machine.gpu else "float32")
+    assert run.training.max_steps == (20 if not machine.gpu and run.training.max_steps > 0 else -1)
+
+
+def test_presets_are_ordered_by_what_they_skip():
+    ratios = [PRESETS[name].backward_ratio + PRESETS[name].forward_ratio for name in ("quality", "balanced", "fast")]
+    assert ratios == sorted(ratios, reverse=True) and len(set(ratios)) == 3
+
+
+@pytest.mark.parametrize(
+    ("lengths", "window", "packing"),
+    [
+        ((100_000,), 512, False),  # the model's context
+        ((3000,), 256, False),  # a tenth is held out and has to fill windows
+        ((1000,) * 30, 256, False),  # 512 would leave half of each document over
+        ((150,) * 30, 512, True),
+        ((60,) * 8, 128, True),
+    ],
+)
+def test_windows_fit_the_documents(model, lengths, window, packing):
+    shape = find_shape(Wish(("d",)), survey_model(str(model)), text_facts(*lengths), GPU)
+    assert (shape.window_tokens, shape.packing) == (window, packing)
+
+
+def test_a_longer_window_extends_the_context(model):
+    facts, data = survey_model(str(model)), text_facts(100_000)
+    run = draft(model, data, window_tokens=1024)
+    assert (run.model.context_length, run.model.rope_scaling) == (1024, "linear")
+    assert find_shape(Wish(("d",), window_tokens=4096), facts, data, GPU).rope_scaling == "yarn"
+    assert draft(model, data, window_tokens=512).model.rope_scaling == "none"
+
+
+def test_a_context_that_cannot_grow_is_said_or_samples_are_cut(tmp_path):
+    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+    fixed = save_tiny_model(tmp_path / "model", rope_parameters=rope)
+    with pytest.raises(ConfigError, match="512 tokens of this model cannot be extended"):
+        draft(fixed, text_facts(100_000), window_tokens=1024)
+    run = draft(fixed, DataFacts("qas", "text", (900, 300), 900, 0.1))
+    assert run.data.window_tokens == 512 and run.data.long_rows == "truncate"
+    assert run.model.context_length is None
+
+
+def test_short_data_is_refused(model):
+    with pytest.raises(ConfigError, match="about 100 tokens, too few"):
+        draft(model, text_facts(100))
+
+
+def test_keys_and_values_follow_the_heads(tmp_path):
+    for kv_heads, kv in ((1, "all"), (4, "kept")):
+        folder = save_tiny_model(tmp_path / str(kv_heads), num_key_value_heads=kv_heads)
+        assert draft(folder, text_facts(100_000)).sparsity.kv == kv
+
+
+def jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_kinds_of_data_are_told_apart(tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = PLAIN
+    qas = {"body": "b" * 90, "qas": [{"question": "q" * 5, "answers": ["a" * 10]}]}
+    found = survey_data([jsonl(tmp_path / "q.jsonl", [{"id": "7", **qas}])], tokenizer)
+    assert (found.kind, found.field) == ("qas", "body") and 0.05 < found.supervised_share < 0.15
+    found = survey_data([jsonl(tmp_path / "c.jsonl", [{"talk": TALK[1:3]}, {"talk": TALK}])], tokenizer)
+    rendered = len(tokenizer.apply_chat_template(TALK, tokenize=False).replace("<end>", "*").encode())
+    assert (found.kind, found.field, found.longest_tokens) == ("messages", "talk", rendered)
+    found = survey_data([jsonl(tmp_path / "t.jsonl", [{"id": "x", "text": "y" * 50}, {"text": "z" * 70}])], tokenizer)
+    assert (found.kind, found.field, found.lengths) == ("text", "text", (50, 70))
+    with pytest.raises(DataError, match="no field holds text"):
+        survey_data([jsonl(tmp_path / "n.jsonl", [{"n": 1}])], tokenizer)
+    with pytest.raises(DataError, match="one kind at a time"):
+        survey_data([str(tmp_path / "c.jsonl"), jsonl(tmp_path / "u.jsonl", [{"text": "y"}])], tokenizer)
+
+
+def test_conversations_become_an_answer_only_recipe(model, tmp_path):
+    data = jsonl(tmp_path / "c.jsonl", [{"messages": TALK}] * 12)
+    made = lemo("init", model, data, "--out", tmp_path / "r.yaml", "--preset", "quality", "--run", tmp_path / "run")
+    assert made.exit_code == 0, made.output
+    run = load_recipe(tmp_path / "r.yaml")
+    assert run.data.answer_only and run.data.packing and run.data.window_tokens == 256
+    done = lemo("train", tmp_path / "r.yaml", "training.max_steps=1", "calibration.predictor_steps=3")
+    assert done.exit_code == 0, done.output
+
+
+def test_the_schema_knows_every_key_with_its_meaning_and_range(tmp_path):
+    made = lemo("schema", "--output", tmp_path / "s.json")
+    assert made.exit_code == 0 and json.loads((tmp_path / "s.json").read_text()) == recipe_schema()
+    schema = recipe_schema()
+    sparsity = schema["$defs"]["SparsityConfig"]
+    assert sparsity["additionalProperties"] is False
+    assert sparsity["properties"]["forward_ratio"]["maximum"] == 1
+    assert "share of rows that run a layer" in sparsity["properties"]["forward_ratio"]["description"]
+    assert sparsity["properties"]["kv"]["enum"] == ["kept", "all"]
+    assert schema["$defs"]["DataConfig"]["properties"]["train"]["items"] == {"type": "string"}
+    assert set(schema["properties"]) == set(RunConfig.__dataclass_fields__)
+    assert describe_fields(RunConfig().training.__class__)["max_steps"] == "optimizer steps; -1 for `epochs`."
