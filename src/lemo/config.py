@@ -183,6 +183,12 @@ class TrainingConfig:
         max_steps: optimizer steps; -1 for `epochs`.
         loss: `segmented` never forms the logits of the whole sequence; `model` is the model's own loss.
         segment_rows: rows of one loss segment.
+        engine: `fused` runs each layer as one function that saves backward rows only and refuses layers that it cannot
+            run; `generic` runs the model's own layers on rows; `auto` is fused on a GPU where it can be, and says why
+            where it cannot.
+        recompute: what the fused engine computes again in backward instead of saving it: `none`; `mlp`, the maps into
+            the MLP; `lin`, all linear maps; `layer`, everything. None is `lin` under gradient checkpointing, else
+            `none`.
         early_stopping_evals: stop after this many evaluations without a lower validation loss, and keep the adapter of
             the lowest; None trains to the end and keeps the last.
     """
@@ -200,6 +206,8 @@ class TrainingConfig:
     gradient_checkpointing: bool = True
     loss: Literal["segmented", "model"] = "segmented"
     segment_rows: int = 2048
+    engine: Literal["auto", "fused", "generic"] = "auto"
+    recompute: Literal["none", "mlp", "lin", "layer"] | None = None
     logging_steps: int = 1
     eval_steps: int | None = None
     save_steps: int | None = None

@@ -138,7 +138,14 @@ class _Session:
         self._say(f"adapter: {trainable_parameters(model):,} trainable parameters")
         with ExitStack() as stack:
             handle = stack.enter_context(
-                attach(model, plan, loss=run.training.loss, segment_rows=run.training.segment_rows)
+                attach(
+                    model,
+                    plan,
+                    loss=run.training.loss,
+                    segment_rows=run.training.segment_rows,
+                    engine=run.training.engine,
+                    recompute=run.training.recompute,
+                )
             )
             trainer = self._trainer(model, handle)
             self._before(model, handle)
