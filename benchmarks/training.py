@@ -166,7 +166,9 @@ def _outcome(cell: Cell) -> str:
     held = f", holds {statistics.median(cell['held_bytes']) / 2**30:.2f} GiB" if any(cell["held_bytes"]) else ""
     step, loss = statistics.median(cell["seconds"]), cell["losses"][0]
     notes = "".join(f"\n    note: {note}" for note in cell["describe"].get("notes", ()))
-    return f"{step * 1e3:.1f} ms, {cell['peak_gib']:.2f} GiB{held}, first loss {loss:.4f}, {cell['total_s']:.0f} s{notes}"
+    return (
+        f"{step * 1e3:.1f} ms, {cell['peak_gib']:.2f} GiB{held}, first loss {loss:.4f}, {cell['total_s']:.0f} s{notes}"
+    )
 
 
 def print_table(groups: Sequence[Group], cells: dict[str, Cell]) -> None:

@@ -105,6 +105,9 @@ def _main_group(shape: str, length: str, lora: str) -> Group:
         fixed = {use: lemo_method(use, shape, length) for use in ("k50", "k30")}
         comparisons += [Comparison(fixed[use], baselines, "time", f"C.{length}_{use}") for use in fixed]
         methods = (*baselines, *fixed.values(), default)
+        if length == "64k" and lora == "qkvo":
+            without = fixed["k50"] + ",last=all"
+            methods, comparisons = (*methods, without), [*comparisons, Comparison(without, baselines, "time")]
     return _group(shape, length, lora, methods, comparisons)
 
 
@@ -179,9 +182,9 @@ def _smoke() -> list[Group]:
         "unsloth",
         "lemo_dense",
         "lemo:engine=generic",
-        "lemo:engine=auto",
-        "lemo:engine=auto,recompute=layer",
-        "lemo:engine=auto,kv=all,keep=0.3,share=0.3",
+        "lemo",
+        "lemo:recompute=layer",
+        "lemo:kv=all,keep=0.3,share=0.3",
     )
     group = _group("llama2-7b", "4k", "qkvo", methods)
     return [replace(group, setting=replace(group.setting, layers=4), steps=3, warmup=1, turns=1)]

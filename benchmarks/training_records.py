@@ -181,8 +181,10 @@ def _of_method(one: Measured) -> list[Record]:
     for cell in one.turns:
         if spent := cell.get("probe", {}).get("selection_s"):
             share = spent / statistics.median(one.seconds)
-            setting, says = one.group.setting, cell.get("describe", {})
-            counts = setting.label in FAMILY and setting.layers is None and says.get("engine") != "generic"
+            setting = one.group.setting
+            counts = (
+                setting.label in FAMILY and setting.layers is None and one.setting()["options"]["engine"] != "generic"
+            )
             bar = f"C.selection_share/{setting.label}-{setting.tokens}" if counts else None
             found.append(_record(one, "selection_share", "share", [share], "max", bar=bar))
     return found
@@ -196,7 +198,7 @@ def _row_kib(one: Measured, held: list[float]) -> list[Record]:
         return []
     layers = setting.layers or _layers(setting)
     rows = says["backward_share"] * layers * setting.tokens
-    plain = setting.label == "llama2-7b" and setting.layers is None and says.get("engine") != "generic"
+    plain = setting.label == "llama2-7b" and setting.layers is None and one.setting()["options"]["engine"] != "generic"
     bar = f"C.row_kib/{level}" if plain and setting.lora == "qkvo" else None
     return [_record(one, "row_kib", "KiB", [x / rows / 1024 for x in held], "median", bar=bar)]
 

@@ -19,7 +19,7 @@ from lemo.train.rehearsal import random_plan
 OPTIONS = {
     "adapter": "model",
     "recompute": "none",
-    "engine": "auto",
+    "engine": "fused",  # not auto: a layer that it cannot run shall be seen
     "keep": "0.5",  # share of rows that run a layer and pass gradient
     "forward": "",  # share that runs a layer where it is another one
     "kv": "kept",
@@ -27,6 +27,7 @@ OPTIONS = {
     "dense": "0/-1",  # layers that run densely, joined by /; empty for none
     "scorer": "predictor",
     "bypass": "64",  # its rank; 0 for none
+    "last": "loss",  # rows of the last layer: those that carry `loss`, or `all` that are selected
     "base": "hf",  # `liger` puts Liger's kernels under the generic executor
     "attach": "",  # further keywords of lemo.attach, NAME/VALUE joined by +
 }
@@ -58,21 +59,21 @@ def attached(model: Any, plan: Plan, options: dict[str, str]) -> Prepared:
     """The model with a plan on it.
 
     Raises:
-        Unsupported: an engine or a recompute level that this lemo does not have.
+        LemoError: a layer that the fused engine cannot run, with the reason.
     """
     engine, recompute = options["engine"], options["recompute"]
     known = inspect.signature(lemo.attach).parameters
     keywords = _further(options.get("attach", ""), known)
-    if engine == "generic" or "recompute" not in known:
+    keeps_all = all(layer.is_dense for layer in plan.layers)
+    if engine == "generic" or (engine == "auto" and keeps_all):  # then Transformers' own layers run
         checkpoint_layers(model, recompute)
     else:
         keywords["recompute"] = recompute
-    if "engine" in known:
-        keywords["engine"] = engine
-    elif engine == "fused":
-        raise Unsupported("this lemo has no fused engine")
-    handle = lemo.attach(model, plan, self_test=False, unsafe_no_bypass=options.get("bypass") == "0", **keywords)
-    return Prepared(model, plain_forward(model), lambda: _describe(handle, plan), lambda: _selection_time(handle))
+    unsafe = options.get("bypass") == "0"
+    handle = lemo.attach(model, plan, engine=engine, self_test=False, unsafe_no_bypass=unsafe, **keywords)
+    if options.get("last") == "all":
+        handle._fused.defer = lambda context: None  # what attach offers no switch for
+    return Prepared(model, plain_forward(model), lambda: _describe(handle, plan), _selection_time)
 
 
 def _further(text: str, known: Any) -> dict[str, Any]:
@@ -100,13 +101,11 @@ def _describe(handle: Any, plan: Plan) -> dict[str, Any]:
         "dense_batches": handle.dense_batches,
         "notes": list(handle.notes),
     }
-    if hasattr(handle, "engine"):
-        found["engine"] = str(handle.engine)
     return found
 
 
 @contextmanager
-def _selection_time(handle: Any) -> Iterator[dict[str, Any]]:
+def _selection_time() -> Iterator[dict[str, Any]]:
     """Seconds of GPU time between start and end of every layer's scoring and selection, as `selection_s`."""
     found: dict[str, Any] = {}
     if not torch.cuda.is_available():

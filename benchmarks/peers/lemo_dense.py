@@ -8,7 +8,7 @@ from benchmarks.peers.lemo import attached
 from benchmarks.peers.peer import Prepared, Setting, adapted
 from lemo.core.plan import Plan
 
-OPTIONS = {"adapter": "model", "recompute": "none", "engine": "auto"}
+OPTIONS = {"adapter": "model", "recompute": "none", "engine": "fused"}
 
 
 def prepare(config: Any, setting: Setting, options: dict[str, str]) -> Prepared:

@@ -6,7 +6,6 @@ like any other. The original raises the share during training; here it stays, as
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -25,8 +24,7 @@ def prepare(config: Any, setting: Setting, options: dict[str, str]) -> Prepared:
     plan = Plan.uniform(
         model, forward_ratio=keep, backward_ratio=keep, dense_layers=(0, -1), block_size=1, kv="kept", seed=setting.seed
     )
-    engine = {"engine": "generic"} if "engine" in inspect.signature(lemo.attach).parameters else {}
-    handle = lemo.attach(model, plan, unsafe_no_bypass=True, self_test=False, **engine)
+    handle = lemo.attach(model, plan, engine="generic", unsafe_no_bypass=True, self_test=False)
     nothing = torch.zeros(1, setting.tokens, dtype=torch.bool)
 
     def forward(batch: dict[str, torch.Tensor]) -> torch.Tensor:

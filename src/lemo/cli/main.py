@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 import lemo
-from lemo.cli import calibrate, doctor, evaluate, init, inspect, merge, schema, train
+from lemo.cli import bench, calibrate, doctor, evaluate, init, inspect, merge, schema, train
 from lemo.errors import LemoError
 
 
@@ -66,7 +66,9 @@ app.command("train")(train.train)
 app.command("calibrate")(calibrate.calibrate)
 app.command("eval")(evaluate.evaluate)
 app.command("inspect")(inspect.inspect)
+app.command("report")(report.report)
 app.command("merge")(merge.merge)
+app.command("bench")(bench.bench)
 app.command("doctor")(doctor.doctor)
 
 
