@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 import lemo
-from lemo.cli import bench, calibrate, doctor, evaluate, init, inspect, merge, schema, train
+from lemo.cli import bench, calibrate, doctor, evaluate, init, inspect, merge, report, schema, train
 from lemo.errors import LemoError
 
 
