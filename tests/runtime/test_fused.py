@@ -250,3 +250,17 @@ def test_dense_plan_runs_fused_when_asked(monkeypatch):
     got_loss, got, _ = run(model, plan, inputs, "fused")
     assert abs(float(loss.detach() - got_loss)) <= BOUND
     assert all(float((got[n] - g).norm()) <= BOUND * float(g.norm() + 1) for n, g in wanted.items())
+
+
+def test_self_test_covers_the_fused_engine(monkeypatch):
+    """A fused layer that computed something else would be found at attach time."""
+    from lemo.runtime import selftest
+
+    model, seen = tiny_model(), []
+    monkeypatch.setattr(selftest, "_check_layer", lambda stream, index, fused: seen.append((index, fused)))
+    attach(model, plan_of(model, "skip"), engine="fused").detach()
+    assert seen == [(0, frozenset()), (0, frozenset({0}))]
+    monkeypatch.undo()
+    monkeypatch.setattr("lemo.runtime.fused.attention.rope_rows_", lambda *a, **k: None)
+    with pytest.raises(UnsupportedModelError, match="cannot skip rows"):
+        attach(model, plan_of(model, "skip"), engine="fused")

@@ -15,8 +15,8 @@ from lemo.core.selection import Selection
 from lemo.errors import ConfigError, LabelsError, PlanError, UnsupportedModelError
 from lemo.runtime.attention import NAME, attention_module, register_mask
 from lemo.runtime.batch import BatchContext, RunDense, document_keys, read_layout
-from lemo.runtime.fused.attachment import ENGINES, Engine, FusedEngine
-from lemo.runtime.fused.call import LEVELS, Recompute
+from lemo.runtime.fused.attachment import Engine, FusedEngine
+from lemo.runtime.fused.call import Recompute
 from lemo.runtime.head import LemoModel, forward_parameters, model_class, segmented_forward, why_not_segmented
 from lemo.runtime.layer import LayerState, install, removable, remove
 from lemo.runtime.model import (
@@ -108,6 +108,14 @@ class Handle:
             yield
         finally:
             self._options["sparse_eval"] = before
+
+    def fused_layers(self) -> frozenset[int]:
+        """Layers that the fused engine would run in a training forward now; the others run in the generic executor.
+
+        Raises:
+            UnsupportedModelError: `engine="fused"` was asked for and a layer cannot.
+        """
+        return self._fused.layers()
 
     def ratios(self) -> dict[int, tuple[float, float]]:
         """Share of real rows per layer in the last sparse forward: {layer: (forward, backward)}.
@@ -232,7 +240,7 @@ class Handle:
             in_place=self.in_place,
             maskless=self._wants_no_mask(layout),
             document_keys_D=document_keys(layout, arguments.get("input_ids")) if self.plan.scorer == "random" else None,
-            fused=self._fused.layers(),
+            fused=self.fused_layers(),
             recompute=self._fused.recompute(),
         )
 
@@ -319,14 +327,10 @@ def attach(
     Raises:
         PlanError: a plan for another model, or one that skips rows without bypass.
         UnsupportedModelError: a layer that cannot skip rows; the message says which and why.
-        ConfigError: an unknown `loss`.
+        ConfigError: an unknown `loss`, `engine` or `recompute`.
     """
     if loss not in ("segmented", "model"):
         raise ConfigError(f"loss must be 'segmented' or 'model', got {loss!r}")
-    if engine not in ENGINES:
-        raise ConfigError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}")
-    if recompute is not None and recompute not in LEVELS:
-        raise ConfigError(f"recompute must be one of {', '.join(LEVELS)} or None, got {recompute!r}")
     options = {"loss": loss, "logits": logits, "sparse_eval": sparse_eval, "segment_rows": segment_rows}
     options |= {"engine": engine, "recompute": recompute}
     handle = Handle(model, plan, options)

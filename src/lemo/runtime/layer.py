@@ -25,7 +25,7 @@ from lemo.runtime.attention import AttentionConfig, CapturedKeys, attention_modu
 from lemo.runtime.batch import BatchContext
 from lemo.runtime.fused.engine import make_call
 from lemo.runtime.fused.layer import run_fused
-from lemo.runtime.fused.parts import LayerParts, read_parts, why_not_fused
+from lemo.runtime.fused.parts import LayerParts, LayerReader, why_no_reader
 from lemo.runtime.mlp import mlp_rows
 from lemo.runtime.rows import (
     ACTIVE,
@@ -342,6 +342,7 @@ class LayerState:
     mlp: tuple[str, ...] = ()
     names: LayerNames | None = None
     config: Any = None
+    _reader: LayerReader | None = None
 
     def mlp_modules(self, layer: nn.Module) -> tuple[nn.Module, nn.Module]:
         """First and last module of the layer's MLP as they are now, adapters included."""
@@ -349,13 +350,19 @@ class LayerState:
 
     def why_not_fused(self, layer: nn.Module) -> str | None:
         """Why the layer, as it is now, needs the generic executor."""
-        return why_not_fused(layer, self.names, attention_module(layer), self.config)
+        if self._reader is None or self._reader.is_stale(layer):
+            attention = attention_module(layer)
+            reason = why_no_reader(self.names, attention, self.config)
+            if reason is not None:
+                return reason
+            assert self.names is not None and attention is not None
+            self._reader = LayerReader(layer, self.names, attention, self.config)
+        return self._reader.why_not(layer)
 
     def read_parts(self, layer: nn.Module) -> LayerParts:
-        """Maps and norms of the layer as they are now, for the fused engine."""
-        attention = attention_module(layer)
-        assert self.names is not None and attention is not None
-        return read_parts(layer, self.names, attention, self.config)
+        """Maps and norms of the layer as they are now, for the fused engine, which `why_not_fused` let pass."""
+        assert self._reader is not None
+        return self._reader.read(layer)
 
 
 def install(layer: nn.Module, state: LayerState) -> None:

@@ -46,8 +46,11 @@ def check_layers(handle: Any) -> None:
     try:
         with torch.random.fork_rng(devices=devices):
             stream = LayerStream.open(model, ids, block_size=_BLOCK)
+            fused = handle.fused_layers()
             for index in _one_of_each_kind(handle.plan, decoder_layers(model)):
-                _check_layer(stream, index)
+                _check_layer(stream, index, frozenset())
+                if index in fused:
+                    _check_layer(stream, index, frozenset({index}))
     finally:
         model.__dict__["_lemo_handle"] = attached
         model.train(training)
@@ -65,7 +68,7 @@ def _one_of_each_kind(plan: Plan, layers: Any) -> list[int]:
     return sorted(found.values())
 
 
-def _check_layer(stream: Any, index: int) -> None:
+def _check_layer(stream: Any, index: int, fused: frozenset[int]) -> None:
     x_BTM, layout = stream.hidden_BTM, stream.layout
     dense_BTM = stream.dense(index, x_BTM).output_BTM
     scores_K = torch.rand(len(layout.block_start_K), generator=torch.Generator().manual_seed(1)).to(x_BTM.device)
@@ -79,16 +82,16 @@ def _check_layer(stream: Any, index: int) -> None:
             kept_T.device
         )
         wanted = torch.where(kept_T[None, :, None], stream.masked(index, x_BTM, seen_TT), x_BTM)
-        got = _run(stream, index, replace(half, kv=kv), Selection(rows, rows))
+        got = _run(stream, index, replace(half, kv=kv), Selection(rows, rows), fused)
         _compare(stream, index, got - x_BTM, wanted - x_BTM, f"rows kept by half (kv: {kv}) and a masked dense run")
     exact = replace(half, layers=tuple(LayerPlan(1.0, 0.5) for _ in range(stream.layers)))
-    got = _run(stream, index, exact, Selection(None, rows))
+    got = _run(stream, index, exact, Selection(None, rows), fused)
     _compare(stream, index, got - x_BTM, dense_BTM - x_BTM, "exact forward and a dense run")
 
 
-def _run(stream: Any, index: int, plan: Plan, selection: Selection) -> Tensor:
+def _run(stream: Any, index: int, plan: Plan, selection: Selection, fused: frozenset[int]) -> Tensor:
     """The layer under a selection given from outside."""
-    context = BatchContext(plan, stream.layout, in_place=False)
+    context = BatchContext(plan, stream.layout, in_place=False, fused=fused)
     context.select = lambda i, x: selection  # type: ignore[method-assign]
     return stream.under(context, index, stream.hidden_BTM)
 

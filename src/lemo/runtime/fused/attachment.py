@@ -6,10 +6,10 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from lemo.errors import UnsupportedModelError
+from lemo.errors import ConfigError, UnsupportedModelError
 from lemo.families import find_family
 from lemo.runtime.batch import BatchContext
-from lemo.runtime.fused.call import Recompute
+from lemo.runtime.fused.call import LEVELS, Recompute
 from lemo.runtime.fused.engine import loss_rows, why_not_plan
 from lemo.runtime.fused.final import install_norm, remove_norm
 from lemo.runtime.fused.parts import Norm, read_norm
@@ -33,7 +33,14 @@ class FusedEngine:
             handle: has `model`, `plan`, `context` and `note`.
             engine: which engine was asked for.
             level: what backward computes again; None to follow gradient checkpointing.
+
+        Raises:
+            ConfigError: an unknown engine or level.
         """
+        if engine not in ENGINES:
+            raise ConfigError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}")
+        if level is not None and level not in LEVELS:
+            raise ConfigError(f"recompute must be one of {', '.join(LEVELS)} or None, got {level!r}")
         self._handle, self._engine, self._level = handle, engine, level
         family = find_family(handle.model.config)
         self.names = None if family is None else family.names

@@ -50,9 +50,12 @@ class LinearMap:
     places: tuple[int | None, ...]
 
     def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Adapter factors in the compute dtype, the scale in the second."""
+        """Adapter factors in the compute dtype, the scale in the second; made once per forward of the layer."""
         assert self.a_RI is not None and self.b_OR is not None
-        return self.a_RI.to(dtype), (self.b_OR * self.scale).to(dtype)
+        if "_factors" not in self.__dict__:
+            made = self.a_RI.detach().to(dtype), (self.b_OR.detach() * self.scale).to(dtype)
+            self.__dict__["_factors"] = made
+        return self.__dict__["_factors"]
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,10 @@ class MapGroup:
         if not chosen:
             return {}
         first = [self.maps[n].factors(x_NI.dtype)[0] for n in chosen]
-        joint = x_NI @ (first[0] if len(first) == 1 else torch.cat(first)).T
+        cached: dict[tuple[int, ...], Tensor] = self.__dict__.setdefault("_joint", {})
+        if tuple(chosen) not in cached:
+            cached[tuple(chosen)] = first[0] if len(first) == 1 else torch.cat(first)
+        joint = x_NI @ cached[tuple(chosen)].T
         return dict(zip(chosen, joint.split([len(a) for a in first], dim=1), strict=True))
 
     def _base_gradients(

@@ -69,41 +69,81 @@ class LayerParts:
     tensors: tuple[Tensor, ...]
 
 
-def read_parts(layer: nn.Module, names: LayerNames, attention: nn.Module, config: Any) -> LayerParts:
-    """Parts of a layer that `why_not_fused` has nothing against.
+class LayerReader:
+    """Reads one layer's parts, with what does not change between batches looked up once.
 
-    Args:
-        layer: the decoder layer.
-        names: where its parts are.
-        attention: its attention module.
-        config: the model's text configuration.
+    Weights, adapters and dropout are read anew each time: adapters come and go, and sharding swaps parameters.
     """
-    found = TensorList()
-    norms = tuple(_norm(found, layer.get_submodule(name), names.norm) for name in names.norms)
-    head_norms = tuple(_norm(found, layer.get_submodule(name), "rms") for name in names.head_norms)
-    head_dim = int(attention.head_dim)  # type: ignore[arg-type]
-    inputs = tuple(found.linear(layer.get_submodule(name)) for name in names.inputs)
-    gates = tuple(found.linear(layer.get_submodule(name)) for name in names.gates)
-    return LayerParts(
-        norms=norms,  # type: ignore[arg-type]
-        inputs=MapGroup(inputs, _input_parts(inputs, config.num_attention_heads * head_dim)),
-        output=_single(found.linear(layer.get_submodule(names.output))),
-        head_norms=head_norms,
-        gates=MapGroup(gates, _gate_parts(gates, names.gated)),
-        down=_single(found.linear(layer.get_submodule(names.down))),
-        act=ACTIVATIONS[_activation(config)],
-        gated=names.gated,
-        multiplier=1.0 if names.multiplier is None else float(getattr(layer, names.multiplier)),
-        head_dim=head_dim,
-        scaling=float(attention.scaling),  # type: ignore[arg-type]
-        window=_window(attention, config),
-        rope=bool(getattr(attention, "use_rope", True)),
-        tensors=tuple(found.tensors),
-    )
+
+    def __init__(self, layer: nn.Module, names: LayerNames, attention: nn.Module, config: Any) -> None:
+        """Looks up modules.
+
+        Args:
+            layer: the decoder layer.
+            names: where its parts are.
+            attention: its attention module.
+            config: the model's text configuration.
+        """
+        self._names, self._attention, self._config = names, attention, config
+        linear = (*names.inputs, names.output, *names.gates, names.down)
+        norms = (*names.norms, *names.head_norms)
+        self._modules = {name: layer.get_submodule(name) for name in (*linear, *norms)}
+        self._linear, self._norm_names = linear, norms
+        self._dropouts = _dropouts(layer)
+
+    def is_stale(self, layer: nn.Module) -> bool:
+        """Whether modules were put in the place of those that were looked up."""
+        return any(layer.get_submodule(name) is not module for name, module in self._modules.items())
+
+    def why_not(self, layer: nn.Module) -> str | None:
+        """Why the layer must run in the generic executor now; None when the fused engine can run it."""
+        for name in self._linear:
+            reason = why_not_linear(self._modules[name], layer.training)
+            if reason is not None:
+                return f"{name}: {reason}"
+        for name in self._norm_names:
+            norm = self._modules[name]
+            if getattr(norm, "weight", None) is None or hasattr(norm, "original_module"):
+                return f"{name}: not a plain norm"
+        if layer.training:
+            for name, owner, attribute in self._dropouts:
+                if getattr(owner, attribute) > 0:
+                    return f"dropout is active ({name})"
+        weight = _base(self._modules[self._names.output]).weight
+        device = weight.device.type
+        if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != weight.dtype:
+            return f"autocast over {weight.dtype} weights"
+        return None
+
+    def read(self, layer: nn.Module) -> LayerParts:
+        """The layer's parts as they are now."""
+        names, modules, attention, config = self._names, self._modules, self._attention, self._config
+        found = TensorList()
+        norms = tuple(_norm(found, modules[name], names.norm) for name in names.norms)
+        head_norms = tuple(_norm(found, modules[name], "rms") for name in names.head_norms)
+        head_dim = int(attention.head_dim)  # type: ignore[arg-type]
+        inputs = tuple(found.linear(modules[name]) for name in names.inputs)
+        gates = tuple(found.linear(modules[name]) for name in names.gates)
+        return LayerParts(
+            norms=norms,  # type: ignore[arg-type]
+            inputs=MapGroup(inputs, _input_parts(inputs, config.num_attention_heads * head_dim)),
+            output=_single(found.linear(modules[names.output])),
+            head_norms=head_norms,
+            gates=MapGroup(gates, _gate_parts(gates, names.gated)),
+            down=_single(found.linear(modules[names.down])),
+            act=ACTIVATIONS[_activation(config)],
+            gated=names.gated,
+            multiplier=1.0 if names.multiplier is None else float(getattr(layer, names.multiplier)),
+            head_dim=head_dim,
+            scaling=float(attention.scaling),  # type: ignore[arg-type]
+            window=_window(attention, config),
+            rope=bool(getattr(attention, "use_rope", True)),
+            tensors=tuple(found.tensors),
+        )
 
 
-def why_not_fused(layer: nn.Module, names: LayerNames | None, attention: nn.Module | None, config: Any) -> str | None:
-    """Why a layer must run in the generic executor; None when the fused engine can run it."""
+def why_no_reader(names: LayerNames | None, attention: nn.Module | None, config: Any) -> str | None:
+    """Why layers of this family must run in the generic executor; None when a `LayerReader` can look at them."""
     if names is None:
         return f"no family file names the parts of a {config.model_type} layer"
     if attention is None or not hasattr(attention, "scaling") or not hasattr(attention, "head_dim"):
@@ -112,21 +152,6 @@ def why_not_fused(layer: nn.Module, names: LayerNames | None, attention: nn.Modu
         return f"activation {_activation(config)!r} has no kernel"
     if getattr(config, "do_layer_norm_before", True) is False:
         return "norms come after attention and MLP"
-    for name in (*names.inputs, names.output, *names.gates, names.down):
-        reason = why_not_linear(layer.get_submodule(name), layer.training)
-        if reason is not None:
-            return f"{name}: {reason}"
-    for name in (*names.norms, *names.head_norms):
-        norm = layer.get_submodule(name)
-        if getattr(norm, "weight", None) is None or hasattr(norm, "original_module"):
-            return f"{name}: not a plain norm"
-    if layer.training:
-        active = [n for n, p in _dropouts(layer) if p > 0]
-        if active:
-            return f"dropout is active ({active[0]})"
-    weight = _base(layer.get_submodule(names.output)).weight
-    if torch.is_autocast_enabled(weight.device.type) and torch.get_autocast_dtype(weight.device.type) != weight.dtype:
-        return f"autocast over {weight.dtype} weights"
     return None
 
 
@@ -134,13 +159,13 @@ def _base(module: nn.Module) -> Any:
     return module.base_layer if hasattr(module, "base_layer") else module
 
 
-def _dropouts(layer: nn.Module) -> list[tuple[str, float]]:
-    """Dropout probabilities that a layer keeps as numbers or modules, adapters apart."""
-    found = []
+def _dropouts(layer: nn.Module) -> list[tuple[str, Any, str]]:
+    """Where a layer keeps dropout probabilities, as numbers or modules, adapters apart: name, owner, attribute."""
+    found: list[tuple[str, Any, str]] = []
     for name, module in layer.named_modules():
         if isinstance(module, nn.Dropout) and "lora_dropout" not in name:
-            found.append((name, module.p))
-        found += [(f"{name}.{k}", v) for k, v in vars(module).items() if "dropout" in k and isinstance(v, float)]
+            found.append((name, module, "p"))
+        found += [(f"{name}.{k}", module, k) for k, v in vars(module).items() if "dropout" in k and type(v) is float]
     return found
 
 
