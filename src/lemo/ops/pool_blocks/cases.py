@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -29,40 +30,55 @@ def _run_reference(**inputs: Any) -> Tensor:
     return pool_blocks_reference(**_blocks(inputs))
 
 
-def _inputs(
-    generator: torch.Generator,
-    *,
-    documents: tuple[int, ...] = (50,),
-    block: int = 16,
-    gap: int = 0,
-    width: int = 40,
-    features: int = 24,
-    pools: tuple[str, ...] = POOLS,
-    extras: int = 0,
-    gaps: bool = False,
-    scale: float = 1.0,
-) -> Inputs:
-    """Documents of the given rows, `gap` rows before each that belong to no block and are not numbers."""
-    draw = partial(torch.randn, generator=generator, dtype=torch.float64)
-    start, length, at = [], [], 0
-    x = torch.full((sum(documents) + gap * len(documents), width), torch.nan, dtype=torch.float64)
-    for rows in documents:
-        at += gap
-        x[at : at + rows] = draw(rows, width) * scale
-        for offset in range(0, rows, block):
-            start.append(at + offset)
-            length.append(min(block, rows - offset))
-        at += rows
-    projection = draw(width, features)
-    return {
-        "x_NM": with_gaps(x) if gaps else x,
-        "projection_MF": with_gaps(projection) if gaps else projection,
-        "block_start_K": torch.tensor(start),
-        "block_length_K": torch.tensor(length),
-        "block_rows": block,
-        "pools": pools,
-        "extra_KE": draw(len(start), extras) if extras else None,
-    }
+@dataclass(frozen=True)
+class Shape:
+    """What a case draws.
+
+    Attributes:
+        documents: rows of each.
+        block: rows of a block.
+        gap: rows before each document that belong to no block and are not numbers.
+        width: M.
+        features: F.
+        pools: as the op takes them.
+        extras: E.
+        gaps: every second element of the storage is unused.
+        scale: of the rows.
+    """
+
+    documents: tuple[int, ...] = (50,)
+    block: int = 16
+    gap: int = 0
+    width: int = 40
+    features: int = 24
+    pools: tuple[str, ...] = POOLS
+    extras: int = 0
+    gaps: bool = False
+    scale: float = 1.0
+
+    def inputs(self, generator: torch.Generator) -> Inputs:
+        """Arguments of `run` in fp64."""
+        draw = partial(torch.randn, generator=generator, dtype=torch.float64)
+        start, length, at = [], [], 0
+        rows = sum(self.documents) + self.gap * len(self.documents)
+        x = torch.full((rows, self.width), torch.nan, dtype=torch.float64)
+        for count in self.documents:
+            at += self.gap
+            x[at : at + count] = draw(count, self.width) * self.scale
+            for offset in range(0, count, self.block):
+                start.append(at + offset)
+                length.append(min(self.block, count - offset))
+            at += count
+        projection = draw(self.width, self.features)
+        return {
+            "x_NM": with_gaps(x) if self.gaps else x,
+            "projection_MF": with_gaps(projection) if self.gaps else projection,
+            "block_start_K": torch.tensor(start),
+            "block_length_K": torch.tensor(length),
+            "block_rows": self.block,
+            "pools": self.pools,
+            "extra_KE": draw(len(start), self.extras) if self.extras else None,
+        }
 
 
 def _flops(inputs: Inputs) -> int:
@@ -75,7 +91,7 @@ def _bytes_moved(inputs: Inputs) -> int:
 
 
 def _case(name: str, **options: Any) -> Case:
-    return Case(name, lambda g: _inputs(g, **options), gradcheck=False, ulps=ULPS)
+    return Case(name, Shape(**options).inputs, gradcheck=False, ulps=ULPS)
 
 
 SPEC = OpSpec(
