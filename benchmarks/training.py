@@ -55,6 +55,7 @@ class Pool:
     """Child processes; the next ones import their libraries while one runs."""
 
     AHEAD = 2
+    COMMAND = (sys.executable, "-m", "benchmarks.training_cell")
 
     def __init__(self) -> None:
         self.ready: list[subprocess.Popen] = []
@@ -63,7 +64,7 @@ class Pool:
         """A child that waits for its job."""
         log = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115  lives as long as the child
         child = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.training_cell"],
+            self.COMMAND,
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=subprocess.STDOUT,

@@ -14,6 +14,7 @@ from benchmarks.peers.peer import Setting, parse_method
 from benchmarks.training_presets import FAMILY, Comparison, Group
 from lemo.errors import DataError
 from lemo.measure.record import Record, config_hash, read_records
+from lemo.measure.statistics import value_of
 
 SCRIPT = "benchmarks/training.py"
 FINAL = ("ok", "out of memory", "unsupported")  # what is not tried again
@@ -152,12 +153,19 @@ def _name(one: Measured, what: str) -> str:
 def _record(one: Measured, what: str, unit: str, samples: Any, statistic: str, **further: Any) -> Record:
     """A Record with the provenance of the turns, which may have run on another machine than this."""
     bar = further.pop("bar", None)
-    setting = {**one.setting(), **further, "statistic": statistic}
-    seeds = [one.group.setting.seed]
-    record = Record.measure(_name(one, what), unit, samples, setting, script=SCRIPT, seeds=seeds, bar=bar)
+    setting = json.loads(json.dumps({**one.setting(), **further, "statistic": statistic}))
     last = one.turns[-1]
-    return dataclasses.replace(
-        record, device=last["device"], versions=last["versions"], commit=last["commit"], time=last["time"]
+    return Record(
+        name=_name(one, what),
+        value=value_of(samples, statistic),
+        unit=unit,
+        samples=samples,
+        setting=setting,
+        seeds=(one.group.setting.seed,),
+        script=SCRIPT,
+        config_hash=config_hash(setting),
+        bar=bar,
+        **{name: last[name] for name in ("device", "versions", "commit", "time")},
     )
 
 
