@@ -2,6 +2,7 @@
 
 from lemo.ops.attend_rows.explicit import attend_backward, attend_forward
 from lemo.ops.attend_rows.op import attend_rows, attend_rows_constant, attend_rows_with_lse
+from lemo.ops.attend_rows.stripes import plan_rows
 from lemo.ops.block_score.op import block_score, key_block_scores
 from lemo.ops.gated_act.op import gated_act, gated_act_backward
 from lemo.ops.gather_rows.op import gather_rows
@@ -31,6 +32,7 @@ __all__ = [
     "linear_ce_module",
     "norm_rows",
     "norm_rows_backward",
+    "plan_rows",
     "pool_blocks",
     "rank_blocks",
     "rope_rows_",

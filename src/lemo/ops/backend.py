@@ -43,10 +43,15 @@ def choose_backend(op: str, backend: Backend, why_not_triton: Callable[[], str |
             raise BackendError(f"{op}: backend 'triton' cannot run here: {reason}")
         return backend
     chosen, because = ("triton", "it can run") if reason is None else ("reference", f"triton cannot run: {reason}")
+    log_choice(op, chosen, because)
+    return chosen
+
+
+def log_choice(op: str, chosen: str, because: str) -> None:
+    """Says once which backend `auto` took, and why."""
     if (op, chosen, because) not in _logged:
         _logged.add((op, chosen, because))
         _log.info("%s uses backend %s (%s)", op, chosen, because)
-    return chosen
 
 
 def interpreting() -> bool:

@@ -7,12 +7,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lemo.ops.attend_rows import tiling
+from lemo.ops.attend_rows import stripes, tiling, vendor
 from lemo.ops.attend_rows.checks import Options, check, why_not_triton
-from lemo.ops.attend_rows.reference import Rows, Segments, attend_backward_reference, attend_rows_reference
-from lemo.ops.backend import choose_backend
+from lemo.ops.attend_rows.reference import Rows, attend_backward_reference, attend_rows_reference
+from lemo.ops.backend import choose_backend, log_choice
 
-ExplicitBackend = Literal["auto", "triton", "reference"]
+ExplicitBackend = Literal["auto", "vendor", "triton", "reference"]
 Pair = tuple[Tensor, Tensor]
 
 
@@ -40,7 +40,8 @@ def attend_forward(
         keys: documents and positions of the key rows, among them every query's own; all valid, unless it is `queries`.
         scaling: positive factor of the scores.
         window: keys farther back than this are not seen; None for no window.
-        backend: `triton`, `reference`, or `auto` to take the fastest that can run.
+        backend: `vendor` for cuDNN or FlashAttention-2 through torch; `triton`; `reference`; or `auto` to take the
+            first of them that can run. On all keys, `auto` takes vendor kernels only for rows from `plan_rows`.
 
     Returns:
         Output (H, N, D) in the dtype of `query_HND`, heads inside rows in memory, so that
@@ -52,23 +53,27 @@ def attend_forward(
         ValueError: shapes, dtypes, devices or documents do not fit, or `scaling` or `window` is not positive.
 
     Cost:
-        4·D·H FLOPs per pair that is seen. No host synchronisation outside the reference.
+        4·D·H FLOPs per pair that is seen. No host synchronisation outside the reference, but for planned rows: the
+        host waits until the device has come past `plan_rows`.
 
     Numerics:
-        scores, softmax and sums in fp32 (fp64 for fp64 input).
+        scores, softmax and sums in fp32 (fp64 for fp64 input). On all keys `vendor` rounds the output once more, where
+        the kernels meet. Repeated runs agree bit for bit.
     """
     options = (scaling, window)
     check(query_HND, (key_GKD, value_GKD), queries, keys, options)
     with torch.no_grad():
-        if _choose(backend, query_HND, queries, keys, options) == "reference":
+        chosen = _choose(backend, query_HND, queries, keys, options)
+        if chosen == "vendor":
+            return _vendor_forward(query_HND, (key_GKD, value_GKD), queries, keys, scaling)
+        if chosen == "reference":
             output_HND, lse_HN = attend_rows_reference(
                 query_HND, key_GKD, value_GKD, queries, keys, scaling=scaling, window=window
             )
             return _heads_inside(output_HND), lse_HN
         from lemo.ops.attend_rows import kernel
 
-        work, _ = _work(queries, keys)
-        return kernel.forward(query_HND, key_GKD, value_GKD, work, scaling, window)
+        return kernel.forward(query_HND, key_GKD, value_GKD, _work(queries, keys), scaling, window)
 
 
 def attend_backward(
@@ -121,7 +126,8 @@ def attend_backward(
         for keys; with `own` 6 per pair and 8 per pair of queries.
 
     Numerics:
-        products of operands in the dtype of the input, sums in fp32 (fp64 for fp64 input).
+        products of operands in the dtype of the input, sums in fp32 (fp64 for fp64 input). `vendor` adds in no fixed
+        order: repeated runs differ in the last bits, and deterministic algorithms rule it out.
     """
     options = (scaling, window)
     check(query_HND, (key_GKD, value_GKD), queries, keys, options)
@@ -136,33 +142,89 @@ def attend_backward(
         raise ValueError(f"log-sum-exp must be {tuple(query_HND.shape[:2])}, got {tuple(lse_HN.shape)}")
     tensors = (grad_HND, query_HND, key_GKD, value_GKD, output_HND, lse_HN)
     with torch.no_grad():
-        if _choose(backend, query_HND, queries, keys, options) == "reference":
+        chosen = _choose(backend, query_HND, queries, keys, options)
+        if chosen == "vendor":
+            return _vendor_backward(tensors, queries, keys, scaling, own)
+        if chosen == "reference":
             found = attend_backward_reference(tensors, queries, keys, scaling=scaling, window=window, own=own)
             return _heads_inside(found[0]), _heads_inside(found[1]), _heads_inside(found[2])
         return _triton_backward(tensors, queries, keys, options, own)
 
 
 def _choose(backend: ExplicitBackend, query: Tensor, queries: Rows, keys: Rows, options: Options) -> str:
-    def reason() -> str | None:
-        if queries.valid_N is not None and options[1] is not None:
-            return "rows that are not valid have no place in a window"
-        return why_not_triton(query, _ordered(keys) if keys is queries else keys)
-
-    return choose_backend("attend_rows", backend, reason)
-
-
-def _ordered(rows: Rows) -> Rows:
-    """The same rows with positions that ascend: rows that are not valid, at their document's end, come after all."""
-    if rows.valid_N is None:
-        return rows
-    position_N = torch.where(rows.valid_N, rows.position_N, torch.iinfo(torch.int32).max)
-    return Segments(rows.starts, rows.lengths, position_N)
+    if backend in ("auto", "vendor"):
+        reason = _why_not_vendor(query, queries, keys, options, backend == "auto")
+        if reason is None:
+            if backend == "auto":
+                log_choice("attend_rows", "vendor", "it can run")
+            return "vendor"
+        if backend == "vendor":
+            raise BackendError(f"attend_rows: backend 'vendor' cannot run here: {reason}")
+    return choose_backend("attend_rows", backend, lambda: _why_not_kernel(query, queries, keys, options))
 
 
-def _work(queries: Rows, keys: Rows) -> tuple[tiling.Work, Rows]:
-    """The work of the kernels, and the queries with ascending positions."""
-    ordered = _ordered(queries)
-    return tiling.Work.between(ordered, ordered if keys is queries else keys), ordered
+def _why_not_kernel(query: Tensor, queries: Rows, keys: Rows, options: Options) -> str | None:
+    if queries.valid_N is not None and options[1] is not None:
+        return "rows that are not valid have no place in a window"
+    return why_not_triton(query, stripes.ordered(keys) if keys is queries else keys)
+
+
+def _why_not_vendor(query: Tensor, queries: Rows, keys: Rows, options: Options, auto: bool) -> str | None:
+    reason = vendor.why_not(query, options[1])
+    if reason is not None:
+        return reason
+    if keys is queries:
+        return vendor.refuses(query, queries)
+    if auto and _marks(queries) is None:
+        return "its rectangles are not planned, see plan_rows"
+    if _marks(queries) is None and not vendor.varlen_runs(query.dtype, query.shape[2], query.device):
+        return "neither are its rectangles planned, nor does the kernel for varied lengths run"
+    return _why_not_kernel(query, queries, keys, options)
+
+
+def _marks(queries: Rows) -> stripes.Marks | None:
+    return getattr(queries, "marks", None)
+
+
+def _work(queries: Rows, keys: Rows) -> tiling.Work:
+    rising = stripes.ordered(queries)
+    return tiling.Work.between(rising, rising if keys is queries else keys)
+
+
+def _rectangles(query: Tensor, queries: Rows, keys: Rows) -> tuple[tiling.Work, stripes.Marks, vendor.Dense | None]:
+    """Work, marks and the dense kernel; no dense kernel for rows that are not planned."""
+    marks = _marks(queries)
+    if marks is not None:
+        return _work(queries, keys), marks, vendor.dense_kernels(query.dtype, query.shape[2], query.device)[0]
+    marks = stripes.plan_rows(queries, keys).marks
+    assert marks is not None
+    return _work(queries, keys), marks, None
+
+
+def _vendor_forward(query: Tensor, pair: Pair, queries: Rows, keys: Rows, scaling: float) -> Pair:
+    if keys is queries:
+        return vendor.causal_forward(query, pair, queries, scaling)
+    work, marks, dense = _rectangles(query, queries, keys)
+    return stripes.forward(query, pair, work, marks, scaling, dense)
+
+
+def _vendor_backward(
+    tensors: tuple[Tensor, ...], queries: Rows, keys: Rows, scaling: float, own: Pair | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad, query, key, value, output, lse = tensors
+    if keys is queries:
+        return vendor.causal_backward((grad, query, *(own or (key, value)), output, lse), queries, scaling)
+    if own is None:
+        work, marks, dense = _rectangles(query, queries, keys)
+        return stripes.backward(tensors, work, marks, scaling, dense)
+    from lemo.ops.attend_rows import kernel
+
+    work = _work(queries, keys)
+    d_query, _ = kernel.backward_query(grad, query, key, value, (output, lse.contiguous()), work, scaling, None)
+    if vendor.refuses(query, queries) is None:
+        among_own = vendor.causal_backward((grad, query, *own, output, lse), queries, scaling)
+        return d_query, among_own[1], among_own[2]
+    return _triton_backward(tensors, queries, keys, (scaling, None), own)
 
 
 def _triton_backward(
@@ -171,11 +233,11 @@ def _triton_backward(
     from lemo.ops.attend_rows import kernel
 
     grad, query, key, value, output, lse = tensors
-    work, _ = _work(queries, keys)
-    d_query, delta = kernel.backward_query(grad, query, key, value, (output, lse.contiguous()), work, *options)
+    lse, work = lse.contiguous(), _work(queries, keys)
+    d_query, delta = kernel.backward_query(grad, query, key, value, (output, lse), work, *options)
     if own is not None:
         (key, value), work = own, work.with_own()
-    return d_query, *kernel.backward_key(grad, query, key, value, (lse.contiguous(), delta), work, *options, True)
+    return d_query, *kernel.backward_key(grad, query, key, value, (lse, delta), work, *options, True)
 
 
 def _heads_inside(tensor: Tensor) -> Tensor:

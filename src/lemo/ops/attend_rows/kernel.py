@@ -17,6 +17,8 @@ from torch import Tensor
 
 from lemo.ops.attend_rows.tiling import Tiling, Work, like_rows, sizes, tile_table, tilings
 
+Pair = tuple[Tensor, Tensor]
+
 
 def bounds(work: Work, window: int | None, owns_keys: bool, ordered: bool = True) -> Tensor:
     """(2, rows) int32: first and end of the rows on the other side that each row sees (keys), or is seen by (queries).
@@ -48,23 +50,27 @@ def forward(
     scaling: float,
     window: int | None,
     tiling: Tiling | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Output (H, N, D) over rows in memory, and natural log-sum-exp (H, N)."""
+    seen: Tensor | None = None,
+    start: Pair | None = None,
+) -> Pair:
+    """Output (H, N, D) over rows in memory, and natural log-sum-exp (H, N).
+
+    `start`: output and log-sum-exp over other keys, to go on from, in place; `seen`: what `bounds` would find.
+    """
     query, key, value = _near(query), _near(key), _near(value)
     heads, rows, head_dim = query.shape
-    output = like_rows(query, work.covers_rows())
-    lse = query.new_empty(heads, rows, dtype=torch.float32)
-    if not work.covers_rows():
-        lse.zero_()
+    covered = work.covers_rows()
+    lse = (query.new_empty if covered else query.new_zeros)(heads, rows, dtype=torch.float32)
+    output, lse = start or (like_rows(query, covered), lse)
     tiling = tiling or tilings("forward", head_dim, query.dtype)[0]
     table, tiles, _ = tile_table(work.segments, tiling.rows, query.device, True)
     if tiles == 0:
         return output, lse
     with _on(query):
         _forward_kernel[(tiles * heads,)](
-            query, key, value, output, lse, bounds(work, window, False), table,
+            query, key, value, output, lse, bounds(work, window, False) if seen is None else seen, table,
             *query.stride(), *key.stride(), *value.stride(), *output.stride(), rows, tiles, float(scaling),
-            **sizes(query, key, tiling, window, tiles * heads),
+            START=start is not None, **sizes(query, key, tiling, window, tiles * heads),
         )  # fmt: skip
     return output, lse
 
@@ -74,15 +80,20 @@ def backward_query(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    saved: tuple[Tensor, Tensor],
+    saved: Pair,
     work: Work,
     scaling: float,
     window: int | None,
     tiling: Tiling | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Gradient of the queries, and delta (H, N) fp32: the sum of grad · output that the key kernel needs."""
-    output, lse = saved
-    grad, query, key, value, output = (_near(t) for t in (grad, query, key, value, output))
+    seen: Tensor | None = None,
+    start: Tensor | None = None,
+) -> Pair:
+    """Gradient of the queries, and delta (H, N) fp32: the sum of grad · output that the key kernel needs.
+
+    `start`: fp32 gradient through other keys, laid out like the result, that is added; `seen`: see `forward`.
+    """
+    lse = saved[1]
+    grad, query, key, value, output = (_near(t) for t in (grad, query, key, value, saved[0]))
     heads, rows, head_dim = query.shape
     d_query = like_rows(query, work.covers_rows())
     delta = torch.empty_like(lse)
@@ -92,9 +103,11 @@ def backward_query(
         return d_query, delta
     with _on(query):
         _query_kernel[(tiles * heads,)](
-            grad, query, key, value, output, lse, delta, d_query, bounds(work, window, False), table,
+            grad, query, key, value, output, lse, delta, d_query, d_query if start is None else start,
+            bounds(work, window, False) if seen is None else seen, table,
             *grad.stride(), *query.stride(), *key.stride(), *value.stride(), *output.stride(), *d_query.stride(),
-            rows, tiles, float(scaling), **sizes(query, key, tiling, window, tiles * heads),
+            rows, tiles, float(scaling),
+            START=start is not None, **sizes(query, key, tiling, window, tiles * heads),
         )  # fmt: skip
     return d_query, delta
 
@@ -104,18 +117,23 @@ def backward_key(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    sums: tuple[Tensor, Tensor],
+    sums: Pair,
     work: Work,
     scaling: float,
     window: int | None,
     ordered: bool,
     tiling: Tiling | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of keys and values; `sums` are lse and delta, `work` has the queries as its rows."""
+    seen: Tensor | None = None,
+    start: Pair | None = None,
+) -> Pair:
+    """Gradients of keys and values; `sums` are lse and delta, `work` has the queries as its rows.
+
+    `start`: gradients through other queries, to which these are added, in place; `seen`: see `forward`.
+    """
     work = work.turned()
     grad, query, key, value = _near(grad), _near(query), _near(key), _near(value)
     groups, rows, head_dim = key.shape
-    d_key, d_value = like_rows(key, work.covers_rows()), like_rows(value, work.covers_rows())
+    d_key, d_value = start or (like_rows(key, work.covers_rows()), like_rows(value, work.covers_rows()))
     tiling = tiling or tilings("key", head_dim, query.dtype)[0]
     table, tiles, _ = tile_table(work.segments, tiling.rows, query.device, False)
     if tiles == 0:
@@ -123,10 +141,10 @@ def backward_key(
     with _on(query):
         _key_kernel[(tiles * groups,)](
             grad, query, key, value, *sums, d_key, d_value, work.others, work.rows,
-            bounds(work, window, True, ordered), table,
+            bounds(work, window, True, ordered) if seen is None else seen, table,
             *grad.stride(), *query.stride(), *key.stride(), *value.stride(), *d_key.stride(),
             query.shape[1], rows, tiles, float(scaling), window or 0,
-            ORDERED=ordered, **sizes(query, key, tiling, window, tiles * groups),
+            ORDERED=ordered, START=start is not None, **sizes(query, key, tiling, window, tiles * groups),
         )  # fmt: skip
     return d_key, d_value
 
@@ -155,18 +173,9 @@ def _upper_bound(position_ptr, low, high, target, rounds):
 
 @triton.jit
 def _bounds_kernel(
-    row_ptr,
-    other_ptr,
-    bounds_ptr,
-    table_ptr,
-    rows,
-    rounds,
-    first_shift,
-    end_shift,
-    HAS_FIRST: tl.constexpr,
-    HAS_END: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+    row_ptr, other_ptr, bounds_ptr, table_ptr, rows, rounds, first_shift, end_shift,
+    HAS_FIRST: tl.constexpr, HAS_END: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     tile = table_ptr + tl.program_id(0) * 4
     row = tl.load(tile) + tl.arange(0, ROWS)
     inside = row < tl.load(tile + 1)
@@ -302,7 +311,7 @@ def _forward_kernel(
     query_ptr, key_ptr, value_ptr, output_ptr, lse_ptr, bounds_ptr, table_ptr,
     query_stride_h, query_stride_n, query_stride_d, key_stride_g, key_stride_n, key_stride_d,
     value_stride_g, value_stride_n, value_stride_d, output_stride_h, output_stride_n, output_stride_d,
-    rows, tiles, scaling,
+    rows, tiles, scaling, START: tl.constexpr,
     HEADS_PER_GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, ROWS: tl.constexpr,
     OTHERS: tl.constexpr, WINDOW: tl.constexpr, BY_HEAD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -313,11 +322,16 @@ def _forward_kernel(
     low, a, b, high = _parts(seen_first, seen_end, OTHERS, WINDOW, True)
     query_ptr += head * query_stride_h
     query = _load(query_ptr, first, end, query_stride_n, query_stride_d, ROWS, HEAD_DIM, PADDED_DIM, False)
-    state = (
-        tl.zeros((ROWS, PADDED_DIM), dtype=tl.float32),
-        tl.full((ROWS,), float("-inf"), dtype=tl.float32),
-        tl.zeros((ROWS,), dtype=tl.float32),
-    )
+    output_ptr += head * output_stride_h
+    row = first + tl.arange(0, ROWS)
+    total = tl.zeros((ROWS, PADDED_DIM), dtype=tl.float32)
+    top = tl.full((ROWS,), float("-inf"), dtype=tl.float32)
+    weight = tl.zeros((ROWS,), dtype=tl.float32)
+    if START:  # what other keys brought, as if it were one
+        total += _load(output_ptr, first, end, output_stride_n, output_stride_d, ROWS, HEAD_DIM, PADDED_DIM, False)
+        top = tl.load(lse_ptr + head * rows + row, mask=row < end, other=0.0) * 1.4426950408889634
+        weight += 1.0
+    state = total, top, weight
     scale = scaling * 1.4426950408889634
     for phase in tl.static_range(0 if WINDOW else 1, 3):
         start, stop = _span(low, a, b, high, phase)
@@ -327,10 +341,8 @@ def _forward_kernel(
             HEAD_DIM, PADDED_DIM, OTHERS, WINDOW, STAGES, phase != 1,
         )  # fmt: skip
     total, top, weight = state
-    output_ptr += head * output_stride_h
     total = total / weight[:, None]
     _store(output_ptr, total, first, end, output_stride_n, output_stride_d, ROWS, HEAD_DIM, PADDED_DIM)
-    row = first + tl.arange(0, ROWS)
     tl.store(lse_ptr + head * rows + row, (top + tl.log2(weight)) * 0.6931471805599453, mask=row < end)
 
 
@@ -361,11 +373,12 @@ def _query_tiles(
 
 @triton.jit
 def _query_kernel(
-    grad_ptr, query_ptr, key_ptr, value_ptr, output_ptr, lse_ptr, delta_ptr, d_query_ptr, bounds_ptr, table_ptr,
+    grad_ptr, query_ptr, key_ptr, value_ptr, output_ptr, lse_ptr, delta_ptr, d_query_ptr, start_ptr, bounds_ptr,
+    table_ptr,
     grad_stride_h, grad_stride_n, grad_stride_d, query_stride_h, query_stride_n, query_stride_d,
     key_stride_g, key_stride_n, key_stride_d, value_stride_g, value_stride_n, value_stride_d,
     output_stride_h, output_stride_n, output_stride_d, d_query_stride_h, d_query_stride_n, d_query_stride_d,
-    rows, tiles, scaling,
+    rows, tiles, scaling, START: tl.constexpr,
     HEADS_PER_GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, ROWS: tl.constexpr,
     OTHERS: tl.constexpr, WINDOW: tl.constexpr, BY_HEAD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -386,6 +399,10 @@ def _query_kernel(
     lse = tl.load(lse_ptr + head * rows + row, mask=row < end, other=float("inf")) * 1.4426950408889634
     scale = scaling * 1.4426950408889634
     d_query = tl.zeros((ROWS, PADDED_DIM), dtype=tl.float32)
+    if START:
+        start_ptr += head * d_query_stride_h
+        started = _load(start_ptr, first, end, d_query_stride_n, d_query_stride_d, ROWS, HEAD_DIM, PADDED_DIM, False)
+        d_query += started / scaling
     for phase in tl.static_range(0 if WINDOW else 1, 3):
         start, stop = _span(low, a, b, high, phase)
         d_query = _query_tiles(
@@ -439,10 +456,12 @@ def _key_kernel(
     d_stride_g, d_stride_n, d_stride_d, queries, rows, tiles, scaling, window,
     HEADS_PER_GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, ROWS: tl.constexpr,
     OTHERS: tl.constexpr, WINDOW: tl.constexpr, BY_HEAD: tl.constexpr, STAGES: tl.constexpr, ORDERED: tl.constexpr,
+    START: tl.constexpr,
 ):  # fmt: skip
     group, first, end, _, query_end = _tile_of(tiles, table_ptr, BY_HEAD)
     seen_first, seen_end = _seen(bounds_ptr, first, end, rows, ROWS)
     low, a, b, high = _parts(seen_first, seen_end, OTHERS, True, WINDOW)
+    query_end = tl.minimum(query_end, high)
     if not ORDERED:
         a = high
         b = high
@@ -455,6 +474,11 @@ def _key_kernel(
     scale = scaling * 1.4426950408889634
     d_key = tl.zeros((ROWS, PADDED_DIM), dtype=tl.float32)
     d_value = tl.zeros((ROWS, PADDED_DIM), dtype=tl.float32)
+    d_key_ptr += group * d_stride_g
+    d_value_ptr += group * d_stride_g
+    if START:
+        d_key += _load(d_key_ptr, first, end, d_stride_n, d_stride_d, ROWS, HEAD_DIM, PADDED_DIM, False) / scaling
+        d_value += _load(d_value_ptr, first, end, d_stride_n, d_stride_d, ROWS, HEAD_DIM, PADDED_DIM, False)
     for part in range(HEADS_PER_GROUP):
         head = group * HEADS_PER_GROUP + part
         query_of_head, grad_of_head = query_ptr + head * query_stride_h, grad_ptr + head * grad_stride_h
@@ -467,7 +491,5 @@ def _key_kernel(
                 query_stride_n, query_stride_d, grad_stride_n, grad_stride_d,
                 HEAD_DIM, PADDED_DIM, OTHERS, WINDOW, STAGES, phase != 1,
             )  # fmt: skip
-    d_key_ptr += group * d_stride_g
-    d_value_ptr += group * d_stride_g
     _store(d_key_ptr, d_key * scaling, first, end, d_stride_n, d_stride_d, ROWS, HEAD_DIM, PADDED_DIM)
     _store(d_value_ptr, d_value, first, end, d_stride_n, d_stride_d, ROWS, HEAD_DIM, PADDED_DIM)

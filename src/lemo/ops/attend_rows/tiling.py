@@ -181,8 +181,8 @@ def sizes(query: Tensor, key: Tensor, tiling: Tiling, window: int | None, progra
     }
 
 
-def like_rows(tensor: Tensor, covered: bool) -> Tensor:
+def like_rows(tensor: Tensor, covered: bool, dtype: torch.dtype | None = None) -> Tensor:
     """A tensor of the same size, heads inside rows in memory, as projections take it; zeros unless `covered`."""
     heads, rows, head_dim = tensor.shape
-    made = tensor.new_empty(rows, heads, head_dim)
+    made = tensor.new_empty(rows, heads, head_dim, dtype=dtype or tensor.dtype)
     return (made if covered else made.zero_()).transpose(0, 1)
