@@ -142,8 +142,10 @@ class Grid:
             score = self.study.score(model, method, handle)
             for note in handle.notes:
                 print(f"note: {note}", flush=True)
-        flops = sequence_flops(method, self.shape, self.protocol.window, self.protocol.rank)
-        setting |= {"flops": flops * setting["steps"] * self.protocol.batch, "window_order": score.order}
+        setting |= {"window_order": score.order}
+        if self.protocol.data == "text":
+            flops = sequence_flops(method, self.shape, self.protocol.window, self.protocol.rank)
+            setting |= {"flops": flops * setting["steps"] * self.protocol.batch}
         for name, values in score.windows.items():
             self.write(cell, setting, name, "nats", values, "mean")
         if trained.losses:

@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from benchmarks.quality_grids import STEPS
 from benchmarks.quality_methods import METHODS, gain_at_64k
 from lemo.measure.record import Record, read_records
 
@@ -179,7 +180,7 @@ def _compare(
         print(f"{name}, {label}: {gap:+.4f} nats over {len(pairs)} seeds{note}", flush=True)
         if len(pairs) < 2:
             continue
-        published = steps == 200 and domain not in void and protocol["window"] == 16384
+        published = steps == STEPS and domain not in void and protocol["window"] == 16384
         at = f"{domain}/{item.baseline}" if item.bar == "B.over_short_windows" else domain
         bar = None if item.bar is None or not published else item.bar + (f"/{at}" if at else "")
         setting = {**protocol, "steps": steps, "learning_rate": pairs[0][1].setting["learning_rate"]}

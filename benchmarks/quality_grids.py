@@ -111,8 +111,9 @@ GRIDS: dict[str, list[Cell]] = {
     "oracle": _cells(["oracle_mass"], range(5)),
     "long": _cells([*_MAIN[:1], *_MAIN[2:]], range(3)),
     "instruct": [
-        Cell("instruct_before", 0, 100),
-        *_cells([n for n in INSTRUCT if n != "instruct_before"], range(3), 100),
+        *(Cell("instruct_dense", 0, STEPS, rate) for rate in RATES),
+        *_cells(list(INSTRUCT)[:1], [0]),
+        *_cells(list(INSTRUCT)[1:], range(3)),
     ],
 }
 # A grid may need another protocol than the published one.

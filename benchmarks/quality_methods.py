@@ -195,17 +195,15 @@ ABLATIONS = {
 ANSWER_SHARE = 0.08  # of rows of an instruction sample, for FLOPs only: the data decides which rows carry loss
 ORACLES = ("mass", "mass_loss_rows", "mass_detrended", "mass_times_value", "mass_peak", "interaction")
 TARGETS = {f"oracle_{name}": lemo(f"oracle, {name.replace('_', ' ')}", oracle=name) for name in ORACLES}
-_CONTEXT = {"loss_share": ANSWER_SHARE, **_both(0.15)}
+_CONTEXT = {"loss_share": ANSWER_SHARE, **_both(0.2)}
 INSTRUCT = {
     "instruct_before": Method("before any training"),
     "instruct_dense": Method("dense LoRA, answers supervised"),
     "instruct_no_document": Method("dense LoRA, questions and answers alone", documents=False),
-    "instruct_skip": lemo("15 % of rows", **_CONTEXT),
-    "instruct_skip_kept": lemo("15 % of rows, skipped rows offer nothing", kv="kept", **_CONTEXT),
-    "instruct_exact": lemo(
-        "exact forward, gradient through 15 %", ANSWER_SHARE, forward_ratio=1.0, backward_ratio=0.15
-    ),
-    "instruct_random": lemo("15 % of rows, random", scorer="random", **_CONTEXT),
+    "instruct_skip": lemo("20 % of rows, answers included", **_CONTEXT),
+    "instruct_skip_kept": lemo("20 % of rows, answers included, skipped rows offer nothing", kv="kept", **_CONTEXT),
+    "instruct_exact": lemo("exact forward, gradient through 20 %", ANSWER_SHARE, forward_ratio=1.0, backward_ratio=0.2),
+    "instruct_random": lemo("20 % of rows, answers included, random", scorer="random", **_CONTEXT),
 }
 METHODS: dict[str, Method] = {**NULLS, **PRESETS, **RIVALS, **ABLATIONS, **TARGETS, **INSTRUCT}
 

@@ -153,8 +153,11 @@ class QualityStudy:
         )
         return drawn[:count].tolist()
 
-    def training_batches(self, method: Method, seed: int, steps: int) -> Iterator[dict[str, Tensor]]:
-        """Batches of a run: domains in equal numbers, shuffled; a domain that is used up starts again, drawn anew."""
+    def training_batches(self, method: Method, seed: int, steps: int) -> Iterator[list[dict[str, Tensor]]]:
+        """Batches of a run: domains in equal numbers, shuffled; a domain that is used up starts again, drawn anew.
+
+        A batch is one forward, or one for each sample where lengths differ: padding would need (T, T) masks.
+        """
         protocol = self.protocol
         tokens, count = protocol.window // method.pieces, protocol.batch * method.pieces
         generator = torch.Generator().manual_seed(seed)
@@ -171,8 +174,8 @@ class QualityStudy:
                 sample, epoch = sources[turns.pop()].draw()
                 if isinstance(collator, LossRows):
                     collator.set_epoch(epoch)
-                parts.append((collator, sample))
-            yield {k: v.to(self.device) for k, v in _join(parts).items()}
+                parts.append(collator([sample]))
+            yield [{k: v.to(self.device) for k, v in part.items()} for part in _join(parts)]
 
     def _free(self, domain: str, tokens: int, documents: bool) -> list[dict[str, Any]]:
         """Samples of a domain that calibration does not read; shorter windows of its windows neither."""
@@ -343,12 +346,11 @@ class _Endless:
         return self.samples[self.left.pop()], self.epoch
 
 
-def _join(parts: Sequence[tuple[Any, dict[str, Any]]]) -> dict[str, Tensor]:
-    """One batch of samples that are collated one by one, or together where they differ in length."""
-    if len({len(sample["input_ids"]) for _, sample in parts}) > 1:
-        return parts[0][0]([sample for _, sample in parts])
-    made = [collator([sample]) for collator, sample in parts]
-    return {name: torch.cat([m[name] for m in made]) for name in made[0]}
+def _join(made: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """Samples of one length in one batch, others each in their own."""
+    if len({m["input_ids"].shape for m in made}) > 1:
+        return made
+    return [{name: torch.cat([m[name] for m in made]) for name in made[0]}]
 
 
 def _supervised(labels_BT: Tensor) -> Tensor:

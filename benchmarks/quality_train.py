@@ -59,14 +59,18 @@ def train(study: QualityStudy, method: Method, seed: int, setting: Mapping[str, 
         for number, batch in enumerate(study.training_batches(method, seed, steps)):
             if method.ramp is not None:
                 handle.plan = at_progress(plan, method.ramp.progress(number, steps))
-            with step_context(handle, method, batch):
-                loss = model(**batch).loss
-            loss.backward()
+            labelled = sum(int((part["labels"][:, 1:] != -100).sum()) for part in batch)
+            total = 0.0
+            for part in batch:
+                with step_context(handle, method, part):
+                    loss = model(**part, num_items_in_batch=labelled).loss
+                loss.backward()
+                total += float(loss.detach())
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
-            losses.append(float(loss.detach()))
+            losses.append(total)
             times.append(time.perf_counter())
             if number % 50 == 0 or number == steps - 1:
                 print(f"{setting['method']} seed {seed} step {number}: loss {losses[-1]:.4f}", flush=True)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks import check_bars, quality, quality_grids
+from benchmarks import check_bars, quality, quality_answers, quality_grids
 from benchmarks.quality_compare import Cells, domain_means
 from benchmarks.quality_grids import GRIDS, Cell
 from benchmarks.quality_methods import METHODS, equal_steps, gain_at_64k, sequence_flops
 from benchmarks.quality_study import Protocol, QualityStudy
 from lemo.measure.record import read_records
 from lemo.train.data import write_npz
+from tests.train.tiny import byte_tokenizer, save_tiny_model
 
 WINDOW = 512
 
@@ -101,10 +104,10 @@ def test_methods_of_one_seed_are_paired(inputs: Path):
     study = _study(inputs)
     for left, right in (("dense_all", "random_ltd"), ("dense_rows", "balanced")):
         batches = [list(study.training_batches(METHODS[n], 3, 3)) for n in (left, right)]
-        for a, b in zip(*batches, strict=True):
+        for (a,), (b,) in zip(*batches, strict=True):
             assert torch.equal(a["input_ids"], b["input_ids"]) and torch.equal(a["labels"], b["labels"])
     other = list(study.training_batches(METHODS["dense_rows"], 4, 3))
-    assert not all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(other, batches[0], strict=True))
+    assert not all(torch.equal(a["input_ids"], b["input_ids"]) for (a,), (b,) in zip(other, batches[0], strict=True))
     name = next(n for n in study.model().state_dict() if "lora_A" in n)
     kept = [study.fresh_adapter(s).state_dict()[name].clone() for s in (0, 1, 0)]
     assert torch.equal(kept[0], kept[2]) and not torch.equal(kept[0], kept[1])
@@ -117,22 +120,19 @@ def test_training_never_reads_calibration_windows_and_mixes_domains_equally(inpu
         for index in range(7):
             sample = study.windows(domain, "train", WINDOW)[index]
             seen[sample["input_ids"].tobytes()] = f"{domain}{index}"
-    drawn = [
-        seen[row.numpy().tobytes()]
-        for b in study.training_batches(METHODS["dense_all"], 0, 6)
-        for row in b["input_ids"]
-    ]
+    batches = study.training_batches(METHODS["dense_all"], 0, 6)
+    drawn = [seen[row.numpy().tobytes()] for (batch,) in batches for row in batch["input_ids"]]
     assert sum(n.startswith("books") for n in drawn) == len(drawn) // 2
     reserved = {f"{d}{i}" for d in ("books", "code") for i in study.reserved(d)}
     assert not reserved & set(drawn)
-    short = next(study.training_batches(METHODS["dense_4k"], 0, 1))
+    (short,) = next(study.training_batches(METHODS["dense_4k"], 0, 1))
     assert short["input_ids"].shape == (8, WINDOW // 4)
     kept = {
         study.windows(d, "train", WINDOW)[i]["input_ids"].tobytes()
         for d in ("books", "code")
         for i in study.reserved(d)
     }
-    for batch in study.training_batches(METHODS["dense_4k"], 0, 6):
+    for (batch,) in study.training_batches(METHODS["dense_4k"], 0, 6):
         assert not any(row.numpy().tobytes() in whole for row in batch["input_ids"] for whole in kept)
 
 
@@ -157,3 +157,32 @@ def test_newest_cell_counts(inputs: Path, tmp_path: Path, monkeypatch):
     cells = Cells(read_records(options.out))
     (only,) = cells.of("before", "dense", cells.protocols()[0])
     assert set(domain_means(only)) == {"books", "code"}
+
+
+def test_answers_are_scored_with_and_without_documents(inputs: Path, tmp_path: Path, monkeypatch):
+    rows = []
+    for place in range(6):
+        words = " ".join(f"word{i}" for i in range(12 + place))
+        text = "\n\n".join(f"[Story {n}: {n}{place}]\n\n{words}" for n in (1, 2))
+        asked = [{"question": f"What is {n}?", "answers": [f"a{n}"], "document": n} for n in (1, 1, 2)]
+        rows.append(json.dumps({"text": text, "qas": asked}))
+    for split in ("train", "validation"):
+        with gzip.open(tmp_path / f"instruct-{split}.jsonl.gz", "wt") as file:
+            file.write("\n".join(rows))
+    quality_answers.write_answers(tmp_path, byte_tokenizer(), tmp_path, WINDOW)
+    whole, alone = (quality_answers.read_answers(tmp_path / f"{n}-train.npz") for n in ("answers", "answers-alone"))
+    assert len(whole) == len(alone) > 6
+    for a, b in zip(whole.windows, alone.windows, strict=True):
+        assert a.sample_id == b.sample_id and len(a.tokens_T) > len(b.tokens_T)
+        assert a.tokens_T[a.learned_T].tolist() == b.tokens_T[b.learned_T].tolist(), "the same answers"
+        assert a.tokens_T[-len(b.tokens_T) :].tolist() == b.tokens_T.tolist()
+        assert len(a.tokens_T) <= WINDOW
+    save_tiny_model(tmp_path / "model")
+    options = _options(tmp_path, tmp_path / "r.jsonl", "instruct", "--learning-rate", "1e-3")
+    options[options.index("books,code")] = "answers"
+    cells = [Cell(n, 0, 1) for n in ("instruct_dense", "instruct_no_document", "instruct_skip")]
+    monkeypatch.setitem(GRIDS, "instruct", cells)
+    assert quality.main(options) == 0
+    found = {r.name: r for r in read_records(tmp_path / "r.jsonl")}
+    assert found["quality/instruct_no_document/dense"].value != found["quality/instruct_dense/dense"].value
+    assert found["quality/instruct_skip/forward_share"].value < 1
