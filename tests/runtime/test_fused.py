@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lemo import attach
+from lemo.core.bypass import Bypass
 from lemo.errors import UnsupportedModelError
 from lemo.families import all_families
 from tests.runtime.oracle import batch, gradients, tiny_model
@@ -264,3 +265,22 @@ def test_self_test_covers_the_fused_engine(monkeypatch):
     monkeypatch.setattr("lemo.runtime.fused.attention.rope_rows_", lambda *a, **k: None)
     with pytest.raises(UnsupportedModelError, match="cannot skip rows"):
         attach(model, plan_of(model, "skip"), engine="fused")
+
+
+@pytest.mark.parametrize("recompute", ["none", "lin"])
+@pytest.mark.parametrize("kv", ["kept", "all"])
+@pytest.mark.parametrize("family", ["llama", "granite", "opt", "phi3"])
+def test_own_mlp_rows(family, kv, recompute, monkeypatch):
+    """The MLP runs fewer rows than attention; the others take its bypass, or none."""
+    in_double(monkeypatch)
+    model = tiny_model(family, dtype=torch.float64)
+    plan = replace(plan_of(model, "skip", kv), mlp="own")
+    width = model.config.get_text_config().hidden_size
+    generator = torch.Generator().manual_seed(9)
+    bypass = Bypass(
+        0.2 * torch.randn(width, 3, generator=generator, dtype=torch.float64),
+        0.2 * torch.randn(3, width, generator=generator, dtype=torch.float64),
+    )
+    layers = [replace(x, mlp_ratio=0.3, mlp_bypass=bypass if i % 2 else None) for i, x in enumerate(plan.layers)]
+    plan = replace(plan, layers=tuple(layers))
+    assert_equal_engines(model, plan, batch(48, supervised_from=40), recompute=recompute)

@@ -194,7 +194,9 @@ def run_layer(dense_call: Callable, x_BTM: Tensor, kwargs: dict[str, Any], conte
 def _fused(step: _Step, selection: Selection) -> Tensor:
     """The layer as one function. The engine recomputes by itself: a checkpoint around it would do so twice."""
     layer = step.dense_call.__self__
-    call = make_call(step.context, step.index, selection, step.x_BTM, step.kwargs)
+    runs = selection.forward
+    mlp = _mlp_rows(step, runs) if runs is not None and runs is selection.backward else None
+    call = make_call(step.context, step.index, selection, step.x_BTM, step.kwargs, mlp)
     checkpoints = getattr(layer, "gradient_checkpointing", False)
     try:
         if checkpoints:

@@ -10,7 +10,7 @@ from lemo.errors import ConfigError, UnsupportedModelError
 from lemo.families import find_family
 from lemo.runtime.batch import BatchContext
 from lemo.runtime.fused.call import LEVELS, Recompute
-from lemo.runtime.fused.engine import loss_rows, why_not_plan
+from lemo.runtime.fused.engine import loss_rows
 from lemo.runtime.fused.final import install_norm, remove_norm
 from lemo.runtime.fused.parts import Norm, read_norm
 from lemo.runtime.model import decoder_layers
@@ -69,12 +69,12 @@ class FusedEngine:
         model = self._handle.model
         if self._engine == "generic" or (self._engine == "auto" and not next(model.parameters()).is_cuda):
             return frozenset()
-        general, found = why_not_plan(self._handle.plan), set()
+        found = set()
         for index, layer in enumerate(decoder_layers(model)):
             state = layer.__dict__.get("_lemo_layer")
             if state is None:
                 continue
-            reason = general or state.why_not_fused(layer)
+            reason = state.why_not_fused(layer)
             if reason is None:
                 found.add(index)
             elif self._engine == "fused":

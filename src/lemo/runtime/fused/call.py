@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 from lemo.core.bypass import Bypass
-from lemo.runtime.rows import RowRange
+from lemo.runtime.rows import MlpRows, RowRange
 
 Recompute = Literal["none", "mlp", "lin", "layer"]
 LEVELS = ("none", "mlp", "lin", "layer")
@@ -49,6 +49,7 @@ class FusedCall:
         skipped_s: (s,) flat rows that take the bypass.
         bypass: their update; None leaves them unchanged.
         exact: rows that pass gradient, when they are fewer than those that run.
+        mlp: rows of the MLP among those that run, when it has its own.
         cosine_PR: RoPE tables, row i of the stream uses entry i mod P; None without RoPE.
         sine_PR: likewise.
         recompute: what backward computes again instead of finding it saved.
@@ -64,6 +65,7 @@ class FusedCall:
     skipped_s: Tensor | None
     bypass: Bypass | None
     exact: ExactRows | None
+    mlp: MlpRows | None
     cosine_PR: Tensor | None
     sine_PR: Tensor | None
     recompute: Recompute

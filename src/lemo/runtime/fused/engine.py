@@ -14,16 +14,16 @@ from lemo.core.selection import RowSet, Selection
 from lemo.ops import writable
 from lemo.runtime.batch import BatchContext
 from lemo.runtime.fused.call import ExactRows, FusedCall
-from lemo.runtime.rows import RowRange, all_rows, inverse
-
-
-def why_not_plan(plan: Plan) -> str | None:
-    """Why a plan needs the generic executor; None when the fused engine can run it."""
-    return "the MLP has rows of its own" if plan.mlp == "own" else None
+from lemo.runtime.rows import MlpRows, RowRange, all_rows, inverse
 
 
 def make_call(
-    context: BatchContext, index: int, selection: Selection, x_BTM: Tensor, kwargs: Mapping[str, Any]
+    context: BatchContext,
+    index: int,
+    selection: Selection,
+    x_BTM: Tensor,
+    kwargs: Mapping[str, Any],
+    mlp: MlpRows | None,
 ) -> FusedCall:
     """Rows of one layer for one batch, as the fused engine takes them.
 
@@ -33,13 +33,14 @@ def make_call(
         selection: its rows.
         x_BTM: residual stream before it.
         kwargs: the layer's keywords; `position_embeddings` among them where it uses RoPE.
+        mlp: rows of its MLP among those of the selection, when it has its own.
     """
     layout, plan = context.layout, context.plan
     runs, passes = selection.forward, selection.backward
     runs, passes = runs or _everything(layout), passes or _everything(layout)
     exact = None if selection.forward is selection.backward else passes
     wanted = None
-    if exact is None and context.loss_rows_only and index == len(plan.layers) - 1:
+    if exact is None and mlp is None and context.loss_rows_only and index == len(plan.layers) - 1:
         wanted = loss_rows(layout)
     whole = runs is None or (plan.kv == "all" and len(runs.skipped_S) > 0)
     frame_rows = None if whole else runs.rows_N
@@ -62,6 +63,7 @@ def make_call(
         skipped_s=None if runs is None or wanted is not None else runs.skipped_S,
         bypass=None if bypass is None else bypass.on(x_BTM.device, x_BTM.dtype),
         exact=None if exact is None else _exact_rows(layout, plan, runs, exact, frame_rows),
+        mlp=mlp,
         cosine_PR=tables[0],
         sine_PR=tables[1],
         recompute=context.recompute,

@@ -22,8 +22,9 @@ from lemo.runtime.fused.attention import (
 )
 from lemo.runtime.fused.call import FusedCall
 from lemo.runtime.fused.maps import Gradients
-from lemo.runtime.fused.mlp import mlp_backward, norm_backward, run_mlp
+from lemo.runtime.fused.mlp import mlp_backward, mlp_bypass, mlp_bypass_backward, norm_backward, run_mlp
 from lemo.runtime.fused.parts import LayerParts
+from lemo.runtime.rows import MlpRows
 
 OWNED = "_lemo_owned"  # attribute of gradients that only the next layer's backward reads
 
@@ -164,17 +165,34 @@ class _Forward:
             if self.needs_grad:
                 self.saved["unchosen_rstd"] = rstd
 
+        rows_n, valid_n = call.rows_n, call.valid_n
+        if call.mlp is not None:
+            # Rows of the frame that skip the MLP are done; the MLP sees the others alone.
+            assert rows_n is not None
+            self._skip_mlp(middle, call.mlp)
+            chosen = call.mlp.rows_n
+            middle, rows_n = middle.index_select(0, chosen), rows_n[chosen]
+            valid_n = None if valid_n is None else valid_n[chosen]
+
         def write(rows: slice, update: Tensor) -> None:
             if parts.multiplier != 1.0:
                 update.mul_(parts.multiplier)
-            if call.rows_n is None:
+            if rows_n is None:
                 torch.add(middle[rows], update, out=stream[rows])
                 return
-            valid = None if call.valid_n is None else call.valid_n[rows]
-            write_rows_(stream, call.rows_n[rows], update, residual_nM=middle[rows], valid_n=valid)
+            valid = None if valid_n is None else valid_n[rows]
+            write_rows_(stream, rows_n[rows], update, residual_nM=middle[rows], valid_n=valid)
 
         keep = self.needs_grad and self.level == "none"
         self.saved |= run_mlp(parts, middle, write, keep=keep)
+
+    def _skip_mlp(self, middle: Tensor, mlp: MlpRows) -> None:
+        call = self.call
+        assert call.rows_n is not None
+        rows = middle.index_select(0, mlp.skipped_s)
+        valid = None if call.valid_n is None else call.valid_n[mlp.skipped_s]
+        update = mlp_bypass(self.parts, rows, mlp)
+        write_rows_(self.stream, call.rows_n[mlp.skipped_s], rows, residual_nM=update, valid_n=valid)
 
 
 def _add_update(parts: LayerParts, rows: Tensor, update: Tensor) -> Tensor:
@@ -207,15 +225,28 @@ class _Backward:
         grad_nM = self._taken()
         self._bypass()
         heads, before, normed, output, lse, middle = self._recompute()
-        wide = {k: self.saved.pop(k) for k in ("gate", "up") if k in self.saved}
-        mlp_backward(self.parts, grad_nM, middle, wide, self.gradients)
-        del wide, middle
+        self._mlp(grad_nM, middle)
+        del middle
         grads = self._attention(grad_nM, heads, before, output, lse)
         del heads, before, output, lse
         grad_normed = project_back(self.parts, self.call, grads, normed, self.gradients, self._wants_frame())
         del grads, normed
         if grad_normed is not None:
             self._give_back(grad_nM, grad_normed)
+
+    def _mlp(self, grad_nM: Tensor, middle: Tensor) -> None:
+        wide = {k: self.saved.pop(k) for k in ("gate", "up") if k in self.saved}
+        mlp = self.call.mlp
+        if mlp is None:
+            mlp_backward(self.parts, grad_nM, middle, wide, self.gradients)
+            return
+        chosen = grad_nM.index_select(0, mlp.rows_n)
+        mlp_backward(self.parts, chosen, middle.index_select(0, mlp.rows_n), wide, self.gradients)
+        grad_nM.index_copy_(0, mlp.rows_n, chosen)
+        if mlp.down_MR is not None:
+            rows = middle.index_select(0, mlp.skipped_s)
+            skipped = mlp_bypass_backward(self.parts, grad_nM.index_select(0, mlp.skipped_s), rows, mlp, self.gradients)
+            grad_nM.index_copy_(0, mlp.skipped_s, skipped)
 
     def _wants_frame(self) -> bool:
         """Whether the gradient of the normed frame is of use: for the stream, or for the norm's own tensors."""

@@ -159,8 +159,10 @@ class MapGroup:
     ) -> Tensor | None:
         dtype = parts[0][1].dtype
         a, b = item.factors(dtype)
-        grad_low = sum(grad @ b[cut] for cut, grad in parts)
-        assert isinstance(grad_low, Tensor) and item.a_RI is not None and item.b_OR is not None
+        grad_low: Tensor | None = None
+        for cut, grad in parts:
+            grad_low = _accumulate(grad_low, grad, b[cut])
+        assert grad_low is not None and item.a_RI is not None and item.b_OR is not None
         if gradients.wants(item.places[2]):
             assert x_NI is not None
             gradients.add(item.places[2], _transposed_product(grad_low, x_NI).to(item.a_RI.dtype))

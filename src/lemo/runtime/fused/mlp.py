@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import torch
 from torch import Tensor
 
+from lemo.core.bypass import Bypass
 from lemo.ops import gated_act, gated_act_backward, norm_rows, norm_rows_backward
 from lemo.runtime.fused.maps import Gradients
 from lemo.runtime.fused.parts import LayerParts
+from lemo.runtime.rows import MlpRows
 
 CHUNK_ROWS = 16384  # rows whose wide activations exist at a time; products of this size still run at full rate
 
@@ -120,4 +123,29 @@ def norm_backward(
     if bias:
         assert norm.bias_M is not None
         gradients.add(norm.places[1], grad_bias.to(norm.bias_M.dtype))
+    return found
+
+
+def mlp_bypass(parts: LayerParts, rows_sM: Tensor, mlp: MlpRows) -> Tensor | None:
+    """Update, with the layer's multiplier, of rows that skip an MLP with rows of its own; None for none."""
+    if mlp.down_MR is None or mlp.up_RM is None:
+        return None
+    norm = parts.norms[1]
+    normed = norm_rows(rows_sM, norm.weight_M, bias_M=norm.bias_M, eps=norm.eps, kind=norm.kind)[0]
+    return Bypass(mlp.down_MR, mlp.up_RM).update(normed).mul_(parts.multiplier)
+
+
+def mlp_bypass_backward(
+    parts: LayerParts, grad_sM: Tensor, rows_sM: Tensor, mlp: MlpRows, gradients: Gradients
+) -> Tensor:
+    """Gradient of the rows before the MLP from that behind it, for rows that skip it."""
+    assert mlp.down_MR is not None and mlp.up_RM is not None
+    norm = parts.norms[1]
+    normed, _, rstd, mean = norm_rows(rows_sM, norm.weight_M, bias_M=norm.bias_M, eps=norm.eps, kind=norm.kind)
+    with torch.enable_grad():
+        leaf = normed.requires_grad_()
+        update = Bypass(mlp.down_MR, mlp.up_RM).update(leaf)
+    (grad_normed,) = torch.autograd.grad(update, leaf, grad_sM * parts.multiplier)
+    found = norm_backward(parts, 1, grad_normed, rows_sM, (rstd, mean), gradients, residual_nM=grad_sM)
+    assert found is not None
     return found
