@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from lemo.ops import attend_backward, attend_forward, norm_rows, norm_rows_backward, rope_rows_
+from lemo.ops.attend_rows.reference import Rows
 from lemo.runtime.fused.call import FusedCall
 from lemo.runtime.fused.maps import Gradients
 from lemo.runtime.fused.parts import LayerParts, Norm
-from lemo.runtime.rows import RowRange
 
 State = dict[str, Tensor]
 
@@ -77,7 +77,7 @@ def _rotate(
     rope_rows_(key_NGD, *tables, rows_N=rows[1], inverse=inverse)
 
 
-def attend(parts: LayerParts, heads: State, queries: RowRange, keys: RowRange) -> tuple[Tensor, Tensor]:
+def attend(parts: LayerParts, heads: State, queries: Rows, keys: Rows) -> tuple[Tensor, Tensor]:
     """Attention output (rows, heads · D) and log-sum-exp (heads, rows)."""
     output_HND, lse_HN = attend_forward(
         heads["query"], heads["key"], heads["value"], queries, keys, scaling=parts.scaling, window=parts.window
@@ -97,8 +97,8 @@ class AttentionBackward:
     """
 
     heads: State
-    queries: RowRange
-    keys: RowRange
+    queries: Rows
+    keys: Rows
     own: tuple[Tensor, Tensor] | None = None
 
     def run(self, parts: LayerParts, grad_nO: Tensor, output_nO: Tensor, lse_HN: Tensor) -> State:

@@ -8,6 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 from lemo.core.bypass import Bypass
+from lemo.ops.attend_rows.reference import Rows
 from lemo.runtime.rows import MlpRows, RowRange
 
 Recompute = Literal["none", "mlp", "lin", "layer"]
@@ -60,7 +61,7 @@ class FusedCall:
     keys: RowRange
     places_n: Tensor | None
     rows_n: Tensor | None
-    queries: RowRange
+    queries: Rows
     valid_n: Tensor | None
     skipped_s: Tensor | None
     bypass: Bypass | None

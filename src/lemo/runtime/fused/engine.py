@@ -11,7 +11,7 @@ from torch import Tensor
 from lemo.core.layout import Layout
 from lemo.core.plan import Plan
 from lemo.core.selection import RowSet, Selection
-from lemo.ops import writable
+from lemo.ops import plan_rows, writable
 from lemo.runtime.batch import BatchContext
 from lemo.runtime.fused.call import ExactRows, FusedCall
 from lemo.runtime.rows import MlpRows, RowRange, all_rows, inverse
@@ -51,6 +51,9 @@ def make_call(
     else:
         places = ran.rows_N if whole else inverse(frame_rows, layout.batch * layout.tokens)[ran.rows_N]
         queries = RowRange.of_rows(layout, ran)
+        if x_BTM.is_cuda and x_BTM.dtype in (torch.bfloat16, torch.float16):
+            # The ends of its rectangles travel to the host while norm and projections run.
+            queries = plan_rows(queries, keys)
     bypass = None if wanted is not None else plan.layers[index].bypass
     tables = _rope(kwargs, x_BTM)
     return FusedCall(
