@@ -93,7 +93,7 @@ def test_eval_of_a_recipe_alone_is_dense_and_of_the_base(base, trained):
 
 def test_inspect_draws_map_and_mask(base, trained, tmp_path):
     (tmp_path / "text.txt").write_text(words(60, seed=3))
-    result = lemo("inspect", trained, "--text", tmp_path / "text.txt", "--png", tmp_path / "deep" / "map.png")
+    result = lemo("inspect", trained, "--text", tmp_path / "text.txt", "--out", tmp_path / "deep" / "map.png")
     assert result.exit_code == 0, result.output
     assert (tmp_path / "deep" / "map.png").read_bytes().startswith(b"\x89PNG")
     layers = re.findall(r"layer +(\d) (.*) +(\d+)%", result.stdout)

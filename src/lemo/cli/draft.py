@@ -261,7 +261,7 @@ def _training(shape: Shape, machine: MachineFacts) -> list[Line]:
     tokens = shape.accumulation * shape.window_tokens
     lines += [
         ("learning_rate", 2e-4, "usual for LoRA"),
-        ("warmup_steps", max(1, steps // 20), ""),
+        ("warmup_steps", steps // 20, "the first of them runs at rate 0"),
         ("batch_size", 1, "window at a time"),
         ("gradient_accumulation_steps", shape.accumulation, f"about {tokens:,} tokens a step"),
         ("gradient_checkpointing", machine.gpu, "less memory, more time" if machine.gpu else "memory suffices without"),

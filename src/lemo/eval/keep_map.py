@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -25,12 +26,18 @@ class KeepMap:
         supervised_K: (K,) whether a block holds a row that carries loss.
         block_size: rows per block.
         rows: which rows are meant, `forward` or `backward`.
+        starts_K: (K,) first row of each block in the batch's flat rows.
+        lengths_K: (K,) rows of each block.
+        places_K: (K,) number of each block inside its document.
     """
 
     kept_LK: list[list[float]]
     supervised_K: list[bool]
     block_size: int
     rows: str
+    starts_K: list[int] = field(default_factory=list)
+    lengths_K: list[int] = field(default_factory=list)
+    places_K: list[int] = field(default_factory=list)
 
 
 def keep_map(
@@ -72,4 +79,62 @@ def keep_map(
             continue
         count_K = torch.bincount(layout.block_of_row_N[chosen.chosen()], minlength=blocks).cpu()
         kept_LK.append((count_K / layout.block_length_K).tolist())
-    return KeepMap(kept_LK, layout.supervised_K.tolist(), handle.plan.block_size, rows)
+    first_D = torch.searchsorted(layout.block_document_K, torch.arange(len(layout.document_start_D)))
+    return KeepMap(
+        kept_LK,
+        layout.supervised_K.tolist(),
+        handle.plan.block_size,
+        rows,
+        layout.block_start_K.tolist(),
+        layout.block_length_K.tolist(),
+        (torch.arange(blocks) - first_D[layout.block_document_K]).tolist(),
+    )
+
+
+def never_dropped_places(maps: Sequence[KeepMap]) -> list[list[int]]:
+    """Per layer, the places (number of a block in its document) that ran whole in every document that has them.
+
+    Blocks that carry loss never skip and say nothing, so they do not count; a place needs two others to be listed.
+    """
+    found = []
+    for layer in range(len(maps[0].kept_LK)):
+        seen: Counter[int] = Counter()
+        dropped = set()
+        for each in maps:
+            for place, share, loss in zip(each.places_K, each.kept_LK[layer], each.supervised_K, strict=True):
+                seen[place] += not loss
+                if share < 1:
+                    dropped.add(place)
+        found.append(sorted(place for place, count in seen.items() if count >= 2 and place not in dropped))
+    return found
+
+
+def never_dropped_tokens(
+    maps: Sequence[KeepMap], tokens: Sequence[Sequence[int]], *, least: int = 5, most: int = 12
+) -> list[list[tuple[int, int]]]:
+    """Per layer, (token, occurrences) of tokens that never stood in a dropped block, the most frequent first.
+
+    Blocks that carry loss do not count.
+
+    Args:
+        maps: of some batches of one sequence.
+        tokens: ids of each batch.
+        least: occurrences that a token needs in competing blocks.
+        most: tokens to list per layer.
+    """
+    found = []
+    for layer in range(len(maps[0].kept_LK)):
+        seen: Counter[int] = Counter()
+        dropped: set[int] = set()
+        for each, ids in zip(maps, tokens, strict=True):
+            blocks = zip(each.starts_K, each.lengths_K, each.kept_LK[layer], each.supervised_K, strict=True)
+            for start, length, share, loss in blocks:
+                if loss:
+                    continue
+                inside = ids[start : start + length]
+                seen.update(inside)
+                if share < 1:
+                    dropped.update(inside)
+        kept = [(token, count) for token, count in seen.most_common() if count >= least and token not in dropped]
+        found.append(kept[:most])
+    return found

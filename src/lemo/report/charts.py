@@ -72,6 +72,51 @@ def line_chart(
     return _figure(title, "".join(parts), f"{title}: {', '.join(shown)}", legend(list(shown)) if len(shown) > 1 else "")
 
 
+def heat_map(
+    title: str, values_LK: Sequence[Sequence[float]], marks_K: Sequence[bool], *, link: str, most_columns: int = 256
+) -> str:
+    """A figure with a row per layer and a column per block, darker where more rows run; a click leads to the text.
+
+    Args:
+        title: above the map.
+        values_LK: (L, K) shares, 0 to 1.
+        marks_K: (K,) columns with a mark on top.
+        link: anchors of the columns are `link` and the block's number.
+        most_columns: columns are means over neighbours beyond this.
+    """
+    layers, blocks = len(values_LK), len(marks_K)
+    columns = min(blocks, most_columns)
+    edges = [round(i * blocks / columns) for i in range(columns + 1)]
+    wide, high = (_WIDTH - 30) / columns, max(4.0, min(14.0, 420 / layers))
+    out = []
+    for layer, values_K in enumerate(values_LK):
+        top = 12 + layer * high
+        shares = [sum(values_K[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
+        at = 0
+        for share, run in itertools.groupby(round(share, 2) for share in shares):  # equal neighbours are one shape
+            length = len(list(run))
+            if share:
+                size = f'width="{length * wide:.2f}" height="{high - 0.5:.1f}"'
+                out.append(
+                    f'<rect x="{30 + at * wide:.2f}" y="{top:.1f}" {size} fill="var(--c0)" fill-opacity="{share:g}"/>'
+                )
+            at += length
+        if layer % max(1, layers // 12) == 0:
+            out.append(f'<text x="26" y="{top + high - 1:.1f}" text-anchor="end">{layer}</text>')
+    for column, (a, b) in enumerate(itertools.pairwise(edges)):
+        across = 30 + column * wide
+        if any(marks_K[a:b]):
+            out.append(f'<circle cx="{across + wide / 2:.1f}" cy="6" r="{min(3.0, wide / 2):.1f}" fill="var(--c1)"/>')
+        kept = sum(row[k] for row in values_LK for k in range(a, b)) / (layers * (b - a))
+        label = f"block {a}" if b == a + 1 else f"blocks {a} to {b - 1}"
+        out.append(
+            f'<a href="#{link}{a}"><rect x="{across:.2f}" y="0" width="{wide:.2f}" height="{12 + layers * high:.1f}" '
+            f'fill="transparent"><title>{label}: rows run in {kept:.0%} of the layers</title></rect></a>'
+        )
+    described = f"{title}: {layers} layers, {blocks} blocks"
+    return _figure(title, "".join(out), described, height=math.ceil(14 + layers * high))
+
+
 def legend(names: Sequence[str]) -> str:
     """Names with their colours."""
     items = (
@@ -84,7 +129,7 @@ def legend(names: Sequence[str]) -> str:
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Round numbers from at most `low` to at least `high`."""
     span = high - low
-    if span <= 0:
+    if span <= 1e-9 * max(abs(low), abs(high)):
         span = abs(high) or 1.0
         low, high = (low - span / 2, high + span / 2) if high else (0.0, 1.0)
     rough = span / count
@@ -92,7 +137,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough * 0.999)
     first = math.floor(low / step + 1e-9)
     last = math.ceil(high / step - 1e-9)
-    return [round(i * step, 12) for i in range(first, max(last, first + 1) + 1)]
+    return [float(f"{i * step:.12g}") for i in range(first, max(last, first + 1) + 1)]
 
 
 def short(value: float) -> str:

@@ -215,12 +215,26 @@ def plot_keep_map(
         title: above the map.
         supervised_K: (K,) blocks that hold loss rows.
     """
-    layers, blocks = len(kept_LK), len(kept_LK[0]) if kept_LK else 0
-    if not blocks:
+    if not kept_LK or not kept_LK[0]:
         raise DataError("a keep map needs at least one layer and one block")
-    size = (min(16.0, max(6.0, 1.5 + blocks / 14)), min(12.0, max(3.0, 1.5 + layers / 8)))
-    figure, axes = _pyplot().subplots(figsize=size, layout="constrained")
-    draw_keep_map(axes, kept_LK, block_size, supervised_K)
-    if title:
-        figure.suptitle(title, fontsize=11, x=0.01, ha="left")
+    return plot_keep_maps([(title or "", kept_LK, supervised_K)], path, block_size=block_size)
+
+
+def plot_keep_maps(
+    maps: Sequence[tuple[str, Sequence[Sequence[float]], Sequence[bool] | None]], path: str | Path, *, block_size: int
+) -> Path:
+    """Heat maps of several texts side by side as a PNG.
+
+    Args:
+        maps: name, (L, K) shares, and (K,) blocks that hold loss rows, of each text.
+        path: PNG to write.
+        block_size: rows per block.
+    """
+    width = sum(min(16.0, max(6.0, 1.5 + len(kept_LK[0]) / 14)) for _, kept_LK, _ in maps)
+    height = min(12.0, max(3.0, 1.5 + len(maps[0][1]) / 8))
+    figure, axes = _pyplot().subplots(1, len(maps), figsize=(width, height), layout="constrained", squeeze=False)
+    for each, (name, kept_LK, supervised_K) in zip(axes[0], maps, strict=True):
+        draw_keep_map(each, kept_LK, block_size, supervised_K)
+        if name:
+            each.set_title(f"{name}\n{each.get_title(loc='left')}", pad=12)
     return _save(figure, path)
