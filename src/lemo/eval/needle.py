@@ -5,6 +5,8 @@ Every prompt is a function of (seed, tokenizer, length). Text is put together as
 
 from __future__ import annotations
 
+import functools
+import itertools
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -140,8 +142,9 @@ def _bury(
     if room < 1:
         raise ConfigError(f"{task}: facts and questions have {needed} tokens, so {length} leave no room for a haystack")
     hay, borders = _haystack(tokenizer, room, rng, haystack)
+    hay_T = np.asarray(hay, dtype=np.int64)
     for fact in riddle.facts:
-        if fact.value is not None and _count(hay, _encode(tokenizer, f" {fact.value}")):
+        if fact.value is not None and _count(hay_T, _encode(tokenizer, f" {fact.value}")):
             return None
     order = sorted(range(len(facts)), key=lambda i: riddle.facts[i].depth)
     pieces: list[int] = []
@@ -177,17 +180,20 @@ def _haystack(
             raise DataError(f"the haystack has {len(given)} tokens, {room} are needed")
         start = rng.randrange(len(given) - room + 1)
         return [int(x) for x in given[start : start + room]], None
-    parts = [text.split("|") for text in (_SUBJECTS, _VERBS, _OBJECTS)]
-    encoded: dict[tuple[str, ...], list[int]] = {}
+    sentences = _sentences(tokenizer)
     hay: list[int] = []
     borders = [0]
     while len(hay) < room:
-        words = tuple(rng.choice(part) for part in parts)
-        if words not in encoded:
-            encoded[words] = _encode(tokenizer, f" {' '.join(words)}.")
-        hay += encoded[words]
+        hay += rng.choice(sentences)
         borders.append(len(hay))
     return hay[:room], np.asarray([b for b in borders if b <= room])
+
+
+@functools.lru_cache(maxsize=4)
+def _sentences(tokenizer: Any) -> tuple[list[int], ...]:
+    """Tokens of every sentence of the haystack."""
+    parts = [text.split("|") for text in (_SUBJECTS, _VERBS, _OBJECTS)]
+    return tuple(_encode(tokenizer, f" {' '.join(words)}.") for words in itertools.product(*parts))
 
 
 def _border(borders: np.ndarray | None, place: float) -> int:
@@ -197,7 +203,7 @@ def _border(borders: np.ndarray | None, place: float) -> int:
     return int(borders[np.abs(borders - place).argmin()])
 
 
-def _count(tokens: Sequence[int], wanted: Sequence[int]) -> int:
+def _count(tokens: Sequence[int] | np.ndarray, wanted: Sequence[int]) -> int:
     """How often a run of tokens occurs."""
     tokens_T, size = np.asarray(tokens, dtype=np.int64), len(wanted)
     if len(tokens_T) < size or size == 0:

@@ -1,0 +1,276 @@
+"""Retrieval after fine-tuning with and without skipped rows: does what a question needs survive selection?
+
+    python -m benchmarks.retrieval --model FOLDER --tokenizer FOLDER --plans FOLDER [--length 8192] [--methods ...]
+
+An adapter is trained on prompts of all tasks, several questions each where a task allows it, answers supervised. Then
+it is asked paired prompts of another seed, one question each, dense and under its plan, and once without any context.
+An answer counts when every token of it is right. Prompts, order and adapters depend on seeds only: methods are paired.
+Cells whose Records are in --out are not run again. Bars count tasks where dense LoRA reaches 70 % and reading nothing
+at most 20 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import random
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import lemo
+from benchmarks.quality import dense_plan
+from benchmarks.quality_methods import Method, PlanSpec
+from benchmarks.quality_study import Protocol, QualityStudy
+from benchmarks.quality_train import train
+from lemo.eval.needle import Prompt, Riddle, exact_matches, make_prompt, multi_key
+from lemo.eval.ruler import TASKS, paired_prompts
+from lemo.measure.record import Record, config_hash, read_records
+from lemo.measure.statistics import value_of
+from lemo.train.collate import WindowDataset
+from lemo.train.windows import Window
+
+SCRIPT = "benchmarks/retrieval.py"
+TRAIN_SEED, PAIRED_SEED = 1, 2
+DENSE_REACHES, BLIND_AT_MOST = 0.7, 0.2
+_SPARSE = PlanSpec(0.15, 0.15)
+METHODS = {
+    "untrained": Method("before any training"),
+    "dense": Method("dense LoRA"),
+    "skip": Method("15 % of rows", _SPARSE),
+    "skip_kept": Method("15 % of rows, skipped rows offer nothing", replace(_SPARSE, kv="kept")),
+    "skip_30": Method("30 % of rows", replace(_SPARSE, forward_ratio=0.3, backward_ratio=0.3)),
+    "exact": Method("exact forward, gradient through 15 %", replace(_SPARSE, forward_ratio=1.0)),
+    "random": Method("15 % of rows, drawn at random", replace(_SPARSE, scorer="random")),
+    "oracle": Method("15 % of rows, by what loss rows attend to", replace(_SPARSE, oracle="mass_loss_rows")),
+}
+
+
+def many_keys(rng: random.Random, depth: float) -> Riddle:
+    """Training's form of the tasks with one fact: eight facts, four questions."""
+    return multi_key(rng, depth, keys=8, questions=4)
+
+
+class RetrievalStudy(QualityStudy):
+    """A study whose domains are tasks and whose windows are prompts."""
+
+    def __init__(self, options: argparse.Namespace, protocol: Protocol) -> None:
+        """Loads the tokenizer; prompts are made when asked for."""
+        from transformers import AutoTokenizer
+
+        super().__init__(options.model, Path(), options.plans, protocol, options.device)
+        self.tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
+        self.samples = options.train_prompts
+        self.paired: dict[str, list[Prompt]] = {}
+
+    def windows(self, domain: str, split: str, tokens: int, documents: bool = True) -> WindowDataset:
+        """Training prompts of a task."""
+        key = (domain, split, tokens)
+        if key not in self._windows:
+            riddle = many_keys if domain in ("single", "multi_key") else TASKS[domain]
+            made = []
+            for number in range(self.samples):
+                seed = 1_000_003 * TRAIN_SEED + number
+                prompt = make_prompt(domain, riddle, self.tokenizer, tokens, seed=seed)
+                name = f"{domain}#{number}"
+                made.append(Window(name, prompt.tokens_T, prompt.labels_T >= 0, (tokens,)))
+            self._windows[key] = WindowDataset(made)
+        return self._windows[key]
+
+    def prompts(self, task: str, count: int, depths: int) -> list[Prompt]:
+        """The prompts that every method is asked."""
+        if task not in self.paired:
+            options = {"task": task, "count": count, "seed": PAIRED_SEED, "depths": depths}
+            self.paired[task] = paired_prompts(self.tokenizer, self.protocol.window, **options)
+        return self.paired[task]
+
+
+class Runner:
+    """Cells of one command."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        """Reads what has been measured already."""
+        self.options = options
+        sizes = {"window": options.length, "batch": options.batch, "rank": options.rank, "dtype": options.dtype}
+        protocol = Protocol(data="answers", domains=tuple(options.tasks), held_out_windows=2, **sizes)
+        protocol = replace(protocol, predictor_steps=options.predictor_steps)
+        self.study = RetrievalStudy(options, protocol)
+        self.records = read_records(options.out) if options.out.exists() else []
+        self.blind: dict[str, list[float]] = {}
+
+    def setting(self, name: str) -> dict[str, Any]:
+        """Setting of a cell."""
+        kept = ("steps", "learning_rate", "prompts", "depths", "train_prompts")
+        found = {"method": name, **dataclasses.asdict(self.study.protocol), "model": self.study.folder.name}
+        found |= {key: getattr(self.options, key) for key in kept} | {"choices": METHODS[name].setting()}
+        return {**found, "cell": config_hash(found)}
+
+    def done(self, name: str, seed: int) -> bool:
+        """Whether the cell's last Record is there."""
+        key, last = self.setting(name)["cell"], f"retrieval/{name}/cell_seconds"
+        return any(r.name == last and r.setting["cell"] == key and list(r.seeds) == [seed] for r in self.records)
+
+    def run(self) -> None:
+        """Runs the cells that the budget allows."""
+        start, longest = time.perf_counter(), 0.0
+        for seed in self.options.seeds:
+            for name in self.options.methods:
+                if self.done(name, seed) or (name == "untrained" and seed != self.options.seeds[0]):
+                    continue
+                began = time.perf_counter()
+                if began - start + longest > self.options.budget_seconds:
+                    print(f"{name} seed {seed}: left for the next command", flush=True)
+                    return
+                self.run_cell(name, seed)
+                longest = max(longest, time.perf_counter() - began)
+
+    def run_cell(self, name: str, seed: int) -> None:
+        """Trains, asks, writes."""
+        began, study, method = time.perf_counter(), self.study, METHODS[name]
+        setting = self.setting(name)
+        plan = study.plan(method)
+        model = study.fresh_adapter(seed)
+        attached = dense_plan(model) if plan is None else plan
+        with lemo.attach(model, attached, self_test=False, unsafe_no_bypass=True) as handle:
+            if name != "untrained":
+                trained = train(study, method, seed, setting, handle)
+                self.write(name, setting, seed, "training_loss", trained.losses, "nats", "last")
+                if trained.shares:
+                    self.write(name, setting, seed, "forward_share", [f for f, _ in trained.shares], "share", "mean")
+            sparse = plan is not None and method.plan is not None and method.plan.forward_ratio < 1
+            for task in study.protocol.domains:
+                prompts = study.prompts(task, self.options.prompts, self.options.depths)
+                self.ask(name, setting, seed, f"{task}/dense", exact_matches(model, prompts))
+                if sparse:
+                    handle.sparse_batches = 0
+                    found = exact_matches(model, prompts, handle=handle, sparse=True)
+                    self.ask(name, setting, seed, f"{task}/sparse", found)
+                if name == "dense":
+                    alone = [p.without_context() for p in prompts]
+                    self.ask(name, setting, seed, f"{task}/no_context", exact_matches(model, alone))
+        self.write(name, setting, seed, "cell_seconds", [time.perf_counter() - began], "s", "last")
+
+    def ask(self, name: str, setting: dict[str, Any], seed: int, what: str, found: Sequence[bool]) -> None:
+        """One Record: 1 for each right answer, prompts depth bin after depth bin."""
+        self.write(name, setting, seed, what, [float(x) for x in found], "share", "mean")
+
+    def write(
+        self, name: str, setting: dict[str, Any], seed: int, what: str, samples: list, unit: str, statistic: str
+    ) -> None:
+        """One Record of a cell."""
+        setting = {**setting, "statistic": statistic}
+        record = Record.measure(f"retrieval/{name}/{what}", unit, samples, setting, script=SCRIPT, seeds=[seed])
+        record.append(self.options.out)
+        self.records.append(record)
+        if unit == "share" and "/" in what:
+            depths = setting["depths"]
+            size = len(samples) // depths
+            by_depth = " ".join(f"{fmean(samples[i * size : (i + 1) * size]):.2f}" for i in range(depths) if size)
+            print(f"{name} seed {seed} {what}: {record.value:.3f}, by depth {by_depth}", flush=True)
+
+
+def compare(path: Path) -> None:
+    """Misses of skipping methods over those of dense LoRA, in points, over the tasks that count."""
+    records = read_records(path)
+    known = {(r.name, r.config_hash) for r in records}
+    groups: dict[tuple, list[Record]] = {}
+    for record in records:
+        if record.name.startswith("retrieval/") and "cell" in record.setting:
+            key = (record.setting["window"], record.setting["steps"], tuple(record.setting["domains"]))
+            groups.setdefault(key, []).append(record)
+    for (window, steps, tasks), same in sorted(groups.items(), key=lambda item: item[0]):
+        counted = [t for t in tasks if _counts(same, t)]
+        print(f"length {window}, {steps} steps: tasks that count: {', '.join(counted) or 'none'}", flush=True)
+        for name in METHODS:
+            for mode in ("dense", "sparse"):
+                _compare(same, name, mode, counted, path, known)
+
+
+def _of(records: Sequence[Record], name: str) -> dict[int, Record]:
+    """Newest Record of a name by seed."""
+    return {r.seeds[0]: r for r in sorted(records, key=lambda r: r.time) if r.name == name}
+
+
+def _counts(records: Sequence[Record], task: str) -> bool:
+    dense, blind = (_of(records, f"retrieval/dense/{task}/{what}") for what in ("dense", "no_context"))
+    if not dense or not blind:
+        return False
+    reached, guessed = (fmean(r.value for r in found.values()) for found in (dense, blind))
+    return reached >= DENSE_REACHES and guessed <= BLIND_AT_MOST
+
+
+def _compare(
+    records: Sequence[Record], name: str, mode: str, tasks: Sequence[str], path: Path, known: set[tuple[str, str]]
+) -> None:
+    """One Record of paired misses in points, over tasks and seeds; the error is over prompts."""
+    baseline: list[float] = []
+    candidate: list[float] = []
+    sources: list[Record] = []
+    for task in tasks:
+        dense = _of(records, f"retrieval/dense/{task}/dense")
+        ours = _of(records, f"retrieval/{name}/{task}/{mode}")
+        for seed in sorted(dense.keys() & ours.keys()):
+            baseline += [100 * (1 - x) for x in dense[seed].samples]
+            candidate += [100 * (1 - x) for x in ours[seed].samples]
+            sources += [dense[seed], ours[seed]]
+    if not sources or (name == "dense" and mode == "dense"):
+        return
+    newest = max(sources, key=lambda r: r.time)
+    samples = {"baseline": baseline, "lemo": candidate}
+    setting = {key: newest.setting[key] for key in ("window", "steps", "model", "domains", "prompts", "learning_rate")}
+    setting |= {"method": name, "mode": mode, "tasks": list(tasks), "statistic": "gap_plus_error"}
+    setting["cells"] = sorted({r.setting["cell"] for r in sources})
+    seeds = sorted({r.seeds[0] for r in sources})
+    bar = f"B.retrieval_gap/{newest.setting['window']}-{mode}" if name == "skip" and len(candidate) >= 2000 else None
+    title = f"retrieval/{name}/gap/{mode}"
+    record = Record.measure(title, "points", samples, setting, script=SCRIPT, seeds=seeds, bar=bar)
+    record = dataclasses.replace(record, device=newest.device, versions=newest.versions, commit=newest.commit)
+    gap = value_of(samples, "difference_of_means")
+    print(f"{title}: {gap:+.2f} points, with its error {record.value:+.2f} ({len(candidate)} prompts)", flush=True)
+    if (title, record.config_hash) not in known:
+        record.append(path)
+
+
+def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", type=Path, required=True)
+    add("--tokenizer", type=Path, required=True)
+    add("--plans", type=Path, default=Path("runs/quality-plans"))
+    add("--out", type=Path, default=Path(__file__).parent / "results" / "retrieval.jsonl")
+    add("--tasks", type=lambda text: text.split(","), default=list(TASKS))
+    add("--methods", type=lambda text: text.split(","), default=["untrained", "dense", "skip", "random"])
+    add("--seeds", type=lambda text: [int(s) for s in text.split(",")], default=[0])
+    add("--length", type=int, default=8192)
+    add("--steps", type=int, default=300)
+    add("--batch", type=int, default=4)
+    add("--rank", type=int, default=16)
+    add("--learning-rate", type=float, default=1e-3)
+    add("--train-prompts", type=int, default=250, help="of each task; again from the start when used up")
+    add("--prompts", type=int, default=340, help="of each task, asked of every method")
+    add("--depths", type=int, default=5)
+    add("--predictor-steps", type=int, default=400)
+    add("--budget-seconds", type=float, default=float("inf"))
+    add("--dtype", default="bfloat16")
+    add("--device", default="cuda")
+    options = parser.parse_args(arguments)
+    for given, known in ((options.methods, METHODS), (options.tasks, TASKS)):
+        if unknown := set(given) - set(known):
+            parser.error(f"unknown: {', '.join(sorted(unknown))}; known are {', '.join(known)}")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = read_options(arguments)
+    Runner(options).run()
+    if options.out.exists():
+        compare(options.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
