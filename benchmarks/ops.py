@@ -3,18 +3,17 @@
     python benchmarks/ops.py [block_score scatter_rows ...] [--out FOLDER]
 
 block_score is timed against the forward of torch's scaled_dot_product_attention on the same queries and keys, by the
-fastest of its backends; attend_rows against causal SDPA over the whole sequence; the other ops against their
-references. Calls alternate; the table shows medians, and every sample goes into FOLDER/ops.jsonl.
+fastest of its backends; attend_rows against causal SDPA over the whole sequence; ops that move rows (row_ops.py)
+against a copy and the naive way; the others against their references. Calls alternate; the table shows medians, and
+every sample goes into FOLDER/ops.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -24,11 +23,24 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+# Run as a script, too: then this folder is on the path, and not the repository.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import lemo.ops
+from benchmarks.row_ops import benchmark_row_op
+from benchmarks.timing import Samples, alternating, peak_bytes
 from lemo.measure.record import Record
 from lemo.ops.attend_rows.cases import flops, pairs, segments_of
 from lemo.ops.block_score.cases import large
-from lemo.testing import Case, Inputs, OpSpec, check_case, check_error_budget, outputs_and_gradients, tensors_of
+from lemo.testing import (
+    Case,
+    Inputs,
+    OpSpec,
+    check_case,
+    check_error_budget,
+    outputs_and_gradients,
+    specs_of,
+    tensors_of,
+)
 
 SCRIPT = "benchmarks/ops.py"
 BAR, BAR_ROWS = "A.block_score_vs_sdpa", (8192, 16384, 32768)
@@ -40,8 +52,6 @@ SDPA_BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
 }
-
-Samples = dict[str, list[float]]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -60,15 +70,16 @@ def main(arguments: list[str] | None = None) -> int:
         print("no CUDA device: references are timed on the CPU, and no bar is answered")
     torch.backends.cuda.matmul.allow_tf32 = False
     failed = False
-    for name in chosen.ops:
-        spec: OpSpec = importlib.import_module(f"lemo.ops.{name}.cases").SPEC
+    for name, spec in ((folder, spec) for folder in chosen.ops for spec in specs_of(f"lemo.ops.{folder}")):
         if problem := check(spec, device):
-            print(f"{name}: NOT TIMED, it misses its reference: {problem}", file=sys.stderr)
+            print(f"{spec.name}: NOT TIMED, it misses its reference: {problem}", file=sys.stderr)
             failed = True
         elif name == "block_score":
             failed |= not benchmark_block_score(spec, device, chosen)
         elif name == "attend_rows":
             failed |= not benchmark_attend_rows(spec, device, chosen)
+        elif spec.ceiling == "copy":
+            benchmark_row_op(spec, device, chosen)
         else:
             benchmark_against_reference(spec, device, chosen)
     return int(failed)
@@ -86,43 +97,6 @@ def check(spec: OpSpec, device: str) -> str | None:
                 return f"{case.name}: {type(error).__name__}: {error}"
     print(f"{spec.name}: {len(spec.cases)} cases within the error budget in fp32 and bf16 on {device}")
     return None
-
-
-def alternating(functions: dict[str, Callable[[], Any]], device: str, repeats: int) -> Samples:
-    """Milliseconds of each function, called in turn."""
-    samples: Samples = {name: [] for name in functions}
-    for round_ in range(repeats + 3):
-        for name, function in functions.items():
-            elapsed = _milliseconds(function, device)
-            if round_ >= 3:  # the first rounds compile and warm up
-                samples[name].append(elapsed)
-    return samples
-
-
-def _milliseconds(function: Callable[[], Any], device: str) -> float:
-    if device == "cpu":
-        begin = time.perf_counter()
-        function()
-        return 1e3 * (time.perf_counter() - begin)
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize()
-    begin.record()
-    function()
-    end.record()
-    torch.cuda.synchronize()
-    return begin.elapsed_time(end)
-
-
-def peak_bytes(function: Callable[[], Any], device: str) -> int | None:
-    """Bytes that a call allocates on top of what lives before it."""
-    if device == "cpu":
-        return None
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    function()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
 
 
 # ---- block_score

@@ -19,6 +19,9 @@ from torch import Tensor
 
 Inputs = dict[str, Any]
 
+# Of a tensor that is drawn whole.
+LARGE_ELEMENTS = 1 << 22
+
 
 @dataclass(frozen=True)
 class Case:
@@ -65,7 +68,7 @@ class OpSpec:
         library_call: makes the torch.library op and its arguments from a case's; None where there is no such op.
         kernel_call: the same for an op that only runs where its kernel does.
         naive: the same result by indexing, computing and scattering with whole tensors, for the benchmark.
-        ceiling: `copy` where the op should run at the rate of a copy.
+        ceiling: `copy` where the op should run at the rate of a copy, on its first benchmark shape.
     """
 
     name: str
@@ -82,12 +85,15 @@ class OpSpec:
 
 
 def specs_in(package: ModuleType) -> list[OpSpec]:
-    """Every OpSpec of the op folders of a package: `SPEC`, or `SPECS` of a folder that holds several ops."""
-    found: list[OpSpec] = []
-    for path in sorted(Path(str(package.__file__)).parent.glob("*/op.py")):
-        cases = importlib.import_module(f"{package.__name__}.{path.parent.name}.cases")
-        found += cases.SPECS if hasattr(cases, "SPECS") else [cases.SPEC]
-    return found
+    """Every OpSpec of the op folders of a package."""
+    folders = sorted(path.parent.name for path in Path(str(package.__file__)).parent.glob("*/op.py"))
+    return [spec for folder in folders for spec in specs_of(f"{package.__name__}.{folder}")]
+
+
+def specs_of(folder: str) -> list[OpSpec]:
+    """`SPEC` of an op folder named as a module, or `SPECS` of one that holds several ops."""
+    cases = importlib.import_module(f"{folder}.cases")
+    return list(cases.SPECS) if hasattr(cases, "SPECS") else [cases.SPEC]
 
 
 def tensors_of(output: Any) -> list[Tensor]:
@@ -229,6 +235,15 @@ def _largest(t: Tensor) -> float:
 
 def _root_mean_square(t: Tensor) -> float:
     return float(t.square().mean().sqrt())
+
+
+def draw_normal(*shape: int, generator: torch.Generator) -> Tensor:
+    """Normal numbers in fp64; of a large tensor the first rows again and again, in bf16, so that it is soon made."""
+    if (count := torch.Size(shape).numel()) <= LARGE_ELEMENTS:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+    rows = max(LARGE_ELEMENTS * shape[0] // count, 1)
+    first = torch.randn(rows, *shape[1:], generator=generator).bfloat16()
+    return first.repeat(-(-shape[0] // rows), *[1] * (len(shape) - 1))[: shape[0]]
 
 
 def with_gaps(tensor: Tensor) -> Tensor:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -13,15 +10,13 @@ from lemo.ops import block_score, linear_ce
 from lemo.ops.block_score.cases import SPEC as BLOCK_SCORE
 from lemo.ops.block_score.cases import Shape, layout
 from lemo.ops.block_score.reference import block_score_reference
-from lemo.testing import Case, check_case, check_error_budget
+from lemo.testing import Case, check_case, check_error_budget, specs_in
 
 pytestmark = pytest.mark.gpu
 
 # The matrix units sum products of 16-bit numbers with fewer guard bits than ordinary fp32 addition.
 TENSOR_CORE_ULPS = 32.0
-FOLDERS = sorted(path.parent.name for path in Path(lemo.ops.__file__).parent.glob("*/op.py"))
-SPECS = [importlib.import_module(f"lemo.ops.{name}.cases").SPEC for name in FOLDERS]
-CASES = [pytest.param(spec, case, id=f"{spec.name}: {case.name}") for spec in SPECS for case in spec.cases]
+CASES = [pytest.param(spec, case, id=f"{spec.name}: {case.name}") for spec in specs_in(lemo.ops) for case in spec.cases]
 
 SHAPES = {
     "head dimension 128": {"documents": (700,), "block": 64, "heads": 4, "groups": 4, "head_dim": 128},

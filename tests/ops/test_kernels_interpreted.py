@@ -16,10 +16,11 @@ import importlib, json, sys, torch
 from functools import partial
 from lemo.testing import check_error_budget, outputs_and_gradients, poisoned_allocations
 
-SPEC = importlib.import_module(f"lemo.ops.{sys.argv[1]}.cases").SPEC
-cases = [case for case in SPEC.cases if case.kernel]
+module = importlib.import_module(f"lemo.ops.{sys.argv[1]}.cases")
+SPECS = getattr(module, "SPECS", None) or [module.SPEC]
+cases = [(SPEC, case) for SPEC in SPECS for case in SPEC.cases if case.kernel]
 failed = {}
-for case in cases:
+for SPEC, case in cases:
     for dtype in (torch.float32, torch.float16):
         exact = outputs_and_gradients(SPEC.reference, case.inputs(0, torch.float64), case.gradients)
         working = outputs_and_gradients(SPEC.reference, case.inputs(0, dtype), case.gradients)
@@ -30,14 +31,25 @@ for case in cases:
             for name in exact:
                 check_error_budget(actual[name], working[name], exact[name], ulps=case.ulps, what=name)
         except Exception as error:
-            failed[f"{case.name}, {dtype}"] = f"{type(error).__name__}: {error}"
-if SPEC.kernel_call:
-    op, arguments = SPEC.kernel_call(cases[0].inputs(0, torch.float32))
+            failed[f"{SPEC.name}, {case.name}, {dtype}"] = f"{type(error).__name__}: {error}"
+for SPEC in (SPEC for SPEC in SPECS if SPEC.kernel_call):
+    op, arguments = SPEC.kernel_call(next(c for c in SPEC.cases if c.kernel).inputs(0, torch.float32))
     torch.library.opcheck(op, arguments)
 json.dump({"cases": len(cases), "failed": failed}, sys.stdout)
 """
 
-OPS = ["attend_rows", "block_score", "linear_ce", "pool_blocks", "score_blocks", "select_rows"]
+OPS = [
+    "attend_rows",
+    "block_score",
+    "gated_act",
+    "linear_ce",
+    "norm_rows",
+    "pool_blocks",
+    "rope_rows",
+    "score_blocks",
+    "select_rows",
+    "stream_rows",
+]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lemo.ops.norm_rows.op import norm_rows, norm_rows_backward
 from lemo.ops.norm_rows.reference import norm_rows_backward_reference, norm_rows_reference
-from lemo.testing import Case, Inputs, OpSpec
+from lemo.testing import Case, Inputs, OpSpec, draw_normal
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Shape:
     def forward(self, generator: torch.Generator) -> Inputs:
         """Arguments of norm_rows, and `wide`."""
         width = self.shape[-1]
-        x = torch.randn(self.shape, generator=generator, dtype=torch.float64) + 0.5
+        x = draw_normal(*self.shape, generator=generator) + 0.5
         made: dict[str, Any] = {"x_NM": x, "weight_M": self._weight(generator), "eps": 1e-5, "kind": self.kind}
         if self.rows is not None:
             made["rows_n"] = torch.randperm(x.numel() // width, generator=generator)[: self.rows].sort().values
@@ -54,12 +54,10 @@ class Shape:
         total, width = self.shape
         rows = total if self.rows is None else self.rows
         names = ["grad_nM", "x_nM", *(["residual_nM"] if self.residual else [])]
-        made: dict[str, Any] = {
-            name: torch.randn(rows, width, generator=generator, dtype=torch.float64) for name in names
-        }
+        made: dict[str, Any] = {name: draw_normal(rows, width, generator=generator) for name in names}
         made |= {"weight_M": self._weight(generator), "kind": self.kind, "weight_grad": self.bias, "wide": self.wide}
         if self.scattered:
-            made["out_NM"] = torch.randn(total, width, generator=generator, dtype=torch.float64)
+            made["out_NM"] = draw_normal(total, width, generator=generator)
             if self.rows is not None:
                 made["out_rows_n"] = torch.randperm(total, generator=generator)[:rows]
         return made
@@ -141,7 +139,7 @@ def _backward_bytes(inputs: Inputs) -> int:
     return 3 * _size(inputs, "grad_nM") + _size(inputs, "residual_nM")
 
 
-def _forward_case(name: str, gradients: bool = True, **options: Any) -> Case:
+def _forward_case(name: str, **options: Any) -> Case:
     return Case(name, Shape(**options).forward, ulps=6.0)
 
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lemo.ops.backend import interpreting, on_device_of, why_no_kernel
+from lemo.ops.checks import interpreting, on_device_of, why_no_kernel
 
 MAX_WIDTH = 32768
 # Elements of a program: narrower rows are taken several at a time.
@@ -130,6 +130,8 @@ def _forward_kernel(
     if HAS_ROWS:
         row = tl.load(rows_ptr + line, mask=exists, other=0)
     x = tl.load(x_ptr + row[:, None] * WIDTH + column[None, :], mask=mask, other=0.0)
+    # Fetched before the sums, which wait for x: they are on the way meanwhile.
+    weight = tl.load(weight_ptr + column, mask=inside, other=0.0)
     here = line[:, None] * WIDTH + column[None, :]
     if KEEP:
         tl.store(kept_ptr + here, x, mask=mask)
@@ -140,8 +142,7 @@ def _forward_kernel(
         tl.store(mean_ptr + line, mean, mask=exists)
     rstd = 1.0 / tl.sqrt_rn(tl.sum(x * x, 1) / WIDTH + eps)
     tl.store(rstd_ptr + line, rstd, mask=exists)
-    weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
-    normed = x * rstd[:, None] * weight[None, :]
+    normed = x * rstd[:, None] * weight.to(tl.float32)[None, :]
     if HAS_BIAS:
         normed += tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)[None, :]
     tl.store(out_ptr + here, normed.to(out_ptr.dtype.element_ty), mask=mask)
@@ -149,28 +150,11 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    grad_ptr,
-    x_ptr,
-    weight_ptr,
-    rstd_ptr,
-    mean_ptr,
-    residual_ptr,
-    out_ptr,
-    rows_ptr,
-    weight_grad_ptr,
-    bias_grad_ptr,
-    count,
-    tiles,
-    programs,
-    LAYER: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    HAS_ROWS: tl.constexpr,
-    WEIGHT_GRAD: tl.constexpr,
-    BIAS_GRAD: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PADDED: tl.constexpr,
+    grad_ptr, x_ptr, weight_ptr, rstd_ptr, mean_ptr, residual_ptr, out_ptr, rows_ptr, weight_grad_ptr, bias_grad_ptr,
+    count, tiles, programs, LAYER: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_ROWS: tl.constexpr,
+    WEIGHT_GRAD: tl.constexpr, BIAS_GRAD: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
     LINES: tl.constexpr,
-):
+):  # fmt: skip
     column = tl.arange(0, PADDED)
     inside = column < WIDTH
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
@@ -184,6 +168,9 @@ def _backward_kernel(
         grad = tl.load(grad_ptr + here, mask=mask, other=0.0).to(tl.float32)
         normed = tl.load(x_ptr + here, mask=mask, other=0.0).to(tl.float32)
         rstd = tl.load(rstd_ptr + line, mask=exists, other=0.0)
+        # Fetched before the sums, which wait for the rows.
+        if HAS_RESIDUAL:
+            residual = tl.load(residual_ptr + here, mask=mask, other=0.0)
         if LAYER:
             mean = tl.load(mean_ptr + line, mask=exists, other=0.0)
             normed = tl.where(mask, normed - mean[:, None], 0.0)
@@ -198,7 +185,7 @@ def _backward_kernel(
             dx = dx - (tl.sum(grad, 1) / WIDTH)[:, None]
         dx = dx * rstd[:, None]
         if HAS_RESIDUAL:
-            dx += tl.load(residual_ptr + here, mask=mask, other=0.0).to(tl.float32)
+            dx += residual.to(tl.float32)
         if HAS_ROWS:
             row = tl.load(rows_ptr + line, mask=exists, other=0)
             tl.store(out_ptr + row[:, None] * WIDTH + column[None, :], dx.to(out_ptr.dtype.element_ty), mask=mask)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lemo.ops.rope_rows.op import rope_rows_
 from lemo.ops.rope_rows.reference import rope_rows_reference
-from lemo.testing import Case, Inputs, OpSpec
+from lemo.testing import Case, Inputs, OpSpec, draw_normal
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,7 @@ class Shape:
         """Arguments of `_run`: `state_0`, `state_1`, ... become one argument there."""
         width = self.rotated or self.head_dim
         extra = 3 if self.fused else 0
-        states = [
-            torch.randn(self.rows, count + extra, self.head_dim, generator=generator, dtype=torch.float64)
-            for count in self.heads
-        ]
+        states = [draw_normal(self.rows, count + extra, self.head_dim, generator=generator) for count in self.heads]
         made: dict[str, Any] = {f"state_{i}": s[:, : s.shape[1] - extra] for i, s in enumerate(states)}
         # Halves of the tables differ: that of a real model could not tell which one a kernel reads.
         angle = torch.rand(self.table, width, generator=generator, dtype=torch.float64) * 6

@@ -16,7 +16,7 @@ from lemo.ops.stream_rows.reference import (
     bypass_rows_reference,
     write_rows_reference,
 )
-from lemo.testing import Case, Inputs, OpSpec
+from lemo.testing import Case, Inputs, OpSpec, draw_normal
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Shape:
     def write(self, generator: torch.Generator) -> Inputs:
         """Arguments of write_rows_."""
         stream, rows = self._stream(generator)
-        draw = partial(torch.randn, self.rows, self.shape[-1], generator=generator, dtype=torch.float64)
+        draw = partial(draw_normal, self.rows, self.shape[-1], generator=generator)
         made: dict[str, Any] = {"stream_NM": stream, "rows_n": rows, "values_nM": draw()}
         if self.residual:
             made["residual_nM"] = draw()
@@ -67,7 +67,7 @@ class Shape:
         return {"grad_NM": grad, "rows_s": rows, "rstd_s": rstd, **self._maps(generator)}
 
     def _stream(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        stream = torch.randn(self.shape, generator=generator, dtype=torch.float64)
+        stream = draw_normal(*self.shape, generator=generator)
         order = torch.randperm(stream.numel() // self.shape[-1], generator=generator)
         return stream, order[: self.rows].sort().values
 
@@ -97,7 +97,7 @@ class Layer:
         kept = round(self.shape[0] * self.keep)
         order = torch.randperm(self.shape[0], generator=generator)
         made = Shape(self.shape, kept, self.rank, residual=True, scale=1e-3).bypass(generator)
-        values, residual = (torch.randn(kept, self.shape[1], generator=generator) for _ in range(2))
+        values, residual = (draw_normal(kept, self.shape[1], generator=generator) for _ in range(2))
         made |= {"rows_n": order[:kept].sort().values, "rows_s": order[kept:].sort().values}
         return made | {"values_nM": values, "residual_nM": residual}
 
@@ -110,13 +110,16 @@ def write_layer(**inputs: Any) -> None:
 
 
 def naive_layer(**inputs: Any) -> Tensor:
-    """The same by whole tensors: index, compute, zeros and scatter, add."""
+    """The same work by whole tensors: index, compute, zeros and scatter, add.
+
+    The residual stands for a first summand of the layer's update here, which spares this side a gather.
+    """
     stream, skipped = inputs["stream_NM"], inputs["rows_s"]
     x = stream[skipped]
     update = torch.zeros_like(stream)
     update[skipped] = F.rms_norm(x, x.shape[1:], eps=1e-6) @ inputs["down_MR"] @ inputs["up_RM"]
     rows = inputs["rows_n"]
-    update[rows] = inputs["values_nM"] + inputs["residual_nM"] - stream[rows]
+    update[rows] = inputs["values_nM"] + inputs["residual_nM"]
     return stream + update
 
 
@@ -143,7 +146,7 @@ def _write_reference(**inputs: Any) -> Tensor:
 def _naive_write(**inputs: Any) -> Tensor:
     stream, rows = inputs["stream_NM"], inputs["rows_n"]
     update = torch.zeros_like(stream)
-    update[rows] = inputs["values_nM"] + inputs["residual_nM"] - stream[rows]
+    update[rows] = inputs["values_nM"] + inputs["residual_nM"]
     return stream + update
 
 
@@ -263,7 +266,7 @@ SPECS = (
         reference=_bypass_reference,
         cases=_bypass_cases("bypass"),
         benchmark_shapes=tuple(
-            Case(f"16384 of 32768 x 4096, rank {rank}", _large(rank).bypass) for rank in (16, 64, 256)
+            Case(f"16384 of 32768 x 4096, rank {rank}", _large(rank).bypass) for rank in (64, 16, 256)
         ),
         flops=_bypass_flops,
         bytes_moved=_bypass_bytes,

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lemo.errors import BackendError
-from lemo.ops.backend import interpreting, on_device_of, why_no_kernel
+from lemo.ops.checks import interpreting, on_device_of, why_no_kernel
 
 MAX_WIDTH = 32768
 MAX_RANK = 256
@@ -71,7 +71,7 @@ def tilings(rank: int, dtype: torch.dtype) -> list[Tiling]:
         candidates = CANDIDATES_FP32
     else:
         candidates = CANDIDATES[min(limit for limit in CANDIDATES if limit >= padded(rank))]
-    available = torch.cuda.get_device_properties(torch.cuda.current_device()).shared_memory_per_block_optin - 2048
+    available = torch.cuda.get_device_properties(torch.cuda.current_device()).shared_memory_per_block_optin - 4096
     return [t for t in candidates if _shared_bytes(t, rank, dtype) <= available]
 
 
@@ -162,10 +162,11 @@ def _walk(
 
 
 def _shared_bytes(tiling: Tiling, rank: int, dtype: torch.dtype) -> int:
-    """Operands of the steps in flight, and t; layouts of the sums in fp32 are exchanged through the same memory."""
-    step = tiling.columns * (tiling.rows + padded(rank)) * dtype.itemsize
-    exchange = max(tiling.rows * padded(rank), tiling.rows * tiling.columns) * 4
-    return tiling.stages * step + exchange
+    """Operands of the steps in flight in the first walk; in the second the map, t, and a tile on its way to memory."""
+    rank = padded(rank)
+    first = tiling.stages * tiling.columns * (tiling.rows + rank)
+    second = tiling.stages * tiling.columns * rank + tiling.rows * (rank + tiling.columns)
+    return max(first, second) * dtype.itemsize
 
 
 @triton.jit
@@ -204,27 +205,10 @@ def _inside(acts, column, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.c
 
 @triton.jit
 def _bypass_kernel(
-    stream_ptr,
-    rows_ptr,
-    apply_ptr,
-    rstd_ptr,
-    first_ptr,
-    second_ptr,
-    first_stride_m,
-    first_stride_r,
-    second_stride_r,
-    second_stride_m,
-    count,
-    eps,
-    WIDTH: tl.constexpr,
-    RANK: tl.constexpr,
-    PADDED_RANK: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    STEPS: tl.constexpr,
-    BACKWARD: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    stream_ptr, rows_ptr, apply_ptr, rstd_ptr, first_ptr, second_ptr, first_stride_m, first_stride_r, second_stride_r,
+    second_stride_m, count, eps, WIDTH: tl.constexpr, RANK: tl.constexpr, PADDED_RANK: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEPS: tl.constexpr, BACKWARD: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     line = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     acts = line < count
     row = tl.load(rows_ptr + line, mask=acts, other=0)
