@@ -74,14 +74,14 @@ class Trainer:
     """Steps of one prepared method, over a few batches that take turns."""
 
     PHASES = ("forward", "backward", "optimizer")
-    BATCHES = 4
 
-    def __init__(self, prepared: Prepared, setting: Setting, vocabulary: int) -> None:
+    def __init__(self, prepared: Prepared, setting: Setting, vocabulary: int, batches: int) -> None:
         self.prepared, self.cuda = prepared, setting.device.startswith("cuda")
         trained = [p for p in prepared.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=self.cuda)
         self.batches = [
-            {name: x.to(setting.device) for name, x in batch.items()} for batch in make_batches(setting, vocabulary)
+            {name: x.to(setting.device) for name, x in batch.items()}
+            for batch in make_batches(setting, vocabulary, batches)
         ]
         self.losses: list[float] = []
         self.seconds: list[float] = []
@@ -119,10 +119,10 @@ class Trainer:
             torch.cuda.synchronize()
 
 
-def make_batches(setting: Setting, vocabulary: int) -> Iterator[dict[str, torch.Tensor]]:
+def make_batches(setting: Setting, vocabulary: int, count: int) -> Iterator[dict[str, torch.Tensor]]:
     """The same batches for every method of a setting."""
     text = None if setting.data is None else np.load(setting.data)["tokens"]
-    for index in range(Trainer.BATCHES):
+    for index in range(count):
         ids = None
         if text is not None:
             if len(text) < setting.tokens:
@@ -135,7 +135,7 @@ def make_batches(setting: Setting, vocabulary: int) -> Iterator[dict[str, torch.
             vocabulary,
             setting.tokens,
             share=setting.supervised_share,
-            seed=setting.seed * Trainer.BATCHES + index,
+            seed=1000 * setting.seed + index,
             block_size=setting.block_size,
             ids_T=ids,
         )
@@ -152,7 +152,8 @@ def run_job(job: Job) -> dict[str, Any]:
             setting = replace(setting, supervised_share=float(options["share"]))
         config = shape_config(setting.shape, tokens=setting.tokens, layers=setting.layers)
         prepared = peer.prepare(config, setting, options)
-        trainer = Trainer(prepared, setting, config.get_text_config().vocab_size)
+        # As many as warm-up steps: kernels are compiled for every number of rows before a step is timed.
+        trainer = Trainer(prepared, setting, config.get_text_config().vocab_size, max(1, job.warmup))
         result |= {"options": options, "build_s": time.perf_counter() - started}
         with _kept_by(trainer, result):
             _measure(trainer, job, result)

@@ -58,7 +58,7 @@ class Measured:
 
     def samples(self, name: str) -> list[float]:
         """Of all timed steps."""
-        return [float(x) for cell in self.turns for x in cell[name]]
+        return [float(x) for cell in self.turns for x in cell.get(name, ())]
 
     @property
     def seconds(self) -> list[float]:
@@ -170,7 +170,10 @@ def _record(one: Measured, what: str, unit: str, samples: Any, statistic: str, *
 
 
 def _of_method(one: Measured) -> list[Record]:
-    """Time, memory and phases of one method."""
+    """Time, memory and phases of one method; or that it ran out of memory, or cannot run here."""
+    status = one.turns[0]["status"]
+    if status in ("out of memory", "unsupported"):
+        return [_record(one, status.replace(" ", "_"), "turns", [1.0], "sum", reason=one.turns[0]["reason"])]
     if not one.complete:
         return []
     found = [
