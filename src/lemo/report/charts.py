@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 Points = Sequence[tuple[float, float]]
 COLOURS = 7
 _WIDTH, _HEIGHT = 520, 250
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 12, 10, 38
+_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 12, 10, 38
 _SMOOTHED_FROM = 60
 
 # The same hues in both: darker on white, lighter on black.
@@ -68,7 +68,7 @@ def line_chart(
 
     parts = [_axes(x_ticks, y_ticks, place, text, x_label, y_label)]
     for index, (name, points) in enumerate(shown.items()):
-        parts.append(_curve(name, points, f"var(--c{index % COLOURS})", place, text))
+        parts.append(_curve(name, points, index, place, text))
     return _figure(title, "".join(parts), f"{title}: {', '.join(shown)}", legend(list(shown)) if len(shown) > 1 else "")
 
 
@@ -143,7 +143,8 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 def short(value: float) -> str:
     """A number in a few characters."""
     if value and (abs(value) < 1e-3 or abs(value) >= 1e7):
-        return f"{value:.1e}"
+        mantissa, exponent = f"{value:.1e}".split("e")
+        return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
     if abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.4g}"
@@ -173,17 +174,18 @@ def _axes(x_ticks: list[float], y_ticks: list[float], place: Callable, text: Cal
     return "".join(out)
 
 
-def _curve(name: str, points: list[tuple[float, float]], colour: str, place: Callable, text: Callable) -> str:
-    """One series."""
+def _curve(name: str, points: list[tuple[float, float]], index: int, place: Callable, text: Callable) -> str:
+    """One series; every second one is dashed, so that one on top of another shows both."""
     if not points:
         return ""
+    colour, dash = f"var(--c{index % COLOURS})", ' stroke-dasharray="7 5"' if index % 2 else ""
     out = []
     drawn = points
     if len(points) >= _SMOOTHED_FROM:
         out.append(f'<path class="raw" stroke="{colour}" d="{_path(points, place)}"/>')
         drawn = running_mean(points, len(points) // 30)
     if len(drawn) > 1:
-        out.append(f'<path class="curve" stroke="{colour}" d="{_path(drawn, place)}"/>')
+        out.append(f'<path class="curve" stroke="{colour}"{dash} d="{_path(drawn, place)}"/>')
     if len(points) <= 200:  # a label under the pointer for each
         for x, y in points:
             across, up = place(x, y)

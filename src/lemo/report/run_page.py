@@ -84,7 +84,7 @@ def _read_json(path: Path) -> Mapping[str, Any]:
 
 def run_page(runs: Sequence[RunLog], title: str | None = None) -> str:
     """The page: results, curves, rows per layer, what calibration found, and how the recipes differ."""
-    title = title or ("Run " + runs[0].name if len(runs) == 1 else f"{len(runs)} runs")
+    title = title or (f"Training run {runs[0].name}" if len(runs) == 1 else f"{len(runs)} runs")
     parts = [
         "<h2>Results</h2>",
         _results(runs),

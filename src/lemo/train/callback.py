@@ -24,8 +24,9 @@ _COUNTS = ("sparse_batches", "dense_batches")
 class LemoCallback(TrainerCallback):
     """Logs tokens per second, memory and row ratios; keeps a `LossRows` collator at the right epoch.
 
-    Each of the Trainer's log entries becomes one line on the terminal and, with `metrics_path`, one JSON line. Tokens
-    are those of the batches as the model gets them, padding included, of all processes.
+    Each of the Trainer's log entries becomes one line on the terminal and, with `metrics_path`, one JSON line. On a
+    terminal a live line beneath says where training stands between entries. Tokens are those of the batches as the
+    model gets them, padding included, of all processes; time is that of training, evaluation left out.
 
     With `loss_rows`, labels are masked while training only: evaluation sees all labels. A plain Trainer evaluates with
     the training collator, so this callback opens it when the Trainer is about to evaluate and closes it afterwards.
@@ -34,7 +35,7 @@ class LemoCallback(TrainerCallback):
     Attributes:
         peak: peak memory of the training so far.
         tokens: tokens trained on since training began or resumed.
-        seconds: time of it.
+        seconds: time of it, evaluation left out.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class LemoCallback(TrainerCallback):
         self._evaluated_step = -1
         self._device: torch.device | None = None
         self._status: Any = None
+        self._logged: dict[str, Any] = {}
 
     # What the Trainer calls, in the order in which it does.
 
@@ -97,12 +99,12 @@ class LemoCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Updates the live line."""
         self.seconds = time.perf_counter() - self._started
+        steps = self._steps(state)
         if self._status is not None:
             speed = self.tokens * args.world_size / max(self.seconds, 1e-9)
-            left = (state.max_steps - state.global_step) * self.seconds / max(1, self._steps(state))
-            self._status.update(
-                f"step {state.global_step}/{state.max_steps}  {speed:,.0f} tokens/s  {_clock(left)} left"
-            )
+            left = (state.max_steps - state.global_step) * self.seconds / max(1, steps)
+            now = {**self._logged, **self._memory(), "step": state.global_step, "tokens_per_s": speed}
+            self._status.update(f"{_line(now, state.max_steps)}  {_clock(left)} left")
         if control.should_evaluate:
             self._open_labels(True)
 
@@ -111,13 +113,19 @@ class LemoCallback(TrainerCallback):
         if control.should_evaluate:
             self._open_labels(True)
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict | None = None, **kwargs: Any) -> None:
         """Back to training.
 
         Raises:
             ConfigError: a second evaluation set followed, whose labels were masked.
         """
-        if not self.opens_evaluation or self._status_of_training() is False:
+        if not self._status_of_training():
+            return
+        # The clock stands still while the Trainer evaluates.
+        paused = sum(value for key, value in (metrics or {}).items() if key.endswith("_runtime"))
+        self._started += paused
+        self._marked += paused
+        if not self.opens_evaluation:
             return
         if self._evaluated_step == state.global_step:
             raise ConfigError(
@@ -133,6 +141,7 @@ class LemoCallback(TrainerCallback):
         entry: dict[str, Any] = {"step": state.global_step, **{k: v for k, v in logs.items() if k != "total_flos"}}
         if "loss" in logs:
             entry |= self._measured(args)
+            self._logged = entry
             self._say(_line(entry, state.max_steps))
         elif "eval_loss" in logs:
             self._say(f"step {state.global_step}  validation loss {logs['eval_loss']:.4f}")
@@ -181,14 +190,11 @@ class LemoCallback(TrainerCallback):
         now = time.perf_counter()
         seconds, tokens = now - self._marked, self.tokens - self._marked_tokens
         self._marked, self._marked_tokens = now, self.tokens
-        cuda = self._device is not None and self._device.type == "cuda"
-        current = torch.cuda.memory_allocated(self._device) if cuda else resident_bytes()
-        peak = torch.cuda.max_memory_allocated(self._device) if cuda else max(self.peak.peak_bytes, current)
         forward, backward = self.mean_ratios()
         found = {
             "tokens_per_s": tokens * args.world_size / seconds if seconds > 0 else 0.0,
-            "memory_bytes": current,
-            "peak_memory_bytes": peak,
+            "seconds": now - self._started,
+            **self._memory(),
             "forward_ratio": forward,
             "backward_ratio": backward,
         }
@@ -196,6 +202,13 @@ class LemoCallback(TrainerCallback):
             found["dense_batches"] = self.handle.dense_batches
             found["layer_ratios"] = {str(k): [round(x, 4) for x in v] for k, v in self.handle.ratios().items()}
         return found
+
+    def _memory(self) -> dict[str, int]:
+        """Memory now, and at most since training began."""
+        cuda = self._device is not None and self._device.type == "cuda"
+        current = torch.cuda.memory_allocated(self._device) if cuda else resident_bytes()
+        peak = torch.cuda.max_memory_allocated(self._device) if cuda else max(self.peak.peak_bytes, current)
+        return {"memory_bytes": current, "peak_memory_bytes": peak}
 
     def _count(self, module: Any, args: tuple, kwargs: dict) -> None:
         """Forward pre-hook of the model: counts the tokens of training forwards."""
@@ -233,16 +246,14 @@ class LemoCallback(TrainerCallback):
 
 
 def _line(entry: dict[str, Any], max_steps: int) -> str:
-    """One log entry for people."""
+    """One log entry for people; figures that are not known yet are left out."""
     memory, peak = entry["memory_bytes"] / GIB, entry["peak_memory_bytes"] / GIB
-    parts = [
-        f"step {entry['step']}/{max_steps}",
-        f"loss {float(entry['loss']):.4f}",
-        f"lr {float(entry.get('learning_rate', math.nan)):.2e}",
-        f"{entry['tokens_per_s']:,.0f} tokens/s",
-        f"memory {memory:.2f} GiB, peak {peak:.2f}",
-        f"rows {entry['forward_ratio']:.0%} forward, {entry['backward_ratio']:.0%} backward",
-    ]
+    parts = [f"step {entry['step']}/{max_steps}"]
+    if "loss" in entry:
+        parts.append(f"loss {float(entry['loss']):.4f}  lr {float(entry.get('learning_rate', math.nan)):.2e}")
+    parts += [f"{entry['tokens_per_s']:,.0f} tokens/s", f"memory {memory:.2f} GiB, peak {peak:.2f}"]
+    if "forward_ratio" in entry:
+        parts.append(f"rows {entry['forward_ratio']:.0%} forward, {entry['backward_ratio']:.0%} backward")
     if entry.get("dense_batches"):
         parts.append(f"{entry['dense_batches']} batches dense")
     return "  ".join(parts)
