@@ -94,7 +94,8 @@ def select(
 def _row_set(layout: Layout, rank_K: Tensor, ratio: float, bucket: int, keep_K: Tensor | None) -> RowSet | None:
     """Rows of the best-ranked blocks; None when that is every row of the batch and nothing may be dropped."""
     budget_D = document_budgets(layout, ratio, bucket)
-    if int(budget_D.sum()) == len(layout.block_start_K) and keep_K is None:
+    everything = layout.once(("everything", ratio, bucket), lambda: int(budget_D.sum()) == len(layout.block_start_K))
+    if everything and keep_K is None:
         return None
     selected = select_rows(rank_K, budget_D, block_table(layout), keep_K=keep_K)
     return RowSet(selected.rows_N, selected.segment_lengths, selected.skipped_S, selected.valid_N)

@@ -62,7 +62,7 @@ def launch(
     with torch.cuda.device(logits.device) if logits.is_cuda else contextlib.nullcontext():
         _linear_ce_kernel[(rows,)](
             logits, labels, loss, logits.stride(0), labels.stride(0), float(softcap or 1.0), float(logit_scale),
-            VOCABULARY=vocabulary, TILE=min(tiling.logits, triton.next_power_of_2(vocabulary)),
+            VOCABULARY=vocabulary, TILE=min(tiling.logits, 1 << (vocabulary - 1).bit_length()),
             SOFTCAP=softcap is not None, SCALE=logit_scale != 1.0, GRAD=grad, num_warps=tiling.warps,
         )  # fmt: skip
 

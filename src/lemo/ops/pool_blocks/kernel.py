@@ -80,7 +80,7 @@ def interpreting() -> bool:
 
 def padded(size: int) -> int:
     """Next power of two, at least 16, the least a matrix instruction takes."""
-    return max(16, triton.next_power_of_2(size))
+    return max(16, 1 << (size - 1).bit_length())
 
 
 def why_not(x: Tensor, block_rows: int) -> str | None:
@@ -119,7 +119,7 @@ def launch(
     block, feature_tile = padded(blocks.rows), min(tiling.features, padded(features))
     per_tile = max(1, tiling.rows // block)
     extra = out if extra is None else extra
-    grid = (triton.cdiv(count, per_tile), triton.cdiv(features, feature_tile))
+    grid = (-(-count // per_tile), -(-features // feature_tile))
     places = {f"{name.upper()}_AT": pools.index(name) if name in pools else -1 for name in POOLS}
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
         _pool_blocks_kernel[grid](

@@ -26,7 +26,7 @@ def interpreting() -> bool:
 
 def padded(size: int) -> int:
     """Next power of two, at least 16, the least a product takes."""
-    return max(16, triton.next_power_of_2(size))
+    return max(16, 1 << (size - 1).bit_length())
 
 
 def why_not(features: Tensor, net_width: int) -> str | None:
@@ -55,14 +55,13 @@ def launch(
         for net, maps in (("QUERY", query_net), ("KEY", key_net))
         for place in (1, 2)
     }
-    features = features.contiguous()
-    maps = [t.contiguous() for t in (*standard, *query_net, *key_net)]
+    maps = [t if t.is_contiguous() else t.contiguous() for t in (*standard, *query_net, *key_net)]
     output = torch.empty(2, blocks, rank, dtype=torch.float32, device=features.device)
     score = torch.empty(blocks, dtype=torch.float32, device=features.device)
-    tiles = triton.cdiv(blocks, BLOCKS)
+    tiles = -(-blocks // BLOCKS)
     with torch.cuda.device(features.device) if features.is_cuda else contextlib.nullcontext():
         _nets_kernel[(tiles, 2)](
-            features, *maps, output, blocks,
+            features.contiguous(), *maps, output, blocks,
             query_net[0].shape[0], query_net[2].shape[0], key_net[0].shape[0], key_net[2].shape[0],
             **sizes, ALL_INPUTS=inputs, RANK=rank, PADDED_RANK=padded(rank), BLOCKS=BLOCKS, INPUTS=INPUTS,
             num_warps=4,

@@ -42,7 +42,7 @@ def rank(scores: Tensor, spans: Tensor) -> Tensor:
     blocks = len(scores)
     found = torch.empty(blocks, dtype=torch.int64, device=scores.device)
     with _on(scores):
-        _rank_kernel[(triton.cdiv(blocks, BLOCKS),)](
+        _rank_kernel[(-(-blocks // BLOCKS),)](
             scores, spans, found, scores.stride(0), blocks, torch.finfo(scores.dtype).max,
             BLOCKS=BLOCKS, OTHERS=OTHERS, num_warps=4,
         )  # fmt: skip
@@ -62,10 +62,10 @@ def select(
     others = torch.empty(skipped, dtype=torch.int64, device=device)
     valid = None if keep is None else torch.empty(chosen, dtype=torch.uint8, device=device)
     with _on(ranks):
-        _select_kernel[(triton.cdiv(blocks, BLOCKS),)](
+        _select_kernel[(-(-blocks // BLOCKS),)](
             ranks.contiguous(), ranks if keep is None else keep.contiguous().view(torch.uint8), columns,
             rows, others, rows if valid is None else valid, blocks,
-            LENGTH=triton.next_power_of_2(longest), KEEP=keep is not None, BLOCKS=BLOCKS, OTHERS=OTHERS, num_warps=4,
+            LENGTH=1 << (longest - 1).bit_length(), KEEP=keep is not None, BLOCKS=BLOCKS, OTHERS=OTHERS, num_warps=4,
         )  # fmt: skip
     return rows, others, None if valid is None else valid.view(torch.bool)
 

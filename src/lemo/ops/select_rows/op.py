@@ -81,7 +81,7 @@ def select_rows(
     if chosen == "triton" and len(rank_K):
         from lemo.ops.select_rows import kernel
 
-        sizes = budget.rows, int(table.length_K.sum()) - budget.rows, int(table.length_K.max())
+        sizes = budget.rows, budget.skipped, _longest(table)
         rows_N, skipped_S, valid_N = kernel.select(rank_K, keep_K, budget.on(table, rank_K.device), sizes)
         return SelectedRows(rows_N, budget.lengths, skipped_S, valid_N)
     return _select_by_sorting(rank_K, budget, table, keep_K)
@@ -89,10 +89,11 @@ def select_rows(
 
 @dataclass(frozen=True, eq=False)
 class _Budget:
-    """What follows from the budgets alone: rows of each document, of all, and the budget of each block's document."""
+    """What follows from the budgets alone: rows of each document, rows and blocks in all, each block's budget."""
 
     lengths: tuple[int, ...]
     rows: int
+    skipped: int
     blocks: int
     of_block_K: Tensor
 
@@ -131,7 +132,9 @@ def _work_out(table: BlockTable, budget_D: Tensor) -> _Budget:
     rows_D = torch.zeros(documents, dtype=torch.int64)
     rows_D.index_add_(0, table.document_K[table.forced_K], table.length_K[table.forced_K])
     rows_D = rows_D + (budget_D - forced_D) * (competing[0] if len(competing) else 0)
-    return _Budget(tuple(rows_D.tolist()), int(rows_D.sum()), int(budget_D.sum()), budget_D[table.document_K])
+    rows = int(rows_D.sum())
+    skipped = int(table.length_K.sum()) - rows
+    return _Budget(tuple(rows_D.tolist()), rows, skipped, int(budget_D.sum()), budget_D[table.document_K])
 
 
 def _select_by_sorting(rank_K: Tensor, budget: _Budget, table: BlockTable, keep_K: Tensor | None) -> SelectedRows:
@@ -141,7 +144,7 @@ def _select_by_sorting(rank_K: Tensor, budget: _Budget, table: BlockTable, keep_
     inside_K = rank_K < table.once((id(budget), "blocks", device), lambda: _to(budget.of_block_K, device))
     rows_N, block_N = _rows_of(_first(inside_K, budget.blocks), start_K, length_K, budget.rows)
     skipped = _first(~inside_K, len(rank_K) - budget.blocks)
-    skipped_S, _ = _rows_of(skipped, start_K, length_K, int(table.length_K.sum()) - budget.rows)
+    skipped_S, _ = _rows_of(skipped, start_K, length_K, budget.skipped)
     if keep_K is None:
         return SelectedRows(rows_N, budget.lengths, skipped_S, None)
     valid_N = keep_K[block_N]
@@ -199,5 +202,8 @@ def _why_not_triton(per_block: Tensor, table: BlockTable) -> str | None:
         from lemo.ops.select_rows import kernel
     except ImportError as error:
         return f"triton cannot be imported ({error})"
-    longest = table.once("longest block", lambda: int(table.length_K.max()) if len(table.length_K) else 0)
-    return kernel.why_not(per_block, longest)
+    return kernel.why_not(per_block, _longest(table))
+
+
+def _longest(table: BlockTable) -> int:
+    return table.once("longest block", lambda: int(table.length_K.max()) if len(table.length_K) else 0)
