@@ -36,6 +36,7 @@ def benchmark_row_op(spec: OpSpec, device: str, chosen: argparse.Namespace) -> N
     path = chosen.out / "ops.jsonl"
     for at, case in enumerate(spec.benchmark_shapes):
         inputs = case.inputs(SEED, torch.bfloat16, device)
+        inputs = spec.prepare(inputs) if spec.prepare else inputs
         functions = {"lemo": spec.run, "reference": spec.reference, "naive": spec.naive}
         if at == 0:
             functions["compiled"] = torch.compile(spec.reference)
@@ -68,7 +69,9 @@ def _benchmark_layers(device: str, chosen: argparse.Namespace) -> None:
         shape = f"{name}, {layer.shape[0]}x{layer.shape[1]}, rank {layer.rank}"
         _report(f"output, bypass and residual in place, {shape}", samples, stream_rows.layer_bytes(inputs))
         setting = {"shape": shape, "op": "write_rows_ and bypass_rows_"}
-        _record_share(f"ops/layer/{name}", samples, stream_rows.layer_bytes(inputs), setting, path, None)
+        _record_share(
+            f"ops/layer/{name}", samples, stream_rows.layer_bytes(inputs), setting, path, f"C.ops_bandwidth/{name}"
+        )
         _record_ratios(f"ops/layer/{name}", samples, setting, path, f"C.scatter_vs_naive/{name}")
 
 
@@ -135,7 +138,7 @@ def _print_tilings(spec: OpSpec, inputs: Inputs, device: str, repeats: int) -> N
     from lemo.ops.stream_rows import kernel
 
     maps = inputs["down_MR"], inputs["up_RM"]
-    rstd = inputs["rstd_s"].float() if "rstd_s" in inputs else None
+    rstd = inputs.get("rstd_s")
     functions = {}
     for tiling in kernel.tilings(maps[0].shape[1], torch.bfloat16):
         if rstd is None:

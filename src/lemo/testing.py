@@ -69,6 +69,7 @@ class OpSpec:
         kernel_call: the same for an op that only runs where its kernel does.
         naive: the same result by indexing, computing and scattering with whole tensors, for the benchmark.
         ceiling: `copy` where the op should run at the rate of a copy, on its first benchmark shape.
+        prepare: what `run` does to a case's arguments before it calls the op, so that a benchmark can do it beforehand.
     """
 
     name: str
@@ -82,6 +83,7 @@ class OpSpec:
     kernel_call: Callable[[Inputs], tuple[Any, tuple]] | None = None
     naive: Callable[..., Any] | None = None
     ceiling: str = ""
+    prepare: Callable[[Inputs], Inputs] | None = None
 
 
 def specs_in(package: ModuleType) -> list[OpSpec]:

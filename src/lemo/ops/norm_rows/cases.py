@@ -68,7 +68,7 @@ class Shape:
 
 def _widened(inputs: Inputs) -> Inputs:
     """Inputs with weight and bias in fp32 at least, where the case asks for it."""
-    wide = inputs.pop("wide")
+    wide = inputs.pop("wide", False)
     for name in ("weight_M", "bias_M") if wide else ():
         if name in inputs:
             inputs[name] = inputs[name].to(torch.promote_types(inputs[name].dtype, torch.float32))
@@ -83,24 +83,26 @@ def _forward_reference(**inputs: Any) -> tuple:
     return norm_rows_reference(**_widened(inputs))
 
 
-def _statistics(x_nM: Tensor, kind: str) -> dict[str, Tensor | None]:
-    ones = x_nM.new_ones(x_nM.shape[1])
-    _, _, rstd_n, mean_n = norm_rows_reference(x_nM, ones, eps=1e-5, kind=kind)
-    return {"rstd_n": rstd_n, "mean_n": mean_n}
+def _prepare_backward(inputs: Inputs) -> Inputs:
+    """Inputs with the statistics of x in place of `kind`."""
+    inputs = _widened(dict(inputs))
+    if "kind" in inputs:
+        ones = inputs["x_nM"].new_ones(inputs["x_nM"].shape[1])
+        _, _, rstd_n, mean_n = norm_rows_reference(inputs["x_nM"], ones, eps=1e-5, kind=inputs.pop("kind"))
+        inputs |= {"rstd_n": rstd_n, "mean_n": mean_n}
+    return inputs
 
 
 def _backward(**inputs: Any) -> tuple:
     """norm_rows_backward with the statistics of x; what it wrote, and the sums it was asked for."""
-    inputs = _widened(inputs)
-    inputs |= _statistics(inputs["x_nM"], inputs.pop("kind"))
+    inputs = _prepare_backward(inputs)
     dx, d_weight, d_bias = norm_rows_backward(**inputs, bias_grad=inputs["weight_grad"])
     return inputs["out_NM"] if dx is None else dx, d_weight, d_bias
 
 
 def _backward_reference(**inputs: Any) -> tuple:
-    inputs = _widened(inputs)
+    inputs = _prepare_backward(inputs)
     out, out_rows = inputs.pop("out_NM", None), inputs.pop("out_rows_n", None)
-    inputs |= _statistics(inputs["x_nM"], inputs.pop("kind"))
     wanted = inputs.pop("weight_grad")
     dx, *sums = norm_rows_backward_reference(**inputs)
     if out_rows is not None:
@@ -178,6 +180,7 @@ SPECS = (
         flops=_no_flops,
         bytes_moved=_forward_bytes,
         naive=_naive_forward,
+        prepare=_widened,
         ceiling="copy",
     ),
     OpSpec(
@@ -203,6 +206,7 @@ SPECS = (
         flops=_no_flops,
         bytes_moved=_backward_bytes,
         naive=_naive_backward,
+        prepare=_prepare_backward,
         ceiling="copy",
     ),
 )

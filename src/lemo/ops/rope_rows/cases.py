@@ -55,11 +55,18 @@ class Shape:
         return made | {"interleaved": self.interleaved, "wide": self.wide}
 
 
+def _prepare(inputs: Inputs) -> Inputs:
+    """Inputs with the tables in fp32 at least, where the case asks for it."""
+    inputs = dict(inputs)
+    for name in ("cos_PR", "sin_PR") if inputs.pop("wide", False) else ():
+        inputs[name] = inputs[name].to(torch.promote_types(inputs[name].dtype, torch.float32))
+    return inputs
+
+
 def _split(inputs: Inputs) -> tuple[list[Tensor], Inputs]:
-    """The states, and the remaining arguments with the tables widened where the case asks for it."""
-    rest = {name: value for name, value in inputs.items() if not name.startswith("state_") and name != "wide"}
-    for name in ("cos_PR", "sin_PR") if inputs["wide"] else ():
-        rest[name] = rest[name].to(torch.promote_types(rest[name].dtype, torch.float32))
+    """The states, and the remaining arguments."""
+    inputs = _prepare(inputs)
+    rest = {name: value for name, value in inputs.items() if not name.startswith("state_")}
     return [value for name, value in inputs.items() if name.startswith("state_")], rest
 
 
@@ -122,6 +129,7 @@ SPECS = (
         flops=_flops,
         bytes_moved=_bytes_moved,
         naive=_naive,
+        prepare=_prepare,
         ceiling="copy",
     ),
 )

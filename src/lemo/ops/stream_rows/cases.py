@@ -282,6 +282,7 @@ SPECS = (
         flops=_bypass_flops,
         bytes_moved=_bypass_bytes,
         naive=_naive_bypass_backward,
+        prepare=_with_wide_rstd,
         ceiling="copy",
     ),
 )

@@ -32,22 +32,28 @@ class Tiling:
         rows: rows of a program.
         columns: columns of a step.
         warps: warps of a program.
-        stages: steps whose operands are in flight.
+        stages: steps whose operands are in flight. Many of them leave room for one program on a multiprocessor, whose
+            rows then last longer in the second-level cache.
+        streaming: what is written leaves that cache first.
     """
 
     rows: int
     columns: int
     warps: int
     stages: int
+    streaming: bool = False
 
     def __str__(self) -> str:
-        return f"{self.rows}x{self.columns} w{self.warps} s{self.stages}"
+        return f"{self.rows}x{self.columns} w{self.warps} s{self.stages}{' cs' * self.streaming}"
 
 
 # By the padded rank up to which they are meant; the first that fits is in use, the benchmark times all.
 CANDIDATES = {
     64: (
         Tiling(64, 128, 8, 3),
+        Tiling(64, 128, 8, 3, streaming=True),
+        Tiling(64, 128, 8, 5, streaming=True),
+        Tiling(64, 256, 8, 3, streaming=True),
         Tiling(64, 128, 4, 3),
         Tiling(64, 64, 4, 4),
         Tiling(64, 256, 8, 2),
@@ -157,6 +163,7 @@ def _walk(
             len(rows), float(eps),
             WIDTH=width, RANK=rank, PADDED_RANK=padded(rank), ROWS=tiling.rows, COLUMNS=tiling.columns,
             STEPS=triton.cdiv(width, tiling.columns), BACKWARD=backward, STAGES=tiling.stages,
+            STREAMING=tiling.streaming,
             num_warps=tiling.warps, num_stages=tiling.stages,
         )  # fmt: skip
 
@@ -208,6 +215,7 @@ def _bypass_kernel(
     stream_ptr, rows_ptr, apply_ptr, rstd_ptr, first_ptr, second_ptr, first_stride_m, first_stride_r, second_stride_r,
     second_stride_m, count, eps, WIDTH: tl.constexpr, RANK: tl.constexpr, PADDED_RANK: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEPS: tl.constexpr, BACKWARD: tl.constexpr, STAGES: tl.constexpr,
+    STREAMING: tl.constexpr,
 ):  # fmt: skip
     line = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     acts = line < count
@@ -257,5 +265,6 @@ def _bypass_kernel(
         )
         update = tl.dot(between, second, input_precision="ieee")
         y = x.to(tl.float32) + update
-        tl.store(row_ptrs + column[None, :], y.to(stream_ptr.dtype.element_ty), mask=mask)
+        y = y.to(stream_ptr.dtype.element_ty)
+        tl.store(row_ptrs + column[None, :], y, mask=mask, cache_modifier=".cs" if STREAMING else "")
         x = ahead
