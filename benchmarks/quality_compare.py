@@ -58,7 +58,7 @@ COMPARISONS = (
     Comparison("B.over_short_windows", "balanced", "dense_8k", "last_quarter", "gain_less_error"),
     Comparison("B.mha_gap", "balanced_mha", "dense_rows"),
     Comparison("B.conservative_gap", "quality", "dense_rows"),
-    Comparison("B.aggressive_gap", "fast", "dense_rows"),
+    Comparison("B.aggressive_gap", "fast", "dense_rows_10"),
     Comparison("B.over_random_nats", "balanced", "random", statistic="gain_less_error", pooled=True),
     Comparison(
         "B.over_random_se", "balanced", "random", statistic="gain_in_errors", pooled=True, unit="standard errors"

@@ -95,7 +95,7 @@ GRIDS: dict[str, list[Cell]] = {
     "pilot": [*_sweep(100), *_cells(["before", "balanced", "random", "dense_rows"], [0], 100)],
     "sweep": _sweep(STEPS),
     "main": [Cell("before", 0), *_cells(_MAIN, range(5))],
-    "presets": _cells(["balanced_mha", "quality", "fast"], range(3)),
+    "presets": _cells(["balanced_mha", "quality", "fast", "dense_rows_10"], range(3)),
     "nulls": _cells(["dense_4k", "dense_8k", "no_context", "random_refit"], range(3)),
     "rivals": _cells(list(RIVALS), range(3)),
     "equal_compute": [

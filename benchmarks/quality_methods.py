@@ -131,6 +131,8 @@ NULLS = {
     "before": Method("the model before any training"),
     "dense_all": Method("dense LoRA, loss on all rows"),
     "dense_rows": Method("dense LoRA, loss on the default's rows", loss_share=LOSS_SHARE),
+    "dense_rows_10": Method("dense LoRA, loss on 10 % of rows", loss_share=0.1),
+    "dense_rows_40": Method("dense LoRA, loss on 40 % of rows", loss_share=0.4),
     "dense_4k": Method("dense LoRA on 4K windows, FLOPs of the default", pieces=4, flops_of="balanced"),
     "dense_8k": Method("dense LoRA on 8K windows, FLOPs of the default", pieces=2, flops_of="balanced"),
     "no_context": Method("loss rows with all other context removed", _BARE, LOSS_SHARE),

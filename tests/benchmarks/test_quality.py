@@ -83,7 +83,17 @@ def test_a_grid_needs_a_swept_rate(inputs: Path, tmp_path: Path, capsys):
 
 @pytest.mark.parametrize(
     "method",
-    ["no_context", "dense_4k", "random_ltd", "longlora", "fixed_rule", "plain", "tokentune", "dense_at_end", "pairs"],
+    [
+        "no_context",
+        "dense_4k",
+        "random_ltd",
+        "longlora",
+        "fixed_rule",
+        "plain",
+        "tokentune",
+        "dense_at_end",
+        "oracle_mass",
+    ],
 )
 def test_methods_train_and_leave_no_trace(inputs: Path, tmp_path: Path, monkeypatch, method: str):
     monkeypatch.setitem(GRIDS, "pilot", [Cell(method, 0, 2)])

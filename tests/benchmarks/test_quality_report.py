@@ -1,0 +1,97 @@
+"""Gaps, bars and the page follow from Records alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks import check_bars, quality_report
+from benchmarks.quality import swept_rate
+from benchmarks.quality_compare import write_comparisons
+from benchmarks.quality_grids import RATES, Cell
+from benchmarks.quality_study import Protocol
+from lemo.measure.record import Record, read_records
+
+PROTOCOL = Protocol(domains=("books", "code"), validation_windows=2)
+ORDER = ["books", "books", "code", "code"]
+
+
+def _cell(path: Path, method: str, seed: int, losses: list[float], metric: str = "dense", **changes) -> None:
+    rate, asked = changes.get("rate", 1e-3), changes.get("asked", 200)
+    cell = Cell(method, seed, asked, flops_steps=changes.get("flops_steps"))
+    steps = changes.get("steps", asked)
+    setting = {**cell.setting(PROTOCOL, "smol", rate, steps), "window_order": ORDER, "statistic": "mean"}
+    Record.measure(f"quality/{method}/{metric}", "nats", losses, setting, script="s.py", seeds=[seed]).append(path)
+
+
+@pytest.fixture
+def records(tmp_path: Path) -> Path:
+    """Three seeds in which the default is 0.006 to 0.008 nats worse than dense on its rows."""
+    path = tmp_path / "r.jsonl"
+    _cell(path, "before", 0, [3.0, 3.2, 2.1, 2.1], rate=0.0)
+    for seed in range(3):
+        noise = 0.01 * seed
+        dense = [2.0 + noise, 2.2 + noise, 2.0, 2.0]
+        _cell(path, "dense_rows", seed, dense)
+        _cell(path, "dense_all", seed, [x - 0.005 for x in dense])
+        _cell(path, "balanced", seed, [x + 0.006 + 0.001 * seed for x in dense])
+        _cell(path, "random", seed, [x + 0.03 for x in dense])
+        _cell(path, "balanced", seed, [x - 0.03 for x in dense], flops_steps=200, steps=570)
+        _cell(path, "dense_8k", seed, [x + 0.1 for x in dense], "last_quarter", steps=113)
+        _cell(path, "balanced", seed, dense, "last_quarter")
+    return path
+
+
+def test_bars_are_a_mean_with_its_error_over_seeds(records: Path, capsys):
+    assert write_comparisons(records) == 0
+    found = {r.bar: r for r in read_records(records) if r.bar}
+    gap = found["B.default_gap/books"]
+    assert gap.samples["baseline"] == pytest.approx([2.1, 2.11, 2.12])
+    assert gap.value == pytest.approx(0.007 + 0.001 / 3**0.5)
+    assert "B.default_gap/code" not in found, "dense LoRA improves it by 0.1 nats only"
+    assert "void" in capsys.readouterr().out
+    assert found["B.equal_compute_gain/books"].value == pytest.approx(0.025)
+    assert found["B.over_short_windows/books/dense_8k"].value == pytest.approx(0.1)
+    assert found["B.over_random_nats"].samples["lemo"][0] == pytest.approx(2.106)
+    assert len(found["B.over_random_nats"].samples["lemo"]) == 6, "seeds times domains"
+    assert found["B.over_random_se"].value > 3
+    assert found["B.default_ideal_gain"].value > 3
+    assert check_bars.main([str(records)]) == 0
+    count = len(read_records(records))
+    write_comparisons(records)
+    assert len(read_records(records)) == count, "a comparison of the same cells is written once"
+
+
+def test_one_seed_is_no_bar(tmp_path: Path):
+    path = tmp_path / "r.jsonl"
+    for method in ("dense_rows", "balanced"):
+        _cell(path, method, 0, [2.0] * 4)
+    write_comparisons(path)
+    assert not [r for r in read_records(path) if r.bar and "gap" in r.bar]
+
+
+def test_the_page_shows_every_method_and_its_figures(records: Path, tmp_path: Path):
+    assert quality_report.main(["--records", str(records), "--out", str(tmp_path / "docs")]) == 0
+    page = (tmp_path / "docs" / "quality.md").read_text()
+    line = next(x for x in page.splitlines() if x.startswith("| balanced"))
+    assert "+0.0070 ± 0.0006" in line and "|     3 |" in line
+    assert "Void for bars" in page and "code (0.10" in page
+    assert "## Equal FLOPs" in page and "-0.0250" in page
+    figures = list((tmp_path / "docs").glob("*.png"))
+    assert len(figures) == 2 and all(f.name in page for f in figures)
+
+
+def test_the_swept_rate_is_the_best_of_the_longest_runs(tmp_path: Path):
+    path = tmp_path / "r.jsonl"
+    for asked, best in ((100, 0), (200, 2)):
+        for place, rate in enumerate(RATES):
+            _cell(path, "dense_all", 0, [2.0 + (place != best)] * 4, rate=rate, asked=asked)
+    assert swept_rate(read_records(path), PROTOCOL, "smol") == RATES[2]
+    assert swept_rate(read_records(path), PROTOCOL, "other") is None
+    assert swept_rate(read_records(path)[:2], PROTOCOL, "smol") is None, "two rates are no sweep"
+
+
+def test_no_records_no_page(tmp_path: Path, capsys):
+    assert quality_report.main(["--records", str(tmp_path / "none.jsonl"), "--out", str(tmp_path)]) == 2
+    assert not (tmp_path / "quality.md").exists() and "no Records" in capsys.readouterr().err
