@@ -109,34 +109,65 @@ class Pool:
         self.ready = []
 
 
-def measure(groups: Sequence[Group], options: argparse.Namespace) -> bool:
-    """Runs the turns that the work file lacks. Returns whether all are done."""
-    cells, command, begin, pool = read_cells(options.work), uuid.uuid4().hex[:12], time.monotonic(), Pool()
-    wanted = [turn for group in groups for turn in turns_of(group) if _is_open(turn, cells, options)]
-    options.work.parent.mkdir(parents=True, exist_ok=True)
-    done = True
-    try:
-        for number, turn in enumerate(wanted):
-            known = _step_seconds(turn, cells)
-            estimate = estimate_turn_seconds(turn.group, turn.method, known)
-            left = options.budget_seconds - (time.monotonic() - begin)
-            if estimate > left:
-                print(f"stopped: {_label(turn)} needs about {estimate:.0f} s, {left:.0f} s are left", flush=True)
-                done = False
-                break
-            if _hopeless(turn, cells):
-                continue
-            result = pool.run(turn, min(left, max(120.0, 4 * estimate)), len(wanted) - number - 1)
-            cell = {"key": turn.key, "command": command, "method": turn.method, "turn": turn.turn}
-            cell |= {"setting": turn.group.setting.described(), **result}
-            cell["time"] = datetime.now(UTC).isoformat(timespec="seconds")
-            with options.work.open("a") as file:
-                file.write(json.dumps(cell) + "\n")
-            cells[turn.key] = cell
-            print(f"{_label(turn)}: {_outcome(cell)}", flush=True)
-    finally:
-        pool.close()
-    return done
+class Session:
+    """One command: the turns that the work file lacks, as far as the budget goes."""
+
+    def __init__(self, groups: Sequence[Group], options: argparse.Namespace) -> None:
+        self.options, self.cells = options, read_cells(options.work)
+        self.command, self.begin = uuid.uuid4().hex[:12], time.monotonic()
+        self.rounds = [[t for t in turns_of(g) if t.turn == n] for g in groups for n in range(g.turns)]
+        self.rounds = [[t for t in turns if _is_open(t, self.cells, options)] for turns in self.rounds]
+        self.waiting = sum(len(turns) for turns in self.rounds)
+        options.work.parent.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def left_s(self) -> float:
+        """Of the budget."""
+        return self.options.budget_seconds - (time.monotonic() - self.begin)
+
+    def estimate(self, turn: Turn) -> float:
+        """Seconds that a turn will take; none where the first turn said that the method cannot run."""
+        if _hopeless(turn, self.cells):
+            return 0.0
+        return estimate_turn_seconds(turn.group, turn.method, _step_seconds(turn, self.cells))
+
+    def run(self) -> bool:
+        """Runs what fits. Returns whether all is done.
+
+        A round, one turn of every method, is begun only if all of it fits, so that its methods meet in one command.
+        Only a command that has done nothing yet begins a round that is too long for it.
+        """
+        pool, idle = Pool(), True
+        try:
+            for turns in self.rounds:
+                needed = sum(self.estimate(turn) for turn in turns)
+                if needed > self.left_s and not idle:
+                    return self._stop(f"the next round, {_label(turns[0])} and on,", needed)
+                for turn in turns:
+                    self.waiting -= 1
+                    if _hopeless(turn, self.cells):
+                        continue
+                    if self.estimate(turn) > self.left_s:
+                        return self._stop(_label(turn), self.estimate(turn))
+                    idle = False
+                    self._run_turn(pool, turn)
+        finally:
+            pool.close()
+        return True
+
+    def _stop(self, what: str, needed_s: float) -> bool:
+        print(f"stopped: {what} needs about {needed_s:.0f} s, {self.left_s:.0f} s are left", flush=True)
+        return False
+
+    def _run_turn(self, pool: Pool, turn: Turn) -> None:
+        result = pool.run(turn, min(self.left_s, max(120.0, 4 * self.estimate(turn))), self.waiting)
+        cell = {"key": turn.key, "command": self.command, "method": turn.method, "turn": turn.turn}
+        cell |= {"setting": turn.group.setting.described(), **result}
+        cell["time"] = datetime.now(UTC).isoformat(timespec="seconds")
+        with self.options.work.open("a") as file:
+            file.write(json.dumps(cell) + "\n")
+        self.cells[turn.key] = cell
+        print(f"{_label(turn)}: {_outcome(cell)}", flush=True)
 
 
 def _is_open(turn: Turn, cells: dict[str, Cell], options: argparse.Namespace) -> bool:
@@ -265,7 +296,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.list:
         list_turns(groups, options)
         return 0
-    done = True if options.records_only else measure(groups, options)
+    done = True if options.records_only else Session(groups, options).run()
     cells = read_cells(options.work)
     print_table(groups, cells)
     records, remarks = make_records(groups, cells)

@@ -93,7 +93,7 @@ def _group(shape: str, length: str, lora: str, methods: tuple[str, ...], compari
 def _main_group(shape: str, length: str, lora: str) -> Group:
     """Liger against lemo's fixed shares and its default."""
     baselines = LIGER if length == "8k" else LIGER_LAYER
-    if length == "128k" or (length == "64k" and (shape, lora) != ("llama2-7b", "qkvo")):
+    if length in ("64k", "128k"):
         # PEFT's fp32 adapters only add casts and copies, as the shorter lengths show; this one is the stronger.
         baselines = baselines[1:]
     default = lemo_method("default", shape, length)
@@ -105,6 +105,10 @@ def _main_group(shape: str, length: str, lora: str) -> Group:
         fixed = {use: lemo_method(use, shape, length) for use in ("k50", "k30")}
         comparisons += [Comparison(fixed[use], baselines, "time", f"C.{length}_{use}") for use in fixed]
         methods = (*baselines, *fixed.values(), default)
+        if lora == "qkvo" and length != "128k":
+            dense = f"lemo_dense:recompute={'none' if length == '8k' else 'layer'}"
+            comparisons.append(Comparison(dense, baselines, "time", "C.dense_parity"))
+            methods = (*methods, dense)
         if length == "64k" and lora == "qkvo":
             without = fixed["k50"] + ",last=all"
             methods, comparisons = (*methods, without), [*comparisons, Comparison(without, baselines, "time")]
@@ -116,16 +120,6 @@ def _main(length: str) -> list[Group]:
     if length in ("8k", "64k"):
         sets += [(shape, "all") for shape, _ in sets]
     return [_main_group(shape, length, lora) for shape, lora in sets]
-
-
-def _parity() -> list[Group]:
-    found = []
-    for length in ("8k", "32k", "64k"):
-        level, baselines = ("none", LIGER) if length == "8k" else ("layer", LIGER_LAYER)
-        dense = f"lemo_dense:recompute={level}"
-        compared = Comparison(dense, baselines, "time", "C.dense_parity")
-        found.append(_group("llama2-7b", length, "qkvo", (*baselines, dense), [compared]))
-    return found
 
 
 def _engines() -> list[Group]:
@@ -195,7 +189,6 @@ def presets() -> dict[str, list[Group]]:
     found = {
         "smoke": _smoke(),
         "baselines-8k": [_group("llama2-7b", "8k", "qkvo", (*HF, *LIGER, *HF_LAYER, *LIGER_LAYER, "trl_chunked"))],
-        "parity": _parity(),
         "engines": _engines(),
         "paper": _paper(),
         "peers-8k": _peers("8k"),

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.peers.peer import Setting, parse_method
-from benchmarks.training_presets import FAMILY, Comparison, Group
+from benchmarks.training_presets import FAMILY, Comparison, Group, presets
 from lemo.errors import DataError
 from lemo.measure.record import Record, config_hash, read_records
 from lemo.measure.statistics import value_of
@@ -99,10 +98,16 @@ def collect(group: Group, cells: dict[str, Cell]) -> dict[str, Measured]:
     return found
 
 
-def common_command(a: Measured, b: Measured) -> bool:
-    """Whether each turn of one was measured in a command in which the other was measured too."""
-    first, second = ({cell["command"] for cell in x.turns} for x in (a, b))
-    return first == second
+def meet(baseline: Measured, candidate: Measured) -> tuple[Measured, Measured] | None:
+    """Both with the turns of those commands only in which both were measured; None where they never met."""
+    commands = {cell["command"] for cell in baseline.turns} & {cell["command"] for cell in candidate.turns}
+    if not commands:
+        return None
+    first, second = (
+        replace(one, turns=tuple(cell for cell in one.turns if cell["command"] in commands))
+        for one in (baseline, candidate)
+    )
+    return first, second
 
 
 def make_records(groups: Sequence[Group], cells: dict[str, Cell]) -> tuple[list[Record], list[str]]:
@@ -119,19 +124,25 @@ def make_records(groups: Sequence[Group], cells: dict[str, Cell]) -> tuple[list[
         for wanted in group.comparisons:
             candidate = measured.get(wanted.candidate)
             if candidate is None or not candidate.complete:
-                remarks.append(f"{_where(group)} {wanted.bar}: {wanted.candidate} has no result")
+                remarks.append(f"{_where(group)} {wanted.bar or wanted.what}: {wanted.candidate} has no result")
                 continue
             if wanted.what == "gib":
                 records.append(_peak(candidate, wanted))
                 continue
-            baseline = _strongest(wanted, candidate, measured)
-            if baseline is None:
-                remarks.append(f"{_where(group)} {wanted.bar}: no baseline ran in the same command")
-            elif wanted.what.startswith("paper_"):
+            pair = _strongest(wanted, candidate, measured)
+            if pair is None:
+                remarks.append(f"{_where(group)} {wanted.bar or wanted.what}: no baseline ran in the same command")
+                continue
+            baseline, candidate = pair
+            if fewest := [one.method for one in pair if len(one.seconds) < group.steps_a_turn * group.turns]:
+                remarks.append(
+                    f"{_where(group)} {wanted.bar or wanted.what}: fewer steps than wanted of {' and '.join(fewest)}"
+                )
+            if wanted.what.startswith("paper_"):
                 averaged.setdefault((wanted.what, wanted.bar or ""), []).append((baseline, candidate))
             else:
                 records.append(_ratio(baseline, candidate, wanted))
-    expected = sum(any(c.what == "paper_time" for c in group.comparisons) for group in groups)
+    expected = len(presets()["paper"])  # also where only some of its groups were asked for
     for (what, bar), pairs in averaged.items():
         if len(pairs) < expected:
             remarks.append(f"{bar}: {len(pairs)} of {expected} shapes and lengths")
@@ -220,13 +231,15 @@ def _layers(setting: Setting) -> int:
     return shape_config(setting.shape, tokens=setting.tokens).get_text_config().num_hidden_layers
 
 
-def _strongest(wanted: Comparison, candidate: Measured, measured: dict[str, Measured]) -> Measured | None:
-    """The best baseline that ran to its end in the same command."""
+def _strongest(
+    wanted: Comparison, candidate: Measured, measured: dict[str, Measured]
+) -> tuple[Measured, Measured] | None:
+    """The best baseline that ran to its end in the same commands, and the candidate there."""
     ran = [measured[name] for name in wanted.baselines if name in measured and measured[name].complete]
-    ran = [one for one in ran if common_command(one, candidate)]
+    pairs = [pair for one in ran if (pair := meet(one, candidate)) is not None]
     if "memory" in wanted.what:
-        return min(ran, key=lambda one: max(one.peaks), default=None)
-    return min(ran, key=lambda one: statistics.median(one.seconds), default=None)
+        return min(pairs, key=lambda pair: max(pair[0].peaks), default=None)
+    return min(pairs, key=lambda pair: statistics.median(pair[0].seconds), default=None)
 
 
 def _bar_of(one: Measured, bar: str | None) -> str | None:
@@ -283,7 +296,7 @@ def _average(pairs: list[tuple[Measured, Measured]], what: str, bar: str) -> Rec
         samples[f"baseline {_where(baseline.group)}"], samples[_where(candidate.group)] = raw(baseline), raw(candidate)
     names = [f"{_where(b.group)}: {b.method}" for b, _ in pairs]
     record = _record(pairs[0][1], what, "ratio", samples, "ratio_of_geometric_means", bar=bar, baselines=names)
-    return dataclasses.replace(record, name=f"training/{what}")
+    return replace(record, name=f"training/{what}")
 
 
 def append_new(records: Iterable[Record], path: Path) -> int:

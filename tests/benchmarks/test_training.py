@@ -252,6 +252,7 @@ GROUP = Group(
         Comparison("lemo:keep=0.5", ("liger", "liger:adapter=model"), "memory"),
         Comparison("lemo:keep=0.5", (), "gib", "C.8k_gib"),
     ),
+    steps=2,
 )
 
 
@@ -280,6 +281,25 @@ def test_no_ratio_over_a_baseline_of_another_command():
     assert not [r for r in records if r.name.endswith("speedup")] and any("same command" in text for text in remarks)
 
 
+def test_only_turns_of_common_commands_are_compared():
+    cells = cells_of(GROUP, fp32=(4.0, 40.0, "c"), bf16=(3.0, 44.0, "x"), lemo=(1.0, 20.0, "c"))
+    key = training.Turn(GROUP, "liger", 0).key
+    cells[key] = cell(9.0, 99.0, "earlier", options={})
+    records, remarks = make_records([GROUP], cells)
+    (speedup,) = [r for r in records if r.name.endswith("speedup")]
+    assert speedup.samples["baseline"] == [4.0] and any("fewer steps" in text for text in remarks)
+
+
+def test_a_round_that_does_not_fit_is_left_to_the_next_command(command, monkeypatch, capsys):
+    monkeypatch.setattr(training, "estimate_turn_seconds", lambda *arguments: 1000.0)
+    methods = ["--methods", "hf_peft,lemo_dense"]
+    assert command(*methods, "--budget-seconds", "3000") == 0
+    monkeypatch.setattr(training.Session, "left_s", property(lambda self: 3500 - 1000 * len(InProcess.ran)))
+    assert command(*methods, "--fresh", "hf_peft,lemo_dense") == 3
+    assert InProcess.ran == ["hf_peft 0", "lemo_dense 0"], "one more would fit, but not the round"
+    assert "the next round" in capsys.readouterr().out
+
+
 def test_the_papers_bars_are_means_over_every_shape_or_nothing():
     groups = presets()["paper"]
     cells = {}
@@ -292,6 +312,7 @@ def test_the_papers_bars_are_means_over_every_shape_or_nothing():
     cells.pop(training.Turn(groups[0], groups[0].methods[-1], 1).key)
     records, remarks = make_records(groups, cells)
     assert not [r for r in records if r.bar] and any("7 of 8" in text for text in remarks)
+    assert not [r for r in make_records(groups[2:], cells)[0] if r.bar], "some groups are not all"
 
 
 def test_a_model_cut_short_answers_no_bar():
