@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable
+from functools import cache
 from typing import Literal
 
 import torch
@@ -54,6 +55,7 @@ def log_choice(op: str, chosen: str, because: str) -> None:
         _log.info("%s uses backend %s (%s)", op, chosen, because)
 
 
+@cache
 def interpreting() -> bool:
     """Whether Triton was told, before its import, to run kernels in its CPU interpreter."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -61,17 +63,42 @@ def interpreting() -> bool:
 
 def why_no_kernel(tensor: Tensor) -> str | None:
     """Why no Triton kernel of this package runs on a tensor of this dtype and device; None if one may."""
-    if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"it takes fp16, bf16 and fp32, not {tensor.dtype}"
+    return _why_no_kernel(tensor.dtype, tensor.device)
+
+
+@cache  # asked at every launch
+def _why_no_kernel(dtype: torch.dtype, device: torch.device) -> str | None:
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"it takes fp16, bf16 and fp32, not {dtype}"
     if interpreting():
-        return "the interpreter has no bf16" if tensor.dtype == torch.bfloat16 else None
-    if tensor.device.type != "cuda":
-        return f"the tensors are on {tensor.device.type}, it needs a CUDA device"
-    if torch.cuda.get_device_capability(tensor.device) < (8, 0):
+        return "the interpreter has no bf16" if dtype == torch.bfloat16 else None
+    if device.type != "cuda":
+        return f"the tensors are on {device.type}, it needs a CUDA device"
+    if torch.cuda.get_device_capability(device) < (8, 0):
         return "it needs compute capability 8.0 or newer"
     return None
 
 
+def shared_memory_bytes() -> int:
+    """Shared memory that one program may take on the current CUDA device."""
+    return _shared_memory_bytes(torch.cuda.current_device())
+
+
+@cache
+def _shared_memory_bytes(device: int) -> int:
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def padded(size: int) -> int:
+    """Next power of two, at least 16, the least a matrix instruction takes."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+_NOTHING = contextlib.nullcontext()
+
+
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
     """Makes the tensor's device the current one, where kernels are launched; nothing on the CPU."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return _NOTHING
+    return torch.cuda.device(tensor.device)

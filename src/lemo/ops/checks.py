@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-
 import torch
 from torch import Tensor
 
@@ -48,26 +45,3 @@ def show(tensor: Tensor) -> str:
     """Shape, strides where they matter, dtype and device, for messages."""
     strides = "" if tensor.is_contiguous() else f" with strides {tuple(tensor.stride())}"
     return f"{tuple(tensor.shape)}{strides} {tensor.dtype} on {tensor.device}"
-
-
-def interpreting() -> bool:
-    """Whether Triton was told, before its import, to run kernels in its CPU interpreter."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
-
-
-def why_no_kernel(tensor: Tensor) -> str | None:
-    """Why no Triton kernel of the row ops runs on a tensor of this dtype and device; None if one may."""
-    if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"it takes fp16, bf16 and fp32, not {tensor.dtype}"
-    if interpreting():
-        return "the interpreter has no bf16" if tensor.dtype == torch.bfloat16 else None
-    if tensor.device.type != "cuda":
-        return f"the tensors are on {tensor.device.type}, it needs a CUDA device"
-    if torch.cuda.get_device_capability(tensor.device) < (8, 0):
-        return "it needs compute capability 8.0 or newer"
-    return None
-
-
-def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Makes the tensor's device the current one, where kernels are launched; nothing on the CPU."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

@@ -16,7 +16,7 @@ from lemo.families import head_transform
 from lemo.ops import linear_ce, linear_ce_module
 from lemo.runtime.fused.final import final_rows
 from lemo.runtime.fused.parts import Norm
-from lemo.runtime.layer import without_class
+from lemo.runtime.rows import without_class
 
 
 class ForwardSlot:

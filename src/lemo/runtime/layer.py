@@ -40,6 +40,7 @@ from lemo.runtime.rows import (
     gather_keywords,
     hidden_of,
     inverse,
+    without_class,
 )
 
 CALL = "lemo_call"  # keyword of a layer's forward that carries the LayerCall
@@ -113,19 +114,6 @@ def skipping_class(layer_class: type) -> type:
         "__doc__": layer_class.__doc__,
     }
     return type(layer_class.__name__, (SkippingLayer, layer_class), body)
-
-
-def without_class(reduced: tuple, mixin: type, attributes: tuple[str, ...]) -> tuple:
-    """What `object.__reduce_ex__` gave, with the class below `mixin`'s subclass and without some attributes."""
-    _, (found, *_), state, *rest = reduced
-    mro = found.__mro__
-    kept = {name: value for name, value in state.items() if name not in attributes}
-    return (_blank, (mro[2] if mro[1] is mixin else found,), kept, *rest)
-
-
-def _blank(found: type) -> Any:
-    """An instance before its state; pickle's own constructor insists on the class of the original."""
-    return found.__new__(found)
 
 
 @cache

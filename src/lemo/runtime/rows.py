@@ -234,3 +234,16 @@ def _all_rows(layout: Layout) -> RowSet:
     count = layout.real_rows
     rows_N = torch.argsort((layout.document_of_row_N < 0).to(torch.uint8), stable=True)[:count]
     return RowSet(rows_N, tuple(layout.document_length_D.tolist()), rows_N[:0])
+
+
+def without_class(reduced: tuple, mixin: type, attributes: tuple[str, ...]) -> tuple:
+    """What `object.__reduce_ex__` gave, with the class below `mixin`'s subclass and without some attributes."""
+    _, (found, *_), state, *rest = reduced
+    mro = found.__mro__
+    kept = {name: value for name, value in state.items() if name not in attributes}
+    return (_blank, (mro[2] if mro[1] is mixin else found,), kept, *rest)
+
+
+def _blank(found: type) -> Any:
+    """An instance before its state; pickle's own constructor insists on the class of the original."""
+    return found.__new__(found)

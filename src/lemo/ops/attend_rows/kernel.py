@@ -8,14 +8,13 @@ without a mask. Which rows a program owns comes from a table made on the host fr
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from lemo.ops.attend_rows.tiling import Tiling, Work, like_rows, sizes, tile_table, tilings
+from lemo.ops.backend import on_device_of
 
 Pair = tuple[Tensor, Tensor]
 
@@ -34,7 +33,7 @@ def bounds(work: Work, window: int | None, owns_keys: bool, ordered: bool = True
         shifts = (-window if window else None, 0)
     if tiles == 0:
         return found
-    with _on(work.rows):
+    with on_device_of(work.rows):
         _bounds_kernel[(tiles,)](
             work.rows, work.others, found, table, work.rows.shape[0], rounds, shifts[0] or 0, shifts[1] or 0,
             HAS_FIRST=shifts[0] is not None, HAS_END=shifts[1] is not None, ROWS=128,
@@ -66,7 +65,7 @@ def forward(
     table, tiles, _ = tile_table(work.segments, tiling.rows, query.device, True)
     if tiles == 0:
         return output, lse
-    with _on(query):
+    with on_device_of(query):
         _forward_kernel[(tiles * heads,)](
             query, key, value, output, lse, bounds(work, window, False) if seen is None else seen, table,
             *query.stride(), *key.stride(), *value.stride(), *output.stride(), rows, tiles, float(scaling),
@@ -101,7 +100,7 @@ def backward_query(
     table, tiles, _ = tile_table(work.segments, tiling.rows, query.device, True)
     if tiles == 0:
         return d_query, delta
-    with _on(query):
+    with on_device_of(query):
         _query_kernel[(tiles * heads,)](
             grad, query, key, value, output, lse, delta, d_query, d_query if start is None else start,
             bounds(work, window, False) if seen is None else seen, table,
@@ -138,7 +137,7 @@ def backward_key(
     table, tiles, _ = tile_table(work.segments, tiling.rows, query.device, False)
     if tiles == 0:
         return d_key, d_value
-    with _on(query):
+    with on_device_of(query):
         _key_kernel[(tiles * groups,)](
             grad, query, key, value, *sums, d_key, d_value, work.others, work.rows,
             bounds(work, window, True, ordered) if seen is None else seen, table,
@@ -153,10 +152,6 @@ def _near(tensor: Tensor) -> Tensor:
     """The tensor, copied if a tile of it reaches farther than the 32 bits that offsets inside a tile have."""
     _, row, dim = tensor.stride()
     return tensor if 128 * row + tensor.shape[2] * dim < 2**31 else tensor.contiguous()
-
-
-def _on(tensor: Tensor) -> contextlib.AbstractContextManager:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 @triton.jit

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
 
 from lemo.ops.attend_rows.reference import Rows
+from lemo.ops.backend import interpreting, padded, shared_memory_bytes, why_no_kernel
 
 MAX_HEAD_DIM = 256
 # Fewer programs than this run nearly all at once: tiles of equal length are then spread over the processors. More run
@@ -42,17 +42,17 @@ class Tiling:
 CANDIDATES = {
     "forward": {
         64: (Tiling(128, 64, 4, 3), Tiling(128, 128, 8, 3), Tiling(128, 64, 8, 3), Tiling(64, 64, 4, 2)),
-        128: (Tiling(128, 128, 8, 2), Tiling(128, 64, 8, 3), Tiling(128, 64, 4, 3), Tiling(64, 32, 4, 2)),
+        128: (Tiling(64, 64, 4, 3), Tiling(128, 64, 8, 3), Tiling(128, 128, 8, 2), Tiling(64, 32, 4, 2)),
         256: (Tiling(128, 64, 8, 2), Tiling(64, 64, 4, 2), Tiling(64, 32, 4, 1)),
     },
     "query": {
         64: (Tiling(128, 64, 8, 2), Tiling(128, 64, 4, 3), Tiling(64, 64, 4, 3), Tiling(64, 32, 4, 2)),
-        128: (Tiling(128, 64, 8, 2), Tiling(64, 64, 4, 2), Tiling(128, 32, 8, 3), Tiling(64, 32, 4, 1)),
+        128: (Tiling(64, 64, 4, 2), Tiling(128, 64, 8, 3), Tiling(128, 32, 8, 3), Tiling(64, 32, 4, 1)),
         256: (Tiling(64, 32, 4, 2), Tiling(64, 32, 8, 1), Tiling(32, 32, 4, 1)),
     },
     "key": {
         64: (Tiling(128, 64, 8, 2), Tiling(64, 64, 4, 2), Tiling(128, 64, 8, 3), Tiling(64, 32, 4, 2)),
-        128: (Tiling(128, 64, 8, 2), Tiling(128, 32, 8, 2), Tiling(64, 64, 8, 2), Tiling(64, 32, 4, 1)),
+        128: (Tiling(128, 64, 8, 1), Tiling(128, 64, 8, 2), Tiling(128, 32, 8, 2), Tiling(64, 32, 4, 1)),
         256: (Tiling(64, 32, 8, 2), Tiling(64, 32, 8, 1), Tiling(32, 32, 4, 1)),
     },
 }
@@ -98,28 +98,18 @@ class Work:
         return sum(self.segments[1]) == self.rows.shape[0]
 
 
-def interpreting() -> bool:
-    """Whether Triton was told, before its import, to run kernels in its CPU interpreter."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
-
-
 def why_not(query: Tensor) -> str | None:
     """Why the kernels cannot run on this input; None if they can."""
-    if query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"it takes fp16, bf16 and fp32, not {query.dtype}"
     if query.shape[-1] > MAX_HEAD_DIM:
         return f"head dimension {query.shape[-1]} exceeds {MAX_HEAD_DIM}"
-    if interpreting():
-        return "the interpreter has no bf16" if query.dtype == torch.bfloat16 else None
-    if query.device.type != "cuda":
-        return f"the tensors are on {query.device.type}, it needs a CUDA device"
-    if torch.cuda.get_device_capability(query.device) < (8, 0):
-        return "it needs compute capability 8.0 or newer"
+    if (reason := why_no_kernel(query)) is not None:
+        return reason
     if any(not tilings(kind, query.shape[-1], query.dtype) for kind in CANDIDATES):
         return f"no tile of {query.dtype}, {query.shape[-1]} wide, fits into shared memory"
     return None
 
 
+@cache
 def tilings(kind: str, head_dim: int, dtype: torch.dtype) -> list[Tiling]:
     """The candidates for the `forward`, `query` or `key` kernel that fit; the first is the one in use.
 
@@ -135,13 +125,7 @@ def fits(tiling: Tiling, kind: str, head_dim: int, dtype: torch.dtype) -> bool:
     """Whether the operands of a program fit into shared memory; 2 KiB are left to the compiler."""
     owned = tiling.rows * (1 if kind == "forward" else 2)
     operands = owned + 2 * tiling.stages * tiling.others
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    return operands * padded(head_dim) * dtype.itemsize <= properties.shared_memory_per_block_optin - 2048
-
-
-def padded(size: int) -> int:
-    """Next power of two, at least 16, the least a matrix instruction takes."""
-    return max(16, 1 << (size - 1).bit_length())
+    return operands * padded(head_dim) * dtype.itemsize <= shared_memory_bytes() - 2048
 
 
 @lru_cache(maxsize=256)

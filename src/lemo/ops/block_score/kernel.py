@@ -9,8 +9,6 @@ once. Rows that are padding are loaded as zeros; their score is 0, which no maxi
 
 from __future__ import annotations
 
-import contextlib
-import os
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lemo.errors import BackendError
+from lemo.ops.backend import interpreting, on_device_of, padded, shared_memory_bytes, why_no_kernel
 
 MAX_BLOCK_ROWS = 128
 MAX_HEAD_DIM = 256
@@ -72,34 +71,17 @@ def choose_tiling(head_dim: int, block_rows: int, dtype: torch.dtype) -> Tiling 
 def fits(tiling: Tiling, head_dim: int, block_rows: int, dtype: torch.dtype) -> bool:
     """Whether a tile holds a block, and the operands of its stages fit into shared memory."""
     operand_bytes = (tiling.query_rows + tiling.key_rows) * padded(head_dim) * dtype.itemsize
-    return tiling.key_rows >= padded(block_rows) and tiling.stages * operand_bytes <= shared_memory_bytes()
-
-
-def shared_memory_bytes() -> int:
-    """Shared memory that one program may take on the current device; 1 KiB is left to the compiler."""
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    return properties.shared_memory_per_block_optin - 1024
-
-
-def interpreting() -> bool:
-    """Whether Triton was told, before its import, to run kernels in its CPU interpreter."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+    return tiling.key_rows >= padded(block_rows) and tiling.stages * operand_bytes <= shared_memory_bytes() - 1024
 
 
 def why_not(query: Tensor, block_rows: int) -> str | None:
     """Why the kernel cannot run on this input; None if it can."""
-    if query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"it takes fp16, bf16 and fp32, not {query.dtype}"
     if query.shape[-1] > MAX_HEAD_DIM:
         return f"head dimension {query.shape[-1]} exceeds {MAX_HEAD_DIM}"
     if block_rows > MAX_BLOCK_ROWS:
         return f"blocks of {block_rows} rows exceed {MAX_BLOCK_ROWS}"
-    if interpreting():
-        return "the interpreter has no bf16" if query.dtype == torch.bfloat16 else None
-    if query.device.type != "cuda":
-        return f"the tensors are on {query.device.type}, it needs a CUDA device"
-    if torch.cuda.get_device_capability(query.device) < (8, 0):
-        return "it needs compute capability 8.0 or newer"
+    if (reason := why_no_kernel(query)) is not None:
+        return reason
     if choose_tiling(query.shape[-1], block_rows, query.dtype) is None:
         return f"no tile for blocks of {block_rows} rows, {query.shape[-1]} wide {query.dtype} fits into shared memory"
     return None
@@ -128,7 +110,7 @@ def launch(
     # Group g spans `group` tile rows and the columns up to its last row: group · width · (g + 1) tiles.
     width = tiling.group * query_blocks // key_blocks
     grid = (tiling.group * width * groups * (groups + 1) // 2,)
-    with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
+    with on_device_of(query):
         _block_score_kernel[grid](
             query,
             key,
@@ -156,11 +138,6 @@ def launch(
             num_stages=tiling.stages,
         )
     return out
-
-
-def padded(size: int) -> int:
-    """Next power of two, at least 16, the least a matrix instruction takes."""
-    return max(16, triton.next_power_of_2(size))
 
 
 @triton.jit

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lemo.ops.checks import interpreting, on_device_of, why_no_kernel
+from lemo.ops.backend import interpreting, on_device_of, why_no_kernel
 from lemo.ops.gated_act.reference import ACTS
 
 

@@ -7,14 +7,13 @@ sum when the maximum grows; the second, over logits that are still in the second
 
 from __future__ import annotations
 
-import contextlib
-import os
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from lemo.ops.backend import interpreting, on_device_of, why_no_kernel
 
 
 @dataclass(frozen=True)
@@ -30,18 +29,9 @@ CANDIDATES = (Tiling(16384, 16), Tiling(32768, 32), Tiling(8192, 8), Tiling(4096
 INTERPRETED = Tiling(8, 1)
 
 
-def interpreting() -> bool:
-    """Whether Triton was told, before its import, to run kernels in its CPU interpreter."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
-
-
 def why_not(hidden: Tensor) -> str | None:
     """Why the kernel cannot run on this input of the head; None if it can."""
-    if hidden.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"it takes fp16, bf16 and fp32, not {hidden.dtype}"
-    if interpreting():
-        return "the interpreter has no bf16" if hidden.dtype == torch.bfloat16 else None
-    return None if hidden.device.type == "cuda" else f"the tensors are on {hidden.device.type}, it needs a CUDA device"
+    return why_no_kernel(hidden)
 
 
 def launch(
@@ -59,7 +49,7 @@ def launch(
     """
     rows, vocabulary = logits.shape
     tiling = tiling or (INTERPRETED if interpreting() else CANDIDATES[0])
-    with torch.cuda.device(logits.device) if logits.is_cuda else contextlib.nullcontext():
+    with on_device_of(logits):
         _linear_ce_kernel[(rows,)](
             logits, labels, loss, logits.stride(0), labels.stride(0), float(softcap or 1.0), float(logit_scale),
             VOCABULARY=vocabulary, TILE=min(tiling.logits, 1 << (vocabulary - 1).bit_length()),

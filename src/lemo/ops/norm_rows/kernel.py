@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lemo.ops.checks import interpreting, on_device_of, why_no_kernel
+from lemo.ops.backend import interpreting, on_device_of, why_no_kernel
 
 MAX_WIDTH = 32768
 # Elements of a program: narrower rows are taken several at a time.

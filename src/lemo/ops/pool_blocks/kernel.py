@@ -7,9 +7,8 @@ product, so the rows are never normalised in memory. Rows that are padding are l
 
 from __future__ import annotations
 
-import contextlib
-import os
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -17,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lemo.errors import BackendError
+from lemo.ops.backend import interpreting, on_device_of, padded, shared_memory_bytes, why_no_kernel
 from lemo.ops.pool_blocks.reference import POOLS, Blocks
 
 MAX_BLOCK_ROWS = 128
@@ -57,6 +57,7 @@ CANDIDATES_FP32 = (Tiling(64, 64, 32, 8, 2), Tiling(64, 64, 16, 8, 1))
 INTERPRETED = Tiling(16, 32, 32, 1, 1)
 
 
+@cache
 def choose_tiling(block_rows: int, dtype: torch.dtype) -> Tiling | None:
     """The first candidate that fits; None if none does. A table and not an autotuner: two runs do the same thing."""
     if interpreting():
@@ -69,32 +70,15 @@ def fits(tiling: Tiling, block_rows: int, dtype: torch.dtype) -> bool:
     """Whether the operands of the stages and the projected tile fit into shared memory; 2 KiB are the compiler's."""
     rows = max(tiling.rows, padded(block_rows))
     operands = tiling.stages * (rows + tiling.features) * tiling.width * dtype.itemsize
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    return max(operands, 4 * rows * tiling.features) <= properties.shared_memory_per_block_optin - 2048
-
-
-def interpreting() -> bool:
-    """Whether Triton was told, before its import, to run kernels in its CPU interpreter."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
-
-
-def padded(size: int) -> int:
-    """Next power of two, at least 16, the least a matrix instruction takes."""
-    return max(16, 1 << (size - 1).bit_length())
+    return max(operands, 4 * rows * tiling.features) <= shared_memory_bytes() - 2048
 
 
 def why_not(x: Tensor, block_rows: int) -> str | None:
     """Why the kernel cannot run on this input; None if it can."""
-    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"it takes fp16, bf16 and fp32, not {x.dtype}"
     if block_rows > MAX_BLOCK_ROWS:
         return f"blocks of {block_rows} rows exceed {MAX_BLOCK_ROWS}"
-    if interpreting():
-        return "the interpreter has no bf16" if x.dtype == torch.bfloat16 else None
-    if x.device.type != "cuda":
-        return f"the tensors are on {x.device.type}, it needs a CUDA device"
-    if torch.cuda.get_device_capability(x.device) < (8, 0):
-        return "it needs compute capability 8.0 or newer"
+    if (reason := why_no_kernel(x)) is not None:
+        return reason
     if choose_tiling(block_rows, x.dtype) is None:
         return f"no tile for blocks of {block_rows} rows of {x.dtype} fits into shared memory"
     return None
@@ -121,7 +105,7 @@ def launch(
     extra = out if extra is None else extra
     grid = (-(-count // per_tile), -(-features // feature_tile))
     places = {f"{name.upper()}_AT": pools.index(name) if name in pools else -1 for name in POOLS}
-    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+    with on_device_of(x):
         _pool_blocks_kernel[grid](
             x, projection, blocks.start_K, blocks.length_K, extra, out,
             *x.stride(), *projection.stride(), *extra.stride(), out.stride(0),

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lemo.ops.checks import on_device_of, why_no_kernel
+from lemo.ops.backend import on_device_of, why_no_kernel
 
 # Elements of the padded halves of all heads of a row; more would not stay in registers.
 MAX_TILE = 32768

@@ -7,26 +7,15 @@ product with a matrix of ones and zeros, and multiplies with K's. Everything is 
 
 from __future__ import annotations
 
-import contextlib
-import os
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from lemo.ops.backend import interpreting, on_device_of, padded
+
 MAX_NET_WIDTH = 256
 BLOCKS, INPUTS, OTHERS = 16, 64, 64
-
-
-def interpreting() -> bool:
-    """Whether Triton was told, before its import, to run kernels in its CPU interpreter."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
-
-
-def padded(size: int) -> int:
-    """Next power of two, at least 16, the least a product takes."""
-    return max(16, 1 << (size - 1).bit_length())
 
 
 def why_not(features: Tensor, net_width: int) -> str | None:
@@ -59,7 +48,7 @@ def launch(
     output = torch.empty(2, blocks, rank, dtype=torch.float32, device=features.device)
     score = torch.empty(blocks, dtype=torch.float32, device=features.device)
     tiles = -(-blocks // BLOCKS)
-    with torch.cuda.device(features.device) if features.is_cuda else contextlib.nullcontext():
+    with on_device_of(features):
         _nets_kernel[(tiles, 2)](
             features.contiguous(), *maps, output, blocks,
             query_net[0].shape[0], query_net[2].shape[0], key_net[0].shape[0], key_net[2].shape[0],

@@ -7,21 +7,15 @@ There are few blocks (16,384 in a million rows), so every pair can be looked at,
 
 from __future__ import annotations
 
-import contextlib
-import os
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from lemo.ops.backend import interpreting, on_device_of
+
 MAX_BLOCK_ROWS = 512
 BLOCKS, OTHERS = 16, 128
-
-
-def interpreting() -> bool:
-    """Whether Triton was told, before its import, to run kernels in its CPU interpreter."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def why_not(per_block: Tensor, block_rows: int) -> str | None:
@@ -41,7 +35,7 @@ def rank(scores: Tensor, spans: Tensor) -> Tensor:
     """(K,) int64 ranks; `spans` (3, K): first block of each one's document, the one behind its last, and forced."""
     blocks = len(scores)
     found = torch.empty(blocks, dtype=torch.int64, device=scores.device)
-    with _on(scores):
+    with on_device_of(scores):
         _rank_kernel[(-(-blocks // BLOCKS),)](
             scores, spans, found, scores.stride(0), blocks, torch.finfo(scores.dtype).max,
             BLOCKS=BLOCKS, OTHERS=OTHERS, num_warps=4,
@@ -61,17 +55,13 @@ def select(
     rows = torch.empty(chosen, dtype=torch.int64, device=device)
     others = torch.empty(skipped, dtype=torch.int64, device=device)
     valid = None if keep is None else torch.empty(chosen, dtype=torch.uint8, device=device)
-    with _on(ranks):
+    with on_device_of(ranks):
         _select_kernel[(-(-blocks // BLOCKS),)](
             ranks.contiguous(), ranks if keep is None else keep.contiguous().view(torch.uint8), columns,
             rows, others, rows if valid is None else valid, blocks,
             LENGTH=1 << (longest - 1).bit_length(), KEEP=keep is not None, BLOCKS=BLOCKS, OTHERS=OTHERS, num_warps=4,
         )  # fmt: skip
     return rows, others, None if valid is None else valid.view(torch.bool)
-
-
-def _on(tensor: Tensor) -> contextlib.AbstractContextManager:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 @triton.jit

@@ -9,6 +9,7 @@ the two maps transposed and 1/rms given.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -16,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lemo.errors import BackendError
-from lemo.ops.checks import interpreting, on_device_of, why_no_kernel
+from lemo.ops.backend import interpreting, on_device_of, padded, shared_memory_bytes, why_no_kernel
 
 MAX_WIDTH = 32768
 MAX_RANK = 256
@@ -69,6 +70,7 @@ CANDIDATES_FP32 = (Tiling(32, 32, 4, 2), Tiling(16, 32, 4, 1), Tiling(16, 16, 4,
 INTERPRETED = Tiling(32, 64, 1, 1)
 
 
+@cache
 def tilings(rank: int, dtype: torch.dtype) -> list[Tiling]:
     """Candidates for this rank that fit into shared memory; the first is the one in use."""
     if interpreting():
@@ -77,13 +79,8 @@ def tilings(rank: int, dtype: torch.dtype) -> list[Tiling]:
         candidates = CANDIDATES_FP32
     else:
         candidates = CANDIDATES[min(limit for limit in CANDIDATES if limit >= padded(rank))]
-    available = torch.cuda.get_device_properties(torch.cuda.current_device()).shared_memory_per_block_optin - 4096
+    available = shared_memory_bytes() - 4096
     return [t for t in candidates if _shared_bytes(t, rank, dtype) <= available]
-
-
-def padded(rank: int) -> int:
-    """Next power of two, at least 16, the least a matrix instruction takes."""
-    return max(16, triton.next_power_of_2(rank))
 
 
 def why_not(stream: Tensor, rank: int) -> str | None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lemo.ops import norm_rows, norm_rows_backward
 from lemo.runtime.fused.layer import OWNED
 from lemo.runtime.fused.parts import Norm
+from lemo.runtime.rows import without_class
 
 
 class DeferringNorm:
@@ -22,6 +23,10 @@ class DeferringNorm:
         if handle is not None and handle.context is not None and handle.context.defers_norm:
             return hidden_states
         return super().__call__(hidden_states, *args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copies and pickles are the norm without lemo."""
+        return without_class(super().__reduce_ex__(protocol), DeferringNorm, ("_lemo_norm",))
 
 
 @cache
