@@ -188,11 +188,19 @@ def dense_plan(model: Any) -> Plan:
 
 
 def swept_rate(records: Sequence[Record], protocol: Protocol, model: str) -> float | None:
-    """Rate of the dense run with the least validation loss, among the longest runs of the sweep."""
+    """Rate of the dense run with the least validation loss, among the longest runs of the sweep.
+
+    A length without a sweep of its own takes the rate of the published one.
+    """
+    found = _swept_at(records, protocol, model, protocol.window)
+    return found if found is not None else _swept_at(records, protocol, model, Protocol().window)
+
+
+def _swept_at(records: Sequence[Record], protocol: Protocol, model: str, window: int) -> float | None:
     runs: dict[int, dict[float, float]] = {}
     for record in records:
         setting = record.setting
-        same = setting.get("model") == model and setting.get("window") == protocol.window
+        same = setting.get("model") == model and setting.get("window") == window
         name = "quality/dense_all/dense" if protocol.data == "text" else "quality/instruct_dense/dense"
         if record.name == name and same and list(record.seeds) == [0] and setting["flops_steps"] is None:
             runs.setdefault(setting["steps"], {})[setting["learning_rate"]] = record.value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,7 @@ def test_the_swept_rate_is_the_best_of_the_longest_runs(tmp_path: Path):
             _cell(path, "dense_all", 0, [2.0 + (place != best)] * 4, rate=rate, asked=asked)
     assert swept_rate(read_records(path), PROTOCOL, "smol") == RATES[2]
     assert swept_rate(read_records(path), PROTOCOL, "other") is None
+    assert swept_rate(read_records(path), replace(PROTOCOL, window=32768), "smol") == RATES[2]
     assert swept_rate(read_records(path)[:2], PROTOCOL, "smol") is None, "two rates are no sweep"
 
 
