@@ -55,14 +55,14 @@ REAL = {
     **{
         f"bypass, {width} wide, rank {rank}": ("bypass_rows_", _stream(shape=(500, width), rows=301, rank=rank).bypass)
         for width in (4096, 5120, 896)
-        for rank in (8, 64, 128, 256)
+        for rank in (8, 64, 128)
     },
     **{
         f"bypass gradient, 4096 wide, rank {rank}": (
             "bypass_rows_backward_",
             _stream(shape=(500, 4096), rows=301, rank=rank, flags=True).bypass_backward,
         )
-        for rank in (8, 64, 100, 256)
+        for rank in (8, 64, 100)
     },
 }
 
@@ -73,7 +73,7 @@ def test_shapes_of_real_models(name):
     check_case(SPECS[op], Case(name, build, ulps=TENSOR_CORE_ULPS), torch.bfloat16, "cuda")
 
 
-@pytest.mark.parametrize("rank", [64, 128, 256])
+@pytest.mark.parametrize("rank", [64, 128])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_every_tiling_gives_the_same_bypass(rank, dtype):
     from lemo.ops.stream_rows import kernel

@@ -266,7 +266,7 @@ SPECS = (
         reference=_bypass_reference,
         cases=_bypass_cases("bypass"),
         benchmark_shapes=tuple(
-            Case(f"16384 of 32768 x 4096, rank {rank}", _large(rank).bypass) for rank in (64, 16, 256)
+            Case(f"16384 of 32768 x 4096, rank {rank}", _large(rank).bypass) for rank in (64, 16, 128)
         ),
         flops=_bypass_flops,
         bytes_moved=_bypass_bytes,
@@ -278,7 +278,7 @@ SPECS = (
         run=_bypass_backward,
         reference=_bypass_backward_reference,
         cases=_bypass_cases("bypass_backward"),
-        benchmark_shapes=tuple(Case(f"16384 of 32768 x 4096, rank {r}", _large(r).bypass_backward) for r in (64, 256)),
+        benchmark_shapes=tuple(Case(f"16384 of 32768 x 4096, rank {r}", _large(r).bypass_backward) for r in (64, 128)),
         flops=_bypass_flops,
         bytes_moved=_bypass_bytes,
         naive=_naive_bypass_backward,
