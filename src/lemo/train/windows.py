@@ -90,7 +90,7 @@ class DataReport:
         """The report as lines of text."""
         packed = f", {self.packed_windows:,} of them packed" if self.packed_windows else ""
         lines = [
-            f"{self.documents:,} documents, {self.tokens:,} tokens",
+            f"{self.documents:,} document{'s' if self.documents != 1 else ''}, {self.tokens:,} tokens",
             f"{self.windows:,} windows of up to {self.window_tokens:,} tokens{packed}, {self.kept_tokens:,} tokens",
             f"rows with loss: {self.supervised_share:.1%}",
         ]
