@@ -106,6 +106,11 @@ def test_a_context_that_cannot_grow_is_said_or_samples_are_cut(tmp_path):
     assert run.model.context_length is None
 
 
+def test_a_single_sample_is_not_held_out(model):
+    assert draft(model, DataFacts("messages", "messages", (90,), 90, 0.2)).data.held_out_share == 0
+    assert draft(model, DataFacts("messages", "messages", (90, 80), 90, 0.2)).data.held_out_share == 0.1
+
+
 def test_short_data_is_refused(model):
     with pytest.raises(ConfigError, match="about 100 tokens, too few"):
         draft(model, text_facts(100))

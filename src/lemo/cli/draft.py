@@ -183,7 +183,7 @@ def _data(wish: Wish, data: DataFacts, shape: Shape) -> list[Line]:
     lines: list[Line] = [("train", list(wish.train), "files or folders of .txt, .jsonl, .jsonl.gz or .npz")]
     if wish.validation:
         lines.append(("validation", list(wish.validation), "its loss is measured before and after"))
-    else:
+    elif not data.answers or len(data.lengths) > 1:  # a single sample cannot be shared out
         lines.append(("held_out_share", HELD_OUT, "of the training data, for validation: no files were named"))
     lines.append(("window_tokens", shape.window_tokens, shape.why))
     if data.kind == "messages" and data.field != "messages":
