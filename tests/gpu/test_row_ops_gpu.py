@@ -26,7 +26,7 @@ pytestmark = pytest.mark.gpu
 MODULES = (norm_rows_cases, rope_rows_cases, gated_act_cases, stream_rows_cases)
 SPECS: dict[str, OpSpec] = {spec.name: spec for module in MODULES for spec in module.SPECS}
 # The matrix units sum products of 16-bit numbers with fewer guard bits than ordinary fp32 addition.
-TENSOR_CORE_ULPS = 32.0
+TENSOR_CORE_ULPS = 4.0
 FAR_ROWS = 1 << 19  # x 4112 columns: more than 2^31 elements
 
 

@@ -232,7 +232,7 @@ _BYPASSES: dict[str, dict[str, Any]] = {
 
 def _bypass_cases(kind: str) -> tuple[Case, ...]:
     # The matrix units sum products of 16-bit numbers with fewer guard bits than ordinary fp32 addition.
-    return tuple(Case(name, getattr(Shape(**options), kind), ulps=16.0) for name, options in _BYPASSES.items())
+    return tuple(Case(name, getattr(Shape(**options), kind), ulps=4.0) for name, options in _BYPASSES.items())
 
 
 def _large(rank: int) -> Shape:

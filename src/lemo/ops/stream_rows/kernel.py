@@ -246,16 +246,11 @@ def _bypass_kernel(
         tl.store(rstd_ptr + line, rstd, mask=line < count)
     between = (total * rstd[:, None]).to(stream_ptr.dtype.element_ty)
 
-    # From the last column to the first: those were read last. The next step's rows are fetched before this one's
-    # product; they are other columns than those that are written.
-    column = (STEPS - 1) * COLUMNS + tl.arange(0, COLUMNS)
-    x = tl.load(row_ptrs + column[None, :], mask=_inside(acts, column, WIDTH, ROWS, COLUMNS), other=0.0)
+    # From the last column to the first: those were read last.
     for step in tl.range(0, STEPS, num_stages=STAGES):
         column = (STEPS - 1 - step) * COLUMNS + tl.arange(0, COLUMNS)
         mask = _inside(acts, column, WIDTH, ROWS, COLUMNS)
-        earlier = column - COLUMNS
-        more = acts & (step + 1 < STEPS)
-        ahead = tl.load(row_ptrs + earlier[None, :], mask=_inside(more, earlier, WIDTH, ROWS, COLUMNS), other=0.0)
+        x = tl.load(row_ptrs + column[None, :], mask=mask, other=0.0)
         second = tl.load(
             second_ptr + rank[:, None].to(tl.int64) * second_stride_r + column[None, :].to(tl.int64) * second_stride_m,
             mask=(rank[:, None] < RANK) & (column[None, :] < WIDTH),
@@ -265,4 +260,3 @@ def _bypass_kernel(
         y = x.to(tl.float32) + update
         y = y.to(stream_ptr.dtype.element_ty)
         tl.store(row_ptrs + column[None, :], y, mask=mask, cache_modifier=".cs" if STREAMING else "")
-        x = ahead
