@@ -1,0 +1,218 @@
+"""The diagrams of docs/how-it-works.md, drawn from what lemo itself selects, counts and saves.
+
+    python -m docs.figures.diagrams
+
+`rows.svg` and `budgets.svg` show real selections of a small batch, with gains by `lemo.measure.flops`. `saved.svg` runs
+a layer of Llama-2's proportions forward and counts what autograd holds for backward.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch, Rectangle
+
+from lemo.core.layout import Layout
+from lemo.core.policy import select
+from lemo.core.score import Random, ScoreInputs
+from lemo.core.selection import RowSet, Selection
+from lemo.measure.flops import DecoderShape, LayerWork, ideal_gain
+
+HERE = Path(__file__).parent
+BLOCK = 64
+RUNS, FORWARD, SKIPS, LOSS, INK = "#2563eb", "#a9c6fb", "#e5e7eb", "#d97706", "#1f2937"
+LLAMA_2_7B = DecoderShape(layers=32, width=4096, ffn=11008, heads=32, kv_heads=32, head_dim=128, vocabulary=32000)
+
+
+def small_layout(blocks: int, loss_from: int, loss_to: int) -> Layout:
+    """One document with loss on the rows of some blocks."""
+    loss_BT = torch.zeros(1, blocks * BLOCK, dtype=torch.bool)
+    loss_BT[:, loss_from * BLOCK : loss_to * BLOCK] = True
+    return Layout.build(torch.zeros(1, blocks * BLOCK, dtype=torch.int64), loss_BT, block_size=BLOCK)
+
+
+def draw_selection(layout: Layout, layer: int, forward_ratio: float, backward_ratio: float) -> Selection:
+    """What one layer runs when blocks are drawn at random."""
+    scores_K = Random(seed=3).scores(ScoreInputs(layout, layer=layer))
+    return select(layout, scores_K, forward_ratio=forward_ratio, backward_ratio=backward_ratio)
+
+
+def chosen_blocks(layout: Layout, rows: RowSet | None) -> set[int]:
+    """Blocks whose rows are in a set; None is all."""
+    if rows is None:
+        return set(range(len(layout.block_start_K)))
+    return set(layout.block_of_row_N[rows.chosen()].tolist())
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """A white figure, which dark pages keep readable."""
+    return Figure(figsize=(width, height), facecolor="white", layout="constrained")
+
+
+def save(figure: Figure, name: str, folder: Path) -> None:
+    """Writes an SVG whose bytes do not depend on the day."""
+    import matplotlib
+
+    with matplotlib.rc_context({"svg.hashsalt": "lemo", "font.size": 9}):
+        figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+
+
+def draw_strip(axes: Axes, y: float, colours: list[str], places: list[float], marks: set[int]) -> None:
+    """Blocks of one stream as squares; those that carry loss have a mark."""
+    for k, (place, colour) in enumerate(zip(places, colours, strict=True)):
+        axes.add_patch(Rectangle((place, y), 0.9, 0.8, facecolor=colour, edgecolor="none", zorder=3))
+        if k in marks:
+            axes.plot(place + 0.45, y + 0.4, "o", color=LOSS, markersize=5, zorder=4)
+
+
+def draw_rows(folder: Path = HERE) -> None:
+    """y = x; y[rows] = layer(x[rows])."""
+    blocks = 16
+    layout = small_layout(blocks, 11, 13)
+    runs = sorted(chosen_blocks(layout, draw_selection(layout, 0, 0.5, 0.5).forward))
+    loss = set(layout.supervised_K.nonzero().squeeze(-1).tolist())
+    figure = new_figure(9, 3.7)
+    axes = figure.add_subplot()
+    everywhere = [float(k) for k in range(blocks)]
+    compact = [3.9 + 1.02 * i for i in range(len(runs))]
+    draw_strip(axes, 5, [RUNS if k in runs else SKIPS for k in range(blocks)], everywhere, loss)
+    draw_strip(axes, 2.5, [RUNS] * len(runs), compact, {runs.index(k) for k in loss})
+    draw_strip(axes, 0, [RUNS if k in runs else SKIPS for k in range(blocks)], everywhere, loss)
+    box = Rectangle((3.6, 2.2), 1.02 * len(runs) + 0.5, 1.4, facecolor="white", edgecolor=INK, linewidth=1.2, zorder=2)
+    axes.add_patch(box)
+    for place, k in zip(compact, runs, strict=True):
+        _arrow(axes, (k + 0.45, 4.95), (place + 0.45, 3.35), RUNS, 5)
+        _arrow(axes, (place + 0.45, 2.45), (k + 0.45, 0.85), RUNS, 5)
+    for k in set(range(blocks)) - set(runs):
+        _arrow(axes, (k + 0.45, 4.95), (k + 0.45, 0.85), "#c4c8cf", 1)
+    texts = {5.4: "x: the residual stream,\na square is 64 tokens", 0.4: "y: the same stream,\nbehind the layer"}
+    texts[2.9] = "layer(x[rows]): attention\nand MLP of Transformers,\nat the rows' own positions"
+    for y, text in texts.items():
+        axes.text(16.5, y, text, va="center", fontsize=9, color=INK)
+    note = "grey: skips the layer, and takes its low-rank bypass · blue: runs · dot: carries loss, never skips"
+    axes.text(8, -0.7, note, ha="center", fontsize=9, color=INK)
+    axes.set(xlim=(-0.2, 21.5), ylim=(-1.1, 6.1))
+    axes.axis("off")
+    save(figure, "rows", folder)
+
+
+def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], colour: str, order: int) -> None:
+    options: dict[str, Any] = {"arrowstyle": "-|>", "mutation_scale": 7, "linewidth": 0.9, "shrinkA": 0, "shrinkB": 0}
+    axes.add_patch(FancyArrowPatch(start, end, color=colour, zorder=order, **options))
+
+
+def draw_budgets(folder: Path = HERE) -> None:
+    """Forward and backward budgets of the same batch, with the work they leave."""
+    blocks, layers = 24, 8
+    layout = small_layout(blocks, 18, 21)
+    loss = layout.supervised_K.nonzero().squeeze(-1).tolist()
+    figure = new_figure(9, 4.4)
+    titles = {(1.0, 1.0): "dense", (0.5, 0.5): "rows skip", (1.0, 0.5): "exact forward", (0.5, 0.25): "both"}
+    for place, ((forward, backward), title) in enumerate(titles.items()):
+        axes = figure.add_subplot(2, 2, place + 1)
+        for layer in range(layers):
+            ratios = (1.0, 1.0) if layer in (0, layers - 1) else (forward, backward)
+            selection = draw_selection(layout, layer, *ratios)
+            runs, passes = chosen_blocks(layout, selection.forward), chosen_blocks(layout, selection.backward)
+            for k in range(blocks):
+                colour = RUNS if k in passes else FORWARD if k in runs else SKIPS
+                axes.add_patch(Rectangle((k, layer), 0.92, 0.88, facecolor=colour, edgecolor="none"))
+        axes.plot([k + 0.46 for k in loss], [-0.45] * len(loss), "v", color=LOSS, markersize=4)
+        work = LayerWork(forward, backward, kv="kept", recompute="layer")
+        gain = ideal_gain(LLAMA_2_7B, 65536, work)
+        axes.set_title(f"{title} ({forward:g}, {backward:g}): {gain:.1f}x", loc="left", fontsize=10, color=INK)
+        axes.set(xlim=(-0.3, blocks + 0.2), ylim=(layers + 0.1, -1))
+        axes.set_ylabel("layer", fontsize=8)
+        axes.set_yticks([])
+        axes.set_xticks([])
+        for side in axes.spines.values():
+            side.set_visible(False)
+    note = "deep blue: forward and backward · light blue: forward only · grey: skips · ▼ carries loss"
+    figure.supxlabel(note, fontsize=9, color=INK)
+    save(figure, "budgets", folder)
+
+
+def saved_widths() -> dict[str, float]:
+    """What a layer holds for backward, in numbers per token of the sequence, divided by the model's width."""
+    import lemo
+
+    tokens, blocks = 1024, 16
+    ids_BT = torch.randint(3, 90, (1, tokens), generator=torch.Generator().manual_seed(0))
+    labels_BT = torch.full_like(ids_BT, -100)
+    labels_BT[:, -tokens // blocks :] = ids_BT[:, -tokens // blocks :]
+    found = {}
+    for name, plan, options in (
+        ("Transformers, nothing recomputed", None, {}),
+        ("fused, nothing skips", (1.0, 1.0), {"recompute": "none"}),
+        ("fused, half skips", (0.5, 0.5), {"recompute": "none"}),
+        ("fused, half skips; mlp recomputed", (0.5, 0.5), {"recompute": "mlp"}),
+        ("fused, half skips; lin recomputed", (0.5, 0.5), {"recompute": "lin"}),
+        ("fused, half skips; layer recomputed", (0.5, 0.5), {"recompute": "layer"}),
+        ("fused, exact forward, quarter backward", (1.0, 0.25), {"recompute": "none"}),
+    ):
+        held = []
+        for layers in (2, 4):  # the difference leaves out embedding, head and loss
+            model = _adapted(layers)
+            if plan is None:
+                held.append(_held(model, ids_BT, labels_BT))
+                continue
+            base = model.base_model.model
+            sparse = lemo.Plan.uniform(base, forward_ratio=plan[0], backward_ratio=plan[1], kv="kept")
+            attached = lemo.attach(model, sparse, engine="fused", unsafe_no_bypass=True, self_test=False, **options)
+            with attached:
+                held.append(_held(model, ids_BT, labels_BT))
+        found[name] = (held[1] - held[0]) / 2 / tokens / model.config.hidden_size
+    return found
+
+
+def _adapted(layers: int) -> Any:
+    """A small Llama with the proportions of Llama-2-7B and adapters on all its linear maps."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 256, "intermediate_size": 688, "num_attention_heads": 4, "num_hidden_layers": layers}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=96, max_position_embeddings=1024, **sizes))
+    return get_peft_model(model, LoraConfig(r=1, target_modules="all-linear")).train()
+
+
+def _held(model: Any, ids_BT: torch.Tensor, labels_BT: torch.Tensor) -> int:
+    """Numbers that autograd saves in one forward, each storage once, parameters left out."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    storages: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.is_floating_point() and tensor.untyped_storage().data_ptr() not in own:
+            storages[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(input_ids=ids_BT, labels=labels_BT)
+    return sum(t.untyped_storage().nbytes() // t.element_size() for t in storages.values())
+
+
+def draw_saved(folder: Path = HERE) -> None:
+    """Bars of what a layer holds."""
+    found = saved_widths()
+    figure = new_figure(9, 2.9)
+    axes = figure.add_subplot()
+    colours = ["#6b7280" if name.startswith("Tr") else RUNS for name in found]
+    bars = axes.barh(range(len(found)), list(found.values()), color=colours, height=0.62)
+    axes.bar_label(bars, fmt="%.1f", padding=4, fontsize=9)
+    axes.set_yticks(range(len(found)), list(found), fontsize=9)
+    axes.invert_yaxis()
+    axes.set_xticks([])
+    axes.set_title("Held for backward, per token and layer, in widths of the model", loc="left", fontsize=10)
+    for side in ("top", "right", "bottom"):
+        axes.spines[side].set_visible(False)
+    save(figure, "saved", folder)
+
+
+if __name__ == "__main__":
+    draw_rows()
+    draw_budgets()
+    draw_saved()
