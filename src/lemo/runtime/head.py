@@ -16,6 +16,7 @@ from lemo.families import head_transform
 from lemo.ops import linear_ce, linear_ce_module
 from lemo.runtime.fused.final import final_rows
 from lemo.runtime.fused.parts import Norm
+from lemo.runtime.model import in_force
 from lemo.runtime.rows import without_class
 
 
@@ -145,7 +146,7 @@ def head_loss(
     A plain linear head takes the op whose gradient is computed in the forward; any other head (an adapter on it, a
     sharded weight) is called as the module it is, under checkpointing per segment.
     """
-    head = model.get_output_embeddings()
+    head = in_force(model.get_output_embeddings())
     scale, softcap = head_transform(model.config)
     hidden_NM, labels_N = hidden_BTM.flatten(0, -2), shift_labels_BT.flatten()
     if isinstance(num_items, Tensor):

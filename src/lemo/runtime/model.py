@@ -32,6 +32,18 @@ def causal_model(model: nn.Module) -> Any:
     return current
 
 
+def in_force(module: nn.Module) -> nn.Module:
+    """The module that a call of `module` reaches: the trained copy where PEFT keeps one (`modules_to_save`)."""
+    parts = module._modules
+    if "original_module" not in parts or "modules_to_save" not in parts:
+        return module
+    copies: Any = parts["modules_to_save"]
+    names = list(module.active_adapters)  # type: ignore[arg-type]
+    if module.disable_adapters or not names or any(name not in copies for name in names):
+        return parts["original_module"]  # type: ignore[return-value]
+    return copies[names[0]]
+
+
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The list of decoder layers.
 
@@ -88,7 +100,9 @@ def fingerprint(model: nn.Module) -> str | None:
         "hidden_size": config.hidden_size,
         "num_hidden_layers": config.num_hidden_layers,
     }
-    tensors: list[Tensor] = [base.get_input_embeddings().weight[:4096]]
+    embedding = base.get_input_embeddings()
+    # Embeddings that are trained beside an adapter are a copy; the base model's own are what a plan knows.
+    tensors: list[Tensor] = [getattr(embedding, "original_module", embedding).weight[:4096]]
     for name, parameter in decoder_layers(base).named_parameters():
         if "norm" in name and "lora_" not in name and "modules_to_save" not in name:
             tensors.append(parameter)

@@ -50,15 +50,14 @@ class FusedEngine:
         """Makes the norm before the head deferrable, where the family names it and it is a plain norm."""
         if self._engine == "generic" or self.names is None or self.names.final_norm is None:
             return
-        norm = self._handle.model.base_model.get_submodule(self.names.final_norm)
-        if not hasattr(norm, "original_module"):
-            install_norm(norm, self._handle)
-            self._norm = norm
+        self._norm = self._handle.model.base_model.get_submodule(self.names.final_norm)
+        install_norm(self._norm, self._handle)
 
     def remove(self) -> None:
         """Undoes `install`."""
         if self._norm is not None:
             remove_norm(self._norm)
+            self._norm = None
 
     def layers(self) -> frozenset[int]:
         """Layers that the fused engine runs, as they are now.
@@ -98,6 +97,11 @@ class FusedEngine:
         """
         if context is None or self._norm is None or len(self._handle.plan.layers) - 1 not in context.fused:
             return None
-        assert self.names is not None
+        assert self.names is not None and self.names.final_norm is not None
+        if self._handle.model.base_model.get_submodule(self.names.final_norm) is not self._norm:
+            # PEFT came after `attach` and wrapped the norm (`modules_to_save`).
+            self.remove()
+            self.install()
+            assert self._norm is not None
         context.loss_rows_only = context.defers_norm = True
         return read_norm(self._norm, self.names.norm), loss_rows(context.layout).rows_N

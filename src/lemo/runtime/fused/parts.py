@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lemo.families.family import LayerNames
 from lemo.runtime.fused.maps import LinearMap, MapGroup, TensorList, why_not_linear
+from lemo.runtime.model import in_force
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -98,18 +99,20 @@ class LayerReader:
     def why_not(self, layer: nn.Module) -> str | None:
         """Why the layer must run in the generic executor now; None when the fused engine can run it."""
         for name in self._linear:
-            reason = why_not_linear(self._modules[name], layer.training)
+            reason = why_not_linear(in_force(self._modules[name]), layer.training)
             if reason is not None:
                 return f"{name}: {reason}"
+        weight = _base(in_force(self._modules[self._names.output])).weight
         for name in self._norm_names:
-            norm = self._modules[name]
-            if getattr(norm, "weight", None) is None or hasattr(norm, "original_module"):
+            norm = in_force(self._modules[name])
+            if getattr(norm, "weight", None) is None:
                 return f"{name}: not a plain norm"
+            if norm.weight.dtype != weight.dtype:
+                return f"{name}: {norm.weight.dtype} beside {weight.dtype} maps"
         if layer.training:
             for name, owner, attribute in self._dropouts:
                 if getattr(owner, attribute) > 0:
                     return f"dropout is active ({name})"
-        weight = _base(self._modules[self._names.output]).weight
         device = weight.device.type
         if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != weight.dtype:
             return f"autocast over {weight.dtype} weights"
@@ -117,7 +120,8 @@ class LayerReader:
 
     def read(self, layer: nn.Module) -> LayerParts:
         """The layer's parts as they are now."""
-        names, modules, attention, config = self._names, self._modules, self._attention, self._config
+        names, attention, config = self._names, self._attention, self._config
+        modules = {name: in_force(module) for name, module in self._modules.items()}
         found = TensorList()
         norms = tuple(_norm(found, modules[name], names.norm) for name in names.norms)
         head_norms = tuple(_norm(found, modules[name], "rms") for name in names.head_norms)
@@ -171,7 +175,7 @@ def _dropouts(layer: nn.Module) -> list[tuple[str, Any, str]]:
 
 def read_norm(module: nn.Module, kind: str) -> Norm:
     """A norm outside a layer, as it is now."""
-    return _norm(TensorList(), module, kind)
+    return _norm(TensorList(), in_force(module), kind)
 
 
 def _norm(found: TensorList, module: nn.Module, kind: str) -> Norm:
