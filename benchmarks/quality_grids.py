@@ -11,6 +11,7 @@ from benchmarks.quality_methods import (
     INSTRUCT,
     METHODS,
     NULLS,
+    PREDICTED,
     PRESETS,
     RIVALS,
     TARGETS,
@@ -108,6 +109,7 @@ GRIDS: dict[str, list[Cell]] = {
     "ablations": _cells(list(ABLATIONS), [0]),
     "explore": _cells(["dense_rows", "balanced", *PRESETS, *ABLATIONS], [0], 60),
     "targets": _cells(["balanced", "random", *TARGETS], range(2), 100),
+    "predictors": _cells(["balanced", "random", "interaction", *PREDICTED], range(2), 100),
     "oracle": _cells(["oracle_mass"], range(5)),
     "long": _cells([*_MAIN[:1], *_MAIN[2:]], range(3)),
     "instruct": [

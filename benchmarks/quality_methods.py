@@ -197,6 +197,10 @@ ABLATIONS = {
 ANSWER_SHARE = 0.08  # of rows of an instruction sample, for FLOPs only: the data decides which rows carry loss
 ORACLES = ("mass", "mass_loss_rows", "mass_detrended", "mass_times_value", "mass_peak", "interaction")
 TARGETS = {f"oracle_{name}": lemo(f"oracle, {name.replace('_', ' ')}", oracle=name) for name in ORACLES}
+PREDICTED = {
+    f"predict_{name}": lemo(f"predictors of {name.replace('_', ' ')}", target=name)
+    for name in ("mass_loss_rows", "mass_detrended", "mass_times_value", "mass_peak")
+}
 _CONTEXT = {"loss_share": ANSWER_SHARE, **_both(0.2)}
 INSTRUCT = {
     "instruct_before": Method("before any training"),
@@ -207,7 +211,7 @@ INSTRUCT = {
     "instruct_exact": lemo("exact forward, gradient through 20 %", ANSWER_SHARE, forward_ratio=1.0, backward_ratio=0.2),
     "instruct_random": lemo("20 % of rows, answers included, random", scorer="random", **_CONTEXT),
 }
-METHODS: dict[str, Method] = {**NULLS, **PRESETS, **RIVALS, **ABLATIONS, **TARGETS, **INSTRUCT}
+METHODS: dict[str, Method] = {**NULLS, **PRESETS, **RIVALS, **ABLATIONS, **TARGETS, **PREDICTED, **INSTRUCT}
 
 
 def at_least(spec: PlanSpec, share: float) -> PlanSpec:

@@ -25,6 +25,7 @@ from lemo.calibrate.tune import window_losses, with_thresholds
 from lemo.config import CalibrationConfig, DataConfig, ModelConfig
 from lemo.core.plan import Plan
 from lemo.core.predictor import PatternPredictor
+from lemo.core.target import TARGETS
 from lemo.measure.record import Record
 from lemo.measure.statistics import paired_standard_error
 from lemo.train.data import LossRows, WindowCollator, load_windows
@@ -51,7 +52,7 @@ def read_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--gain-windows", type=int, default=4, help="further validation windows of each domain for Algorithm 1")
     add("--keep", type=float, default=0.5)
     add("--loss-share", type=float, default=0.4)
-    add("--target", choices=("attention_mass", "interaction"), default="attention_mass")
+    add("--target", choices=tuple(TARGETS), default="attention_mass")
     add("--kv", choices=("all", "kept"), default="all")
     add("--steps", type=int, default=CalibrationConfig.predictor_steps)
     add("--tune-steps", type=int, default=2)

@@ -126,7 +126,9 @@ class CalibrationConfig:
         window_tokens: tokens of one calibration sample; None for the training window.
         windows: calibration samples.
         tune_windows: held-out samples for thresholds and the report.
-        target: block score that predictors learn.
+        target: block score that predictors learn: attention mass over all queries or over those of supervised blocks,
+            without the trend over positions, times the values' norm, or its peak over distant query blocks; or the
+            paper's interaction.
         query_stride: look at every n-th query row when attention mass is profiled; 1 for all.
         scorer: what ranks blocks in the calibrated plan, and while the stream for later layers is made.
         compare_dense_fit: also fit on the dense stream, for the report; about half as much time again.
@@ -147,7 +149,9 @@ class CalibrationConfig:
     window_tokens: int | None = None
     windows: int = 16
     tune_windows: int = 4
-    target: Literal["interaction", "attention_mass"] = "attention_mass"
+    target: Literal[
+        "attention_mass", "mass_loss_rows", "mass_detrended", "mass_times_value", "mass_peak", "interaction"
+    ] = "attention_mass"
     query_stride: int = 4
     scorer: Literal["predictor", "random"] = "predictor"
     compare_dense_fit: bool = True

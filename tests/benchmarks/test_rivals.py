@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from benchmarks.rivals import attention_only, shifted_groups
-from benchmarks.rivals.oracle import MASS_TARGETS, Oracle, Traced, with_oracle
-from lemo.core.layout import Layout
+from benchmarks.rivals.oracle import Oracle, with_oracle
 from lemo.core.plan import Plan
-from lemo.core.score import AttentionMass, ScoreInputs
+from lemo.core.target import TARGETS
 from tests.train.tiny import tiny_llama
 
 
@@ -73,45 +72,6 @@ def test_attention_only_drops_keys_and_updates_of_the_other_rows():
     assert torch.equal(model.train()(ids).logits, dense)
 
 
-@pytest.fixture
-def traced() -> Traced:
-    torch.manual_seed(0)
-    supervised = torch.zeros(160, dtype=torch.bool)
-    supervised[128:144] = True
-    return Traced(torch.randn(4, 160, 8), torch.randn(2, 160, 8), torch.randn(2, 160, 8), supervised, 16, 0.35)
-
-
-def test_mass_is_what_predictors_learn_today(traced: Traced):
-    layout = Layout.build(torch.zeros(1, 160, dtype=torch.int64), None, block_size=16)
-    inputs = ScoreInputs(layout, query_HND=traced.query_HTD, key_GND=traced.key_GTD, scaling=traced.scaling)
-    torch.testing.assert_close(MASS_TARGETS["mass"](traced), AttentionMass(query_stride=4).scores(inputs))
-
-
-@pytest.mark.parametrize(("target", "rises"), [("mass_loss_rows", True), ("mass", True), ("mass_peak", True)])
-def test_a_block_that_loss_rows_read_ranks_high(traced: Traced, target: str, rises: bool):
-    query, key = traced.query_HTD.clone(), traced.key_GTD.clone()
-    key[:, 32:48] = 0.0
-    key[:, 32:48, 0] = 10.0
-    query[:, 128:144] = 0.0
-    query[:, 128:144, 0] = 10.0
-    scores = MASS_TARGETS[target](replace(traced, query_HTD=query, key_GTD=key))
-    if target == "mass_loss_rows":
-        assert scores.argmax() == 2 and scores[2] > 0.9
-    assert scores[2] > MASS_TARGETS[target](traced)[2]
-
-
-def test_detrending_takes_the_place_out():
-    flat = Traced(
-        torch.zeros(2, 320, 4), torch.zeros(1, 320, 4), torch.ones(1, 320, 4), torch.zeros(320).bool(), 16, 1.0
-    )
-    plain, detrended = MASS_TARGETS["mass"](flat), MASS_TARGETS["mass_detrended"](flat)
-    torch.testing.assert_close(detrended, torch.ones(20))
-    assert plain.max() / plain.min() > 2, "under uniform attention today's target is all position"
-    doubled = replace(flat, value_GTD=torch.cat([flat.value_GTD[:, :160], 2 * flat.value_GTD[:, 160:]], dim=1))
-    weighed = MASS_TARGETS["mass_times_value"](doubled) / MASS_TARGETS["mass_times_value"](flat)
-    torch.testing.assert_close(weighed, torch.cat([torch.ones(10), 2 * torch.ones(10)]))
-
-
 def test_an_oracle_sees_the_layers_own_queries_and_keys():
     from lemo.runtime.stream import LayerStream
 
@@ -120,13 +80,14 @@ def test_an_oracle_sees_the_layers_own_queries_and_keys():
     ids = torch.randint(3, 250, (2, 96))
     stream = LayerStream.open(model, ids, block_size=16)
     trace = stream.dense(0, stream.hidden_BTM, ("attention",))
-    oracle = Oracle(model, model.model.layers[0], "mass")
-    query, key, _, scaling = oracle._project(stream.hidden_BTM.flatten(0, 1), stream.layout)
+    oracle = Oracle(model, model.model.layers[0], "attention_mass")
+    query, key, value, scaling = oracle._project(stream.hidden_BTM.flatten(0, 1), stream.layout)
     torch.testing.assert_close(query, trace.query_HND)
     torch.testing.assert_close(key, trace.key_GND)
+    torch.testing.assert_close(value, trace.value_GND)
     assert scaling == pytest.approx(trace.scaling)
-    plan = with_oracle(Plan.uniform(2, forward_ratio=0.5, backward_ratio=0.5), model, "mass")
+    plan = with_oracle(Plan.uniform(2, forward_ratio=0.5, backward_ratio=0.5), model, "attention_mass")
     assert all(isinstance(x.predictor, Oracle) for x in plan.layers)
-    for target in (*MASS_TARGETS, "interaction"):
+    for target in TARGETS:
         scores = replace(oracle, target=target).scores(stream.hidden_BTM.flatten(0, 1), stream.layout)
         assert scores.shape == (12,) and scores.isfinite().all()

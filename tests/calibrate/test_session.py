@@ -9,11 +9,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lemo
 from lemo.calibrate import session
-from lemo.calibrate.collect import BypassFit, skip_weights
+from lemo.calibrate.collect import BypassFit, block_target, skip_weights
+from lemo.calibrate.report import recall
 from lemo.calibrate.session import calibrate
 from lemo.config import CalibrationConfig
 from lemo.core.plan import Plan
 from lemo.core.score import AttentionMass, ScoreInputs
+from lemo.core.target import TARGETS
 from lemo.errors import ConfigError, DataError
 from lemo.runtime.stream import LayerStream
 
@@ -168,6 +170,26 @@ def test_a_layer_is_fitted_on_the_sparse_stream_of_the_layers_before(model, aim)
     expected = fit.solve(4, CONFIG.bypass_ridge)
     found = plain.layers[2].bypass
     torch.testing.assert_close(found.down_MR @ found.up_RM, expected.down_MR @ expected.up_RM, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("target", sorted(set(TARGETS) - {"attention_mass"}))
+def test_every_target_can_be_learnt_and_is_what_recall_is_measured_against(model, plain, target, tmp_path):
+    config = dataclasses.replace(CONFIG, target=target, compare_dense_fit=False)
+    plan = _run(model, config, output_dir=tmp_path)
+    assert plan.provenance["config"]["target"] == target
+    assert all(layer.predictor is not None for layer in plan.layers[1:])
+    for layer in plan.layers[1:]:
+        assert layer.predictor.projection_MF.isfinite().all() and layer.bypass.down_MR.isfinite().all()
+    stage = json.loads((tmp_path / "calibration-report.json").read_text())["fits"]["sequential"]
+    positions = [row["position_mass_0.3"] for row in stage["rows"]]
+    layer, batch = 1, _batches()[3]  # the held-out window
+    stream = LayerStream.open(model.eval(), batch["input_ids"], supervised_BT=batch["supervised"], block_size=BLOCK)
+    x = stream.sparse(0, stream.hidden_BTM, plan)
+    wanted = block_target(stream.dense(layer, x, ("attention",)), stream.layout, config).block_K
+    row = next(r for r in stage["rows"] if r["layer"] == layer)
+    scores = plan.layers[layer].predictor.scores(x.flatten(0, 1), stream.layout)
+    assert recall(scores, wanted, stream.layout, 0.3) == pytest.approx((row["recall_0.3"], row["mass_0.3"]), rel=1e-4)
+    assert len(positions) == LAYERS - 1
 
 
 def test_own_mlp_rows_get_their_own_predictor_and_bypass(model):

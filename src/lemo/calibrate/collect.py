@@ -16,12 +16,12 @@ from lemo.core.layout import Layout
 from lemo.core.plan import LayerPlan, Plan
 from lemo.core.policy import select
 from lemo.core.predictor import PatternPredictor
-from lemo.core.score import AttentionMass, Interaction, ScoreInputs, mlp_scores
+from lemo.core.score import ScoreInputs, mlp_scores
+from lemo.core.target import LOG_FLOOR, TargetScores, target_scores
 from lemo.errors import ConfigError, DataError
 from lemo.runtime.stream import LayerStream, LayerTrace
 
 EDGE_WEIGHT = 0.1  # weight of rows that the oracle keeps in the bypass fit: a predictor will skip some of them
-LOG_FLOOR = 1e-9
 
 
 @dataclass(frozen=True)
@@ -225,18 +225,16 @@ class PartStatistics:
         )
 
 
-def block_target(trace: LayerTrace, layout: Layout, config: CalibrationConfig) -> tuple[Tensor, Tensor]:
-    """Score of blocks that predictors learn, (K,), and log score of rows by head that directions learn, (N, H)."""
-    inputs = ScoreInputs(layout, query_HND=trace.query_HND, key_GND=trace.key_GND, scaling=trace.scaling)
-    mass = AttentionMass(query_stride=config.query_stride)
-    row_mass_HN = mass.row_mass(inputs)
-    # A row's chance to be attended shrinks towards the document's end; the place of a block is a feature of its own.
-    position_N, document_N = layout.position_of_row_N, layout.document_of_row_N.clamp_min(0)
-    later_N = layout.document_length_D.to(position_N.device)[document_N] - position_N
-    row_score = torch.log(row_mass_HN / later_N.clamp_min(layout.block_size) + LOG_FLOOR).T
-    if config.target == "attention_mass":
-        return mass.of_rows(row_mass_HN, layout), row_score
-    return Interaction().scores(inputs), row_score
+def block_target(trace: LayerTrace, layout: Layout, config: CalibrationConfig) -> TargetScores:
+    """What `config.target` says of a layer's blocks and rows."""
+    inputs = ScoreInputs(
+        layout,
+        query_HND=trace.query_HND,
+        key_GND=trace.key_GND,
+        scaling=trace.scaling,
+        value_GND=trace.value_GND,
+    )
+    return target_scores(config.target, inputs, config.query_stride)
 
 
 def skip_weights(layout: Layout, target_K: Tensor, ratio: float) -> Tensor:
@@ -314,10 +312,10 @@ class LayerCollector:
         update_NM: Tensor,
     ) -> None:
         """Target, row scores and the update that the bypass learns, of one window."""
-        target_K, score_NH = block_target(trace, layout, self.config)
-        part = parts.setdefault("rows", _Part(x_NM.shape[1], score_NH.shape[1], x_NM.device))
+        target = block_target(trace, layout, self.config)
+        part = parts.setdefault("rows", _Part(x_NM.shape[1], target.row_NH.shape[1], x_NM.device))
         ratio = self.plan.layers[layer].forward_ratio
-        part.add(layout, window, target_K, x_NM, score_NH, (x_NM, update_NM) if ratio < 1 else None, ratio)
+        part.add(layout, window, target, x_NM, (x_NM, update_NM) if ratio < 1 else None, ratio)
 
     def _add_mlp(
         self, parts: dict[str, _Part], layer: int, layout: Layout, window: Window, x_NM: Tensor, trace: LayerTrace
@@ -328,9 +326,10 @@ class LayerCollector:
         target_K = mlp_scores(trace.mlp_norm_N, layout)
         part = parts.setdefault("mlp", _Part(x_NM.shape[1], 1, x_NM.device))
         score_NH = torch.log(trace.mlp_norm_N.float() + LOG_FLOOR)[:, None]
+        target = TargetScores(target_K, score_NH, layout.block_of_row_N >= 0)
         ratio = mlp_ratio_of(self.plan.layers[layer])
         pair = (trace.mlp_input_NM, trace.mlp_output_NM) if ratio < 1 else None
-        part.add(layout, window, target_K, x_NM, score_NH, pair, ratio)
+        part.add(layout, window, target, x_NM, pair, ratio)
 
 
 def mlp_ratio_of(layer: LayerPlan) -> float:
@@ -364,20 +363,19 @@ class _Part:
         self,
         layout: Layout,
         window: Window,
-        target_K: Tensor,
+        target: TargetScores,
         x_NM: Tensor,
-        score_NH: Tensor,
         update: tuple[Tensor, Tensor] | None,
         ratio: float,
     ) -> None:
         """Adds one window; a held-out one leaves only its target."""
-        self.targets.append(target_K.float())
+        self.targets.append(target.block_K.float())
         if window.held_out:
             return
-        real_rows = (layout.block_of_row_N >= 0).nonzero().squeeze(-1)
-        self.projection.add(x_NM[real_rows], score_NH[real_rows])
+        known_rows = target.known_N.nonzero().squeeze(-1)
+        self.projection.add(x_NM[known_rows], target.row_NH[known_rows])
         if update is not None:
-            self.moments.add(*update, skip_weights(layout, target_K, ratio))
+            self.moments.add(*update, skip_weights(layout, target.block_K, ratio))
 
     def finish(self, features: int) -> PartStatistics:
         """Statistics with their projection; features follow in a second pass over the streams."""

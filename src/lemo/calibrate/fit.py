@@ -155,7 +155,11 @@ def _train(
 def _training_set(predictor: PatternPredictor, raw_KF: Tensor, target_K: Tensor, layout: Layout) -> TrainingSet:
     """Standardises, and lists the pairs of competing blocks of a document that a budget separates."""
     competing = (~layout.forced_K).nonzero().squeeze(-1)
-    log_K = torch.log(target_K.clamp_min(0) + TARGET_FLOOR)
+    # A block that nothing reads (score 0) counts like the least that something reads: far below, it would be all that
+    # the nets look at.
+    positive = target_K[target_K > 0]
+    least = positive.min() if len(positive) else 0.0
+    log_K = torch.log(target_K.clamp_min(least) + TARGET_FLOOR)
     chosen = log_K[competing.to(log_K.device)] if len(competing) else log_K
     spread = chosen.std() if len(chosen) > 1 else torch.ones((), device=log_K.device)
     normal_K = (log_K - chosen.mean()) / (spread + 1e-6)

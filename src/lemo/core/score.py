@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -30,6 +30,7 @@ class ScoreInputs:
         layer: index of the layer.
         step: counter of the training forward.
         document_keys_D: (D,) int64 on the CPU, what tells documents apart for `random`; their lengths when None.
+        value_GND: (G, N, D) values.
     """
 
     layout: Layout
@@ -41,6 +42,7 @@ class ScoreInputs:
     layer: int = 0
     step: int = 0
     document_keys_D: Tensor | None = None
+    value_GND: Tensor | None = None
 
 
 class Scorer(Protocol):
@@ -59,7 +61,7 @@ class Predicted:
 
     def scores(self, inputs: ScoreInputs) -> Tensor:
         """(K,) fp32. Needs `x_NM`."""
-        return self.predictor.scores(_given(inputs.x_NM, "x_NM", "predictor"), inputs.layout)
+        return self.predictor.scores(given(inputs.x_NM, "x_NM", "predictor"), inputs.layout)
 
 
 @dataclass(frozen=True)
@@ -97,12 +99,12 @@ class Interaction:
         """(K,) fp32. Needs `query_HND`, `key_GND` and `scaling`."""
         layout = inputs.layout
         pairs_KK = block_score(
-            _given(inputs.query_HND, "query_HND", "interaction"),
-            _given(inputs.key_GND, "key_GND", "interaction"),
+            given(inputs.query_HND, "query_HND", "interaction"),
+            given(inputs.key_GND, "key_GND", "interaction"),
             to_device(layout.block_start_K, layout.device),
             to_device(layout.block_length_K, layout.device),
             to_device(layout.block_document_K, layout.device),
-            scaling=_given(inputs.scaling, "scaling", "interaction"),
+            scaling=given(inputs.scaling, "scaling", "interaction"),
         )
         return key_block_scores(pairs_KK.float(), to_device(layout.block_document_K, pairs_KK.device))
 
@@ -138,23 +140,16 @@ class AttentionMass:
 
     def row_mass(self, inputs: ScoreInputs) -> Tensor:
         """Probability that each row receives, summed over the query rows looked at: (H, N) fp32; 0 for padding."""
-        query = _given(inputs.query_HND, "query_HND", "attention_mass")
-        key = _given(inputs.key_GND, "key_GND", "attention_mass")
-        scaling = _given(inputs.scaling, "scaling", "attention_mass")
-        heads, rows, head_dim = query.shape
-        groups = key.shape[0]
-        mass_HN = torch.zeros(heads, rows, device=query.device)
+        query = given(inputs.query_HND, "query_HND", "attention_mass")
+        key = given(inputs.key_GND, "key_GND", "attention_mass")
+        scaling = given(inputs.scaling, "scaling", "attention_mass")
         layout = inputs.layout
+        mass_HN = torch.zeros(query.shape[:2], device=query.device)
         for start, length in zip(layout.document_start_D.tolist(), layout.document_length_D.tolist(), strict=True):
-            key_GTD = key[:, start : start + length].float()
-            # Strided queries count back from the last row, which sees every key.
-            taken = torch.arange((length - 1) % self.query_stride, length, self.query_stride, device=query.device)
-            slice_rows = max(1, self.limit_bytes // (4 * heads * length))
-            for place in taken.split(slice_rows):
-                part = query[:, start + place].float().reshape(groups, -1, head_dim)
-                logits = (part @ key_GTD.transpose(1, 2)).reshape(heads, len(place), length) * scaling
-                logits.masked_fill_(torch.arange(length, device=query.device) > place[:, None], -torch.inf)
-                mass_HN[:, start : start + length] += logits.softmax(-1).sum(1)
+            rows = slice(start, start + length)
+            taken = strided(torch.arange(length, device=query.device), self.query_stride)
+            for _, logits_HqT in logit_slices(query[:, rows], key[:, rows], scaling, taken, self.limit_bytes):
+                mass_HN[:, rows] += logits_HqT.softmax(-1).sum(1)
         return mass_HN
 
 
@@ -164,7 +159,7 @@ class UpdateNorm:
 
     def scores(self, inputs: ScoreInputs) -> Tensor:
         """(K,) fp32. Needs `x_NM` and `output_NM`."""
-        x_NM, output_NM = _given(inputs.x_NM, "x_NM", "update"), _given(inputs.output_NM, "output_NM", "update")
+        x_NM, output_NM = given(inputs.x_NM, "x_NM", "update"), given(inputs.output_NM, "output_NM", "update")
         return pool_rows((output_NM.float() - x_NM.float()).norm(dim=-1, keepdim=True), inputs.layout, "mean")[:, 0]
 
 
@@ -219,7 +214,36 @@ def mlp_scores(norm_N: Tensor, layout: Layout, pool: str = "mean") -> Tensor:
     return pool_rows(norm_N.float()[:, None], layout, pool)[:, 0]
 
 
-def _given(value: T | None, name: str, scorer: str) -> T:
+def strided(rows_Q: Tensor, stride: int) -> Tensor:
+    """Every n-th of some query rows, counted back from the last, which sees every key."""
+    return rows_Q[(len(rows_Q) - 1) % stride :: stride] if len(rows_Q) else rows_Q
+
+
+def logit_slices(
+    query_HTD: Tensor, key_GTD: Tensor, scaling: float, rows_Q: Tensor, limit_bytes: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Causal attention logits of some query rows of one document, a slice of them at a time.
+
+    Args:
+        query_HTD: (H, T, D), a document's rows.
+        key_GTD: (G, T, D), H a multiple of G.
+        scaling: factor on q·k.
+        rows_Q: ascending query rows.
+        limit_bytes: most memory that one slice takes.
+
+    Yields:
+        Query rows (q,) and their logits (H, q, T) in fp32, -inf where a key is later than the query.
+    """
+    heads, length, head_dim = query_HTD.shape
+    groups, keys_GTD = key_GTD.shape[0], key_GTD.float()
+    place_T = torch.arange(length, device=query_HTD.device)
+    for place in rows_Q.split(max(1, limit_bytes // (4 * heads * length))):
+        part = query_HTD[:, place].float().reshape(groups, -1, head_dim)
+        logits = (part @ keys_GTD.transpose(1, 2)).reshape(heads, len(place), length) * scaling
+        yield place, logits.masked_fill_(place_T > place[:, None], -torch.inf)
+
+
+def given(value: T | None, name: str, scorer: str) -> T:
     """The value, or a ConfigError that names what the scorer misses."""
     if value is None:
         raise ConfigError(f"scorer '{scorer}' needs {name}, which this pass did not record")

@@ -35,6 +35,7 @@ class LayerTrace:
         mlp_norm_N: (B·T,) norm of the MLP's intermediate activation.
         mlp_input_NM: (B·T, M) input of the MLP, normed.
         mlp_output_NM: (B·T, M) what the MLP returned.
+        value_GND: (G, B·T, D) values.
     """
 
     output_BTM: Tensor
@@ -44,6 +45,7 @@ class LayerTrace:
     mlp_norm_N: Tensor | None = None
     mlp_input_NM: Tensor | None = None
     mlp_output_NM: Tensor | None = None
+    value_GND: Tensor | None = None
 
 
 @dataclass
@@ -123,7 +125,7 @@ class LayerStream:
         Args:
             layer: number of the layer.
             x_BTM: its input.
-            record: `attention` for queries and keys, `mlp` for what the MLP saw.
+            record: `attention` for queries, keys and values, `mlp` for what the MLP saw.
         """
         module = decoder_layers(self.model)[layer]
         trace, recorder = MlpTrace(), Recorder(want_query=True)
@@ -142,6 +144,7 @@ class LayerStream:
             trace.norm_N,
             trace.input_NM,
             trace.output_NM,
+            recorder.value_GND,
         )
 
     @torch.no_grad()
