@@ -121,6 +121,14 @@ def _both(ratio: float) -> dict[str, float]:
     return {"forward_ratio": ratio, "backward_ratio": ratio}
 
 
+# No layer needs to stay dense where every row runs it.
+_EXACT_20: dict[str, Any] = {
+    "forward_ratio": 1.0,
+    "backward_ratio": 0.2,
+    "gradient": "pairs",
+    "kv": "kept",
+    "dense_layers": (),
+}
 PRESETS = {
     "balanced": lemo("default for grouped-query models: 30 % of rows, all offer keys"),
     "balanced_mha": lemo("default for multi-head models: 40 % of rows, others offer no keys", kv="kept", **_both(0.4)),
@@ -170,6 +178,15 @@ ABLATIONS = {
     "step_backward": lemo("exact forward, gradient through 30 %", forward_ratio=1.0),
     "step_backward_random": lemo("the same, random blocks", forward_ratio=1.0, scorer="random"),
     "pairs": lemo("exact forward, `pairs` gradient through 30 %", forward_ratio=1.0, gradient="pairs"),
+    "exact_20": lemo("exact forward, `pairs` gradient through 20 %, loss on 10 %", 0.1, **_EXACT_20),
+    "exact_20_random": lemo("the same, random blocks", 0.1, scorer="random", **_EXACT_20),
+    "exact_20_rows_random": lemo(
+        "the same, random blocks, `rows` gradient", 0.1, scorer="random", **(_EXACT_20 | {"gradient": "rows"})
+    ),
+    "exact_loss_rows": lemo("exact forward, gradient through loss rows alone", scorer="random", **_EXACT_20),
+    "both_20": lemo(
+        "forward 60 %, `pairs` gradient through 20 %, loss on 10 %", 0.1, **(_EXACT_20 | {"forward_ratio": 0.6})
+    ),
     "both_budgets": lemo("forward 50 %, backward 30 %", forward_ratio=0.5),
     "both_budgets_low": lemo("forward 30 %, backward 22 %", backward_ratio=0.22),
     **{f"keep_{round(100 * k)}": lemo(f"{k:.0%} of rows", **_both(k)) for k in (0.22, 0.25, 0.4, 0.5, 0.7)},
