@@ -107,7 +107,7 @@ GRIDS: dict[str, list[Cell]] = {
         + [Cell("balanced", seed, flops_steps=points)]
     ],
     "ablations": _cells(list(ABLATIONS), [0]),
-    "explore": _cells(["dense_rows", "balanced", *PRESETS, *ABLATIONS], [0], 60),
+    "explore": _cells(["dense_all", "dense_rows", "dense_rows_10", "balanced", *PRESETS, *ABLATIONS], [0], 60),
     "targets": _cells(["balanced", "random", *TARGETS], range(2), 100),
     "predictors": _cells(["balanced", "random", "interaction", *PREDICTED], range(2), 100),
     "oracle": _cells(["oracle_mass"], range(5)),
