@@ -78,11 +78,15 @@ class LossRowsConfig:
     Attributes:
         share: share of blocks of plain text drawn as loss rows; 1.0 for all. `data.answer_only` samples are not
             drawn from: their answers always carry loss.
-        placement: how blocks are drawn.
+        placement: how blocks are drawn. `hardest` takes those of the highest loss under the base model, which runs over
+            each sample once.
+        reweight: weigh the drawn rows so that their loss estimates that of all rows without bias; `hardest` then draws
+            blocks in proportion to their loss.
     """
 
     share: float = 0.4
-    placement: Literal["random", "spread", "tail"] = "random"
+    placement: Literal["random", "spread", "tail", "hardest"] = "random"
+    reweight: bool = False
 
 
 @dataclass(frozen=True)
@@ -283,7 +287,18 @@ def check_run(run: RunConfig) -> None:
         )
     if run.calibration.scorer == "random" and run.sparsity.scorer != "random":
         raise ConfigError("calibration.scorer is random, but sparsity.scorer is not; a run has one scorer")
+    _check_loss_rows(run)
     _check_sparsity(run)
+
+
+def _check_loss_rows(run: RunConfig) -> None:
+    """Weights of loss rows need draws that leave no block out, and a loss that knows them."""
+    if not run.loss_rows.reweight:
+        return
+    if run.loss_rows.placement == "tail":
+        raise ConfigError("loss_rows.reweight cannot be had with placement tail: it never draws the blocks before")
+    if run.training.loss == "model":
+        raise ConfigError("loss_rows.reweight needs training.loss=segmented; the model's own loss knows no weights")
 
 
 def _check_stopping(run: RunConfig) -> None:

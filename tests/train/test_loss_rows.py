@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -10,8 +12,9 @@ from hypothesis import strategies as st
 
 from lemo.errors import ConfigError, LabelsError
 from lemo.runtime.batch import read_layout, supervised_rows
+from lemo.train.block_losses import BlockLosses
 from lemo.train.collate import WindowCollator, WindowDataset
-from lemo.train.loss_rows import LossRows
+from lemo.train.loss_rows import LossRows, draw_by_chance, draw_chances
 from lemo.train.windows import Window
 
 PLACEMENTS = ["random", "spread", "tail"]
@@ -164,7 +167,16 @@ def test_other_packages_collators_work():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"share": 0}, {"share": 1.1}, {"share": True}, {"placement": "first"}, {"block_size": 0}]
+    "wrong",
+    [
+        {"share": 0},
+        {"share": 1.1},
+        {"share": True},
+        {"placement": "first"},
+        {"block_size": 0},
+        {"placement": "hardest"},
+        {"placement": "tail", "reweight": True},
+    ],
 )
 def test_bad_settings_are_refused(wrong):
     with pytest.raises(ConfigError):
@@ -174,3 +186,143 @@ def test_bad_settings_are_refused(wrong):
 def test_a_batch_without_labels_is_refused():
     with pytest.raises(LabelsError, match="without labels"):
         LossRows(lambda features: {"input_ids": torch.ones(1, 4)}, 0.5)([{"input_ids": [1]}])
+
+
+class _Listed:
+    """A generator whose draws are given."""
+
+    def __init__(self, order, offset):
+        self.order, self.offset = np.asarray(order), offset
+
+    def permutation(self, count):
+        assert count == len(self.order)
+        return self.order
+
+    def random(self):
+        return self.offset
+
+
+def _all_draws(blocks, offsets):
+    for order in itertools.permutations(range(blocks)):
+        for step in range(offsets):
+            yield _Listed(order, (step + 0.5) / offsets)
+
+
+def test_chances_add_up_and_follow_the_losses():
+    chance = draw_chances(torch.tensor([4.0, 2.0, 2.0, 2.0]), 2)
+    assert chance.tolist() == pytest.approx([0.8, 0.4, 0.4, 0.4])
+    capped = draw_chances(torch.tensor([50.0, 1.0, 1.0, 2.0]), 2)
+    assert capped[0] == 1 and float(capped.sum()) == pytest.approx(2) and (capped[1:] < 1).all()
+    assert draw_chances(torch.zeros(3), 3).tolist() == [1, 1, 1]
+    floor = draw_chances(torch.tensor([1.0, 1.0, 0.0, 2.0]), 1)
+    assert float(floor[2]) == pytest.approx(0.25 / 4.25)
+    for count in range(1, 8):
+        chance = draw_chances(torch.rand(7, generator=torch.Generator().manual_seed(count)) ** 4, count)
+        assert float(chance.sum()) == pytest.approx(count) and chance.min() > 0 and chance.max() <= 1
+
+
+def test_each_block_is_drawn_with_its_chance():
+    chance = torch.tensor([0.8, 0.4, 0.4, 0.4], dtype=torch.float64)
+    counts = torch.zeros(4)
+    for generator in _all_draws(4, 5):
+        chosen = draw_by_chance(chance, generator)
+        assert len(set(chosen.tolist())) == 2
+        counts[chosen] += 1
+    assert (counts / (24 * 5)).tolist() == pytest.approx(chance.tolist())
+
+
+def _four_blocks():
+    """28 rows in four blocks of 8, the last of 4 rows with 3 of loss; two rows of block 1 are not learned."""
+    learned = np.ones(28, dtype=bool)
+    learned[[10, 11]] = False
+    return WindowDataset([Window("a", np.arange(28) + 3, learned, (28,))])[0]
+
+
+@pytest.mark.parametrize("placement", ["random", "spread", "hardest"])
+def test_the_weighted_loss_is_unbiased_over_all_draws(placement, monkeypatch):
+    losses = torch.tensor([4.0, 2.0, 2.0, 2.0])
+    made = LossRows(WindowCollator(), 0.5, placement, block_size=8, reweight=True, block_losses=lambda feature: losses)
+    row_loss = torch.rand(28, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    everything = supervised_rows(WindowCollator()([_four_blocks()]))[0]
+    estimates, plain = [], []
+    for generator in _all_draws(4, 5 if placement == "hardest" else 4):
+        monkeypatch.setattr(np.random, "default_rng", lambda seed, generator=generator: generator)
+        batch = made([_four_blocks()])
+        kept, weights = supervised_rows(batch)[0], batch["loss_weights"][0].double()
+        assert (weights[~kept] == 0).all() and (weights[kept] > 0).all()
+        num_items = (batch["labels"] != -100).sum()  # as the Trainer counts
+        estimates.append(float((row_loss * weights).sum() / num_items))
+        plain.append(float(row_loss[kept].mean()))
+    wanted = float(row_loss[everything].mean())
+    assert np.mean(estimates) == pytest.approx(wanted, rel=1e-6)
+    if placement == "hardest":
+        assert np.mean(plain) != pytest.approx(wanted, rel=1e-3), "without weights it is biased"
+
+
+def test_equal_chances_and_blocks_need_no_weights():
+    batch = LossRows(WindowCollator(), 0.25, "random", block_size=8, reweight=True)([sample("a", 129)])
+    kept = supervised_rows(batch)
+    # The last block has one row, which predicts nothing: sixteen equal blocks.
+    torch.testing.assert_close(batch["loss_weights"][kept], torch.ones(int(kept.sum())))
+
+
+def test_hardest_takes_the_blocks_of_the_highest_loss_of_each_sample():
+    given = {"a": torch.tensor([1.0, 5.0, 2.0, 4.0]), "b": torch.tensor([3.0, 0.0])}
+
+    def losses(feature):
+        return given[feature["sample_id"]]
+
+    rows = LossRows(WindowCollator(), 0.5, "hardest", block_size=8, block_losses=losses)
+    _, drawn = supervised_blocks(rows([sample("a", 32), sample("b", 16)]), 8)
+    assert drawn.tolist() == [False, True, False, True, True, False]
+    with pytest.raises(ConfigError, match="2 losses for a sequence of 3 blocks"):
+        rows([sample("b", 20)])
+
+
+def test_block_losses_are_those_of_the_base_model_and_are_taken_once():
+    from peft import LoraConfig, get_peft_model
+
+    from tests.train.tiny import tiny_llama
+
+    torch.manual_seed(0)
+    base = tiny_llama(layers=2).train()
+    feature, short = sample("a", 30, 10), sample("b", 24)
+    batch = WindowCollator()([feature])
+    labels = batch["labels"].clone()
+    inputs = {k: v for k, v in batch.items() if k not in ("labels", "seq_idx")}
+    logits = base(**inputs, use_cache=False).logits[0, :-1]
+    rows = torch.nn.functional.cross_entropy(logits, labels[0, 1:].clamp_min(0), reduction="none").detach()
+    rows = torch.where(labels[0, 1:] != -100, rows, torch.nan)
+    expected = [float(rows[a:b].nanmean()) for a, b in ((0, 8), (8, 16), (16, 24), (24, 30), (30, 38), (38, 40))]
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    losses = BlockLosses(model, WindowCollator(), 8)
+    found = losses(feature)
+    assert found.tolist() == pytest.approx(expected, rel=1e-4) and model.training
+    assert losses(feature) is found and losses(short).shape == (3,)
+
+
+def test_an_attached_model_weighs_rows():
+    import lemo
+    from lemo.core.plan import Plan
+    from tests.train.tiny import tiny_llama
+
+    torch.manual_seed(0)
+    model = tiny_llama(layers=2).train()
+    losses = BlockLosses(model, WindowCollator(), 8)
+    rows = LossRows(WindowCollator(), 0.5, "hardest", block_size=8, reweight=True, block_losses=losses)
+    batch = rows([sample("a", 64)])
+    weights, labels = batch["loss_weights"][0], batch["labels"][0]
+    logits = model(batch["input_ids"]).logits[0, :-1]
+    each = torch.nn.functional.cross_entropy(logits, labels[1:].clamp_min(0), reduction="none")
+    expected = (each * weights[:-1]).sum() / 7
+    wanted = torch.autograd.grad(expected, model.lm_head.weight)[0]
+    with lemo.attach(model, Plan.uniform(2, forward_ratio=1.0, backward_ratio=1.0, block_size=8)):
+        loss = model(**batch, num_items_in_batch=7).loss
+        torch.testing.assert_close(loss, expected)
+        loss.backward()
+        torch.testing.assert_close(model.lm_head.weight.grad, wanted, rtol=1e-4, atol=1e-6)
+    with (
+        lemo.attach(model, Plan.uniform(2, forward_ratio=1.0, backward_ratio=1.0), loss="model"),
+        pytest.raises(ConfigError, match="segmented"),
+    ):
+        model(**batch)

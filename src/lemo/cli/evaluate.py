@@ -64,7 +64,7 @@ def _measure(loaded: Any, model: Any, tokenizer: Any, dataset: Any, bins: int) -
         if not any(layer.forward_ratio < 1 for layer in plan.layers):
             typer.echo("the plan skips no rows in forward, so its loss is the dense one", err=True)
             return reports
-        drawn = validation_batches(run, tokenizer, dataset, loss_rows=True)
+        drawn = validation_batches(run, tokenizer, dataset, loss_rows=True, model=model)
         reports["dense, loss rows"] = evaluate_loss(model, drawn, handle=handle, bins=bins)
         name = "sparse (look-ahead), loss rows"
         reports[name] = evaluate_loss(model, drawn, handle=handle, sparse=True, bins=bins)

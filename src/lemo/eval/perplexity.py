@@ -14,10 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lemo.errors import ConfigError, DataError
-from lemo.families import head_transform
 from lemo.runtime.attach import Handle
 from lemo.runtime.batch import read_layout, supervised_rows
-from lemo.runtime.head import forward_parameters
+from lemo.runtime.head import forward_parameters, row_losses
 from lemo.runtime.model import causal_model
 
 
@@ -198,21 +197,6 @@ def last_hidden(
         for hook in hooks:
             hook.remove()
     return caught[-1]
-
-
-def row_losses(base: Any, hidden_NM: Tensor, labels_N: Tensor, segment_rows: int = 2048) -> Tensor:
-    """Cross-entropy of each row, (N,) fp32, through the model's head with its scale and softcap."""
-    head = base.get_output_embeddings()
-    scale, softcap = head_transform(base.config)
-    losses = []
-    for segment_NM, segment_labels_N in zip(hidden_NM.split(segment_rows), labels_N.split(segment_rows), strict=True):
-        logits_NV = head(segment_NM).float()
-        if scale != 1.0:
-            logits_NV *= scale
-        if softcap is not None:
-            logits_NV = torch.tanh(logits_NV / softcap) * softcap
-        losses.append(F.cross_entropy(logits_NV, segment_labels_N, reduction="none"))
-    return torch.cat(losses) if losses else hidden_NM.new_zeros(0, dtype=torch.float32)
 
 
 def _bin(sums: Tensor, counts: Tensor, bins: int) -> tuple[PositionLoss, ...]:

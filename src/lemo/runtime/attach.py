@@ -180,6 +180,8 @@ class Handle:
         if (training or context is not None) and arguments.get("use_cache") is None and "use_cache" in names:
             arguments["use_cache"] = False
         segmented = labelled and own and self._segmented(training)
+        if arguments.get("loss_weights") is not None and not segmented:
+            raise ConfigError("loss_weights need the segmented loss, which does not run here; see the handle's notes")
         with self._running(context):
             if segmented:
                 final = self._fused.defer(context)
@@ -233,7 +235,7 @@ class Handle:
                 "torch.compile of the whole model leaves its layers uncompiled where rows are selected; compile the "
                 "layers one by one instead (layer.compile())"
             )
-        return BatchContext(
+        context = BatchContext(
             self.plan,
             layout,
             step=self.sparse_batches,
@@ -243,6 +245,7 @@ class Handle:
             fused=self.fused_layers(),
             recompute=self._fused.recompute(),
         )
+        return self._fused.prepare(context)
 
     def _check_capturing(self, arguments: dict[str, Any], sparse_eval: bool) -> None:
         config = self.model.config

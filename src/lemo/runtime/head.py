@@ -10,7 +10,9 @@ from types import MethodType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lemo.families import head_transform
 from lemo.ops import linear_ce, linear_ce_module
@@ -109,7 +111,8 @@ def segmented_forward(
 
     Args:
         model: a Transformers causal language model.
-        arguments: keywords of its forward; `labels` or `shift_labels` among them.
+        arguments: keywords of its forward; `labels` or `shift_labels` among them, and `loss_weights` (B, T) where rows
+            weigh differently.
         segment_rows: rows of a segment.
         final: the norm before the head and the flat rows that carry loss, where the decoder leaves that norm out.
 
@@ -121,7 +124,7 @@ def segmented_forward(
 
     arguments = dict(arguments)
     labels, shift_labels = arguments.pop("labels", None), arguments.pop("shift_labels", None)
-    num_items = arguments.pop("num_items_in_batch", None)
+    num_items, weights = arguments.pop("num_items_in_batch", None), arguments.pop("loss_weights", None)
     for name in ("logits_to_keep", "return_dict"):
         arguments.pop(name, None)
     decoded = model.base_model(**arguments)
@@ -133,18 +136,25 @@ def segmented_forward(
     if final is not None:
         norm, rows_S = final
         hidden_BTM, shift_labels = final_rows(hidden_BTM, norm, rows_S), shift_labels.flatten()[rows_S]
-    loss = head_loss(model, hidden_BTM, shift_labels, num_items, segment_rows)
+        weights = None if weights is None else weights.flatten()[rows_S]
+    loss = head_loss(model, hidden_BTM, shift_labels, num_items, segment_rows, weights)
     kept = {name: getattr(decoded, name, None) for name in ("past_key_values", "hidden_states", "attentions")}
     return CausalLMOutputWithPast(loss=loss, logits=None, **kept)
 
 
 def head_loss(
-    model: Any, hidden_BTM: Tensor, shift_labels_BT: Tensor, num_items: int | Tensor | None, segment_rows: int = 2048
+    model: Any,
+    hidden_BTM: Tensor,
+    shift_labels_BT: Tensor,
+    num_items: int | Tensor | None,
+    segment_rows: int = 2048,
+    weights_BT: Tensor | None = None,
 ) -> Tensor:
     """Cross-entropy of hidden states through the model's head, in segments: 0-d fp32.
 
     A plain linear head takes the op whose gradient is computed in the forward; any other head (an adapter on it, a
-    sharded weight) is called as the module it is, under checkpointing per segment.
+    sharded weight) is called as the module it is, under checkpointing per segment; so is any head whose rows weigh
+    differently (`weights_BT`, fp32: factors of the rows' losses).
     """
     head = in_force(model.get_output_embeddings())
     scale, softcap = head_transform(model.config)
@@ -152,7 +162,47 @@ def head_loss(
     if isinstance(num_items, Tensor):
         num_items = num_items.to(hidden_NM.device)
     options = {"softcap": softcap, "logit_scale": scale, "num_items": num_items, "segment_rows": segment_rows}
+    if weights_BT is not None:
+        weights_N = weights_BT.flatten().to(hidden_NM.device)
+        return _weighted_loss(model, hidden_NM, labels_N, weights_N, num_items, segment_rows)
     plain = type(head) is nn.Linear and not hasattr(head.weight, "full_tensor")
     if plain and not head._forward_hooks and not head._forward_pre_hooks:
         return linear_ce(hidden_NM, head.weight, labels_N, bias_V=head.bias, **options)
     return linear_ce_module(head, hidden_NM, labels_N, **options)
+
+
+def _weighted_loss(
+    model: Any,
+    hidden_NM: Tensor,
+    labels_N: Tensor,
+    weights_N: Tensor,
+    num_items: int | Tensor | None,
+    segment_rows: int,
+) -> Tensor:
+    """Sum of the rows' losses times their weights, over the number of items (of labelled rows when None)."""
+    rows = (labels_N != -100).nonzero().squeeze(1)
+    hidden_NM, labels_N, weights_N = hidden_NM[rows], labels_N[rows].long(), weights_N[rows]
+
+    def loss_of(segment_NM: Tensor, segment_labels_N: Tensor, segment_weights_N: Tensor) -> Tensor:
+        return (row_losses(model, segment_NM, segment_labels_N, segment_rows) * segment_weights_N).sum()
+
+    pieces = zip(
+        hidden_NM.split(segment_rows), labels_N.split(segment_rows), weights_N.split(segment_rows), strict=True
+    )
+    total = torch.stack([checkpoint(loss_of, *piece, use_reentrant=False) for piece in pieces]).sum()
+    return total / (max(len(rows), 1) if num_items is None else num_items)
+
+
+def row_losses(base: Any, hidden_NM: Tensor, labels_N: Tensor, segment_rows: int = 2048) -> Tensor:
+    """Cross-entropy of each row, (N,) fp32, through the model's head with its scale and softcap."""
+    head = base.get_output_embeddings()
+    scale, softcap = head_transform(base.config)
+    losses = []
+    for segment_NM, segment_labels_N in zip(hidden_NM.split(segment_rows), labels_N.split(segment_rows), strict=True):
+        logits_NV = head(segment_NM).float()
+        if scale != 1.0:
+            logits_NV = logits_NV * scale
+        if softcap is not None:
+            logits_NV = torch.tanh(logits_NV / softcap) * softcap
+        losses.append(F.cross_entropy(logits_NV, segment_labels_N, reduction="none"))
+    return torch.cat(losses) if losses else hidden_NM.new_zeros(0, dtype=torch.float32)

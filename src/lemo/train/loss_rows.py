@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,9 @@ from lemo.errors import ConfigError, LabelsError
 from lemo.runtime.batch import RunDense, read_layout
 
 IGNORE = -100
-PLACEMENTS = ("random", "spread", "tail")
+PLACEMENTS = ("random", "spread", "tail", "hardest")
+LEAST_SIZE = 0.25  # of the mean block loss: bounds the weight of easy blocks that are drawn by their loss
+WEIGHTS = "loss_weights"
 
 
 class LossRows:
@@ -32,24 +34,41 @@ class LossRows:
     least one. The draw depends on (seed, sample id, epoch) only, not on batch size, order or worker. Samples without a
     `sample_id` are named by a hash of their tokens.
 
+    With `reweight` the batch has `loss_weights` (B, T): rows of a block that is drawn with probability p weigh 1/p,
+    times the batch's share of rows that are left. Divided by the rows that are left, as the Trainer does, the weighted
+    loss is then an unbiased estimate of the mean loss of all rows; exactly so for steps of one batch, and where the
+    batches that a step accumulates keep the same share. `hardest` then draws blocks in proportion to their loss. Only
+    the segmented loss of an attached model knows weights.
+
     During evaluation all labels count: `LemoTrainer` sees to it; with a plain Trainer pass this object to
     `LemoCallback`.
     """
 
     def __init__(
-        self, collator: Any, share: float = 0.4, placement: str = "random", seed: int = 0, block_size: int = 64
+        self,
+        collator: Any,
+        share: float = 0.4,
+        placement: str = "random",
+        seed: int = 0,
+        block_size: int = 64,
+        *,
+        reweight: bool = False,
+        block_losses: Callable[[Any], Tensor] | None = None,
     ) -> None:
         """Wraps a collator.
 
         Args:
             collator: makes a batch with `labels` (or `shift_labels`) from a list of samples.
             share: share of blocks that carry loss; 1.0 masks nothing.
-            placement: `random` blocks, `spread` evenly with a drawn offset, or the `tail` of each document.
+            placement: `random` blocks, `spread` evenly with a drawn offset, the `tail` of each document, or the
+                `hardest`, those with the highest loss.
             seed: of the draw.
             block_size: rows per block; the plan's.
+            reweight: weigh rows so that the loss estimates that of all rows without bias.
+            block_losses: loss of each block of a sample, (blocks,), for `hardest`; `train.block_losses.BlockLosses`.
 
         Raises:
-            ConfigError: a value is out of range.
+            ConfigError: a value is out of range, `hardest` without losses, or `tail` with weights.
         """
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
             raise ConfigError(f"share of loss rows must lie in (0, 1], got {share!r}")
@@ -57,11 +76,17 @@ class LossRows:
             raise ConfigError(f"placement of loss rows must be one of {', '.join(PLACEMENTS)}, got {placement!r}")
         if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1:
             raise ConfigError(f"block_size must be a positive integer, got {block_size!r}")
+        if placement == "hardest" and block_losses is None:
+            raise ConfigError("placement 'hardest' needs block_losses, an estimate of the loss of each block")
+        if placement == "tail" and reweight:
+            raise ConfigError("placement 'tail' cannot be reweighted: it never draws the blocks before")
         self.collator = collator
         self.share = float(share)
         self.placement = placement
         self.seed = seed
         self.block_size = block_size
+        self.reweight = reweight
+        self.block_losses = block_losses
         self.epoch = 0
         self.enabled = True
 
@@ -84,7 +109,7 @@ class LossRows:
         Raises:
             LabelsError: the batch has no labels.
         """
-        names = [_sample_name(feature) for feature in features]
+        names = [sample_name(feature) for feature in features]
         batch = self.collator([_without_name(feature) for feature in features])
         if not self.enabled or self.share == 1.0:
             return batch
@@ -97,45 +122,104 @@ class LossRows:
         supervised_BT = labels_BT != IGNORE
         if not shifted:
             supervised_BT = torch.cat([supervised_BT[:, 1:], torch.zeros_like(supervised_BT[:, :1])], dim=1)
-        keep_BT = self._draw(batch, supervised_BT, names)
+        keep_BT, weight_BT = self._draw(batch, supervised_BT, names, features)
+        if self.reweight:
+            share = keep_BT.sum() / supervised_BT.sum().clamp_min(1)
+            batch[WEIGHTS] = torch.where(keep_BT, weight_BT * share, 0.0)
         if not shifted:
             keep_BT = torch.cat([torch.zeros_like(keep_BT[:, :1]), keep_BT[:, :-1]], dim=1)
         batch[key] = labels_BT.masked_fill(~keep_BT, IGNORE)
         return batch
 
-    def _draw(self, batch: Any, supervised_BT: Tensor, names: Sequence[str]) -> Tensor:
-        """(B, T) bool: supervised rows that lie in drawn blocks."""
+    def _draw(
+        self, batch: Any, supervised_BT: Tensor, names: Sequence[str], features: Sequence[Any]
+    ) -> tuple[Tensor, Tensor]:
+        """(B, T) bool, supervised rows that lie in drawn blocks; (B, T) fp32, one over their block's chance."""
         rows, tokens = supervised_BT.shape
         try:
             layout = read_layout(batch, supervised_BT, self.block_size)
         except RunDense as error:
             raise LabelsError(f"LossRows cannot cut this batch into blocks: {error}") from error
         candidates = layout.supervised_K.nonzero().squeeze(-1)
-        sequence = layout.block_start_K[candidates] // tokens
+        sequence_K = layout.block_start_K // tokens
         drawn_K = torch.zeros(len(layout.block_start_K), dtype=torch.bool)
+        weight_K = torch.ones(len(drawn_K))
         for b in range(rows):
-            mine = candidates[sequence == b]
+            mine = candidates[sequence_K[candidates] == b]
             # A padding-free batch is one sequence of several samples: its draw depends on all of their names.
-            name = names[b] if len(names) == rows else "+".join(names)
-            drawn_K[mine[self._choose(layout, mine, name)]] = True
+            alone = len(names) == rows
+            name = names[b] if alone else "+".join(names)
+            losses = None
+            if self.placement == "hardest" and len(mine):
+                own = (sequence_K == b).nonzero().squeeze(-1)
+                losses = self._losses(features[b : b + 1] if alone else features, len(own))[mine - own[0]]
+            chosen, chance = self._choose(layout, mine, name, losses)
+            drawn_K[mine[chosen]] = True
+            weight_K[mine] = (1 / chance).float()
         block_of_row = layout.block_of_row_N.cpu()
         inside_N = (block_of_row >= 0) & drawn_K[block_of_row.clamp(min=0)]
-        return inside_N.reshape(rows, tokens).to(supervised_BT.device) & supervised_BT
+        weight_N = weight_K[block_of_row.clamp(min=0)].to(supervised_BT.device)
+        return inside_N.reshape(rows, tokens).to(supervised_BT.device) & supervised_BT, weight_N.reshape(rows, tokens)
 
-    def _choose(self, layout: Layout, blocks: Tensor, name: str) -> Tensor:
-        """Indices into `blocks` of those that are drawn."""
+    def _losses(self, features: Sequence[Any], blocks: int) -> Tensor:
+        """Loss of every block of a sequence."""
+        found = torch.cat([self.block_losses(feature).float().cpu() for feature in features])  # type: ignore[misc]
+        if len(found) != blocks:
+            raise ConfigError(f"block_losses gave {len(found)} losses for a sequence of {blocks} blocks")
+        return found
+
+    def _choose(self, layout: Layout, blocks: Tensor, name: str, losses: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Indices into `blocks` of those that are drawn, and the chance of each block to be."""
         total = len(blocks)
         if total == 0:
-            return torch.zeros(0, dtype=torch.int64)
+            return torch.zeros(0, dtype=torch.int64), torch.ones(0)
         count = max(1, round(self.share * total))
+        even = torch.full((total,), count / total, dtype=torch.float64)
         if self.placement == "tail":
-            return _from_the_end(layout.block_document_K[blocks])[:count].sort().values
+            return _from_the_end(layout.block_document_K[blocks])[:count].sort().values, even
         digest = hashlib.sha256(f"{self.seed}|{name}|{self.epoch}".encode()).digest()
         generator = np.random.default_rng(int.from_bytes(digest[:16], "little"))
+        if losses is not None and self.reweight:
+            chance = draw_chances(losses, count)
+            return draw_by_chance(chance, generator), chance
+        if losses is not None:
+            return losses.argsort(descending=True, stable=True)[:count].sort().values, even
         if self.placement == "spread":
             steps = np.floor((np.arange(count) + generator.random()) * total / count).astype(np.int64)
-            return torch.from_numpy(steps)
-        return torch.from_numpy(np.sort(generator.permutation(total)[:count]))
+            return torch.from_numpy(steps), even
+        return torch.from_numpy(np.sort(generator.permutation(total)[:count])), even
+
+
+def draw_chances(losses_N: Tensor, count: int) -> Tensor:
+    """Chances (N,) fp64 in (0, 1] that add up to `count`, in proportion to losses where these are not too far off.
+
+    A block that would be drawn more than once is drawn for certain; one below a quarter of the mean counts as that.
+    """
+    size_N = losses_N.double()
+    size_N = size_N.clamp_min(LEAST_SIZE * float(size_N.mean())).clamp_min(1e-9)
+    certain_N = torch.zeros(len(size_N), dtype=torch.bool)
+    while True:
+        chance_N = (count - int(certain_N.sum())) * size_N / size_N[~certain_N].sum().clamp_min(1e-12)
+        over_N = ~certain_N & (chance_N >= 1 - 1e-12)
+        certain_N |= over_N
+        if not over_N.any() or certain_N.sum() >= count:
+            break
+    chance_N[certain_N] = 1.0
+    return chance_N
+
+
+def draw_by_chance(chance_N: Tensor, generator: np.random.Generator) -> Tensor:
+    """Ascending indices, as many as the chances add up to, each drawn with its own chance.
+
+    Systematic sampling: blocks lie one after the other, in a drawn order, as stretches as long as their chance; a comb
+    of distance 1 with a drawn offset falls on them.
+    """
+    order = torch.from_numpy(generator.permutation(len(chance_N)))
+    ends = chance_N[order].cumsum(0)
+    count = round(float(ends[-1]))
+    comb = torch.arange(count, dtype=torch.float64) + float(generator.random())
+    places = torch.searchsorted(ends, comb, right=True).clamp_max(len(order) - 1)
+    return order[places].sort().values
 
 
 def _from_the_end(document_N: Tensor) -> Tensor:
@@ -148,7 +232,7 @@ def _from_the_end(document_N: Tensor) -> Tensor:
     return torch.argsort(distance, stable=True)
 
 
-def _sample_name(feature: Any) -> str:
+def sample_name(feature: Any) -> str:
     """The sample's id, or a hash of its tokens."""
     if isinstance(feature, dict) and feature.get("sample_id") is not None:
         return str(feature["sample_id"])

@@ -11,6 +11,7 @@ from lemo.config import RunConfig
 from lemo.core.plan import Plan
 from lemo.runtime.batch import supervised_rows
 from lemo.runtime.model import causal_model
+from lemo.train.block_losses import BlockLosses
 from lemo.train.data import LossRows, WindowCollator, WindowDataset, load_windows
 
 
@@ -103,7 +104,7 @@ def calibration_batches(run: RunConfig, tokenizer: Any, model: Any) -> list[dict
         limit=config.windows + config.tune_windows,
         vocabulary=model.config.get_text_config().vocab_size,
     )
-    collator = training_collator(run, tokenizer)
+    collator = training_collator(run, tokenizer, model)
     device = model.get_input_embeddings().weight.device
     batches = []
     for index in range(len(dataset)):
@@ -118,26 +119,44 @@ def calibration_batches(run: RunConfig, tokenizer: Any, model: Any) -> list[dict
 _READ = ("input_ids", "attention_mask", "position_ids")
 
 
-def training_collator(run: RunConfig, tokenizer: Any) -> Any:
-    """The collator of a run. Loss rows are drawn on plain text only: answers always count."""
+def training_collator(run: RunConfig, tokenizer: Any, model: Any = None) -> Any:
+    """The collator of a run. Loss rows are drawn on plain text only: answers always count.
+
+    Args:
+        run: the recipe.
+        tokenizer: for the token that pads; None for pre-tokenised data.
+        model: tells how hard blocks are, for `loss_rows.placement: hardest`; its adapter, if any, is left out.
+
+    Raises:
+        ConfigError: `hardest` without a model.
+    """
     pad = getattr(tokenizer, "pad_token_id", None)
     collator = WindowCollator(pad_id=0 if pad is None else pad)
-    if run.data.answer_only or run.loss_rows.share == 1:
+    rows = run.loss_rows
+    if run.data.answer_only or rows.share == 1:
         return collator
+    losses = None
+    if rows.placement == "hardest" and model is not None:
+        losses = BlockLosses(model, collator, run.sparsity.block_size)
     return LossRows(
         collator,
-        run.loss_rows.share,
-        run.loss_rows.placement,
+        rows.share,
+        rows.placement,
         seed=run.training.seed,
         block_size=run.sparsity.block_size,
+        reweight=rows.reweight,
+        block_losses=losses,
     )
 
 
 def validation_batches(
-    run: RunConfig, tokenizer: Any, dataset: WindowDataset, *, loss_rows: bool = False
+    run: RunConfig, tokenizer: Any, dataset: WindowDataset, *, loss_rows: bool = False, model: Any = None
 ) -> Sequence[dict[str, Any]]:
-    """Batches of one window each, with all labels, or with labels drawn as in training (`loss_rows`)."""
-    collator = training_collator(run, tokenizer)
-    if isinstance(collator, LossRows):
-        collator.enabled = loss_rows
+    """Batches of one window each, with all labels, or with labels drawn as in training (`loss_rows`).
+
+    Drawn rows are not weighed: these batches are for evaluation. `model` is that of `training_collator`.
+    """
+    if not loss_rows:
+        run = replace(run, loss_rows=replace(run.loss_rows, share=1.0))
+    collator = training_collator(replace(run, loss_rows=replace(run.loss_rows, reweight=False)), tokenizer, model)
     return [collator([dataset[index]]) for index in range(len(dataset))]
