@@ -39,11 +39,11 @@ def results(tmp_path_factory):
     return load
 
 
-def run_ranks(folder: Path) -> None:
+def run_ranks(folder: Path, worker: str = "tests.distributed.worker") -> None:
     """Both processes, to their end."""
     path = os.pathsep.join([str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    command = [sys.executable, "-W", "ignore", "-m", "tests.distributed.worker"]
+    command = [sys.executable, "-W", "ignore", "-m", worker]
     ranks, logs = [], [folder / f"stderr.{rank}" for rank in range(WORLD)]
     try:
         for rank in range(WORLD):

@@ -150,9 +150,16 @@ def test_save_now_writes_one_full_checkpoint(base, tmp_path, quiet, monkeypatch)
     assert not (tmp_path / "run" / "save-now").exists()
 
 
-def test_several_processes_are_refused_before_anything_is_written(base, tmp_path, quiet, monkeypatch):
+def test_several_processes_that_cannot_be_joined_are_refused_before_anything_is_written(
+    base, tmp_path, quiet, monkeypatch
+):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="one process"):
+    with pytest.raises(ConfigError, match="RANK is not set"):
+        train(recipe(base, tmp_path / "run"), evaluate_loss, console=quiet)
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ConfigError, match="FSDP"):
         train(recipe(base, tmp_path / "run"), evaluate_loss, console=quiet)
     assert not (tmp_path / "run").exists()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
@@ -28,11 +29,13 @@ def train(
 
     quieten()
     result = run_training(run, evaluate_loss, resume=resume, recipe=dump_recipe(run))
-    for note in result.notes:
+    speaks = os.environ.get("RANK", "0") == "0"  # of several processes, the first
+    for note in result.notes if speaks else ():
         typer.echo(f"note: {note}", err=True)
     if result.interrupted:
-        typer.echo(f"stopped after step {result.steps}; go on with: lemo train {recipe} ... --resume", err=True)
+        if speaks:
+            typer.echo(f"stopped after step {result.steps}; go on with: lemo train {recipe} ... --resume", err=True)
         raise typer.Exit(130)
     width = max((len(name) for name in result.losses), default=0)
-    for name, nats in result.losses.items():
+    for name, nats in result.losses.items() if speaks else ():
         typer.echo(f"{name:<{width}}  {nats:.4f}")

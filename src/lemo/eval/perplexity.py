@@ -67,6 +67,7 @@ def evaluate_loss(
     bins: int = 8,
     segment_rows: int = 2048,
     progress: Callable[[], None] | None = None,
+    combine: Callable[[Tensor, Tensor, list[float]], tuple[Tensor, Tensor, list[float]]] | None = None,
 ) -> LossReport:
     """Loss of every labelled token.
 
@@ -79,6 +80,8 @@ def evaluate_loss(
         bins: number of position bins over the longest document.
         segment_rows: rows whose logits exist at a time.
         progress: called after each batch.
+        combine: takes sums and counts by position and the sequences' losses of these batches, and returns those of
+            all, where several processes share an evaluation.
 
     Returns:
         LossReport.
@@ -110,6 +113,8 @@ def evaluate_loss(
                 progress()
     finally:
         model.train(was_training)
+    if combine is not None:
+        sums, counts, sequences = combine(sums, counts, sequences)
     tokens = int(counts.sum())
     if tokens == 0:
         raise DataError("no token of the evaluation data carries a label")
@@ -125,10 +130,12 @@ def evaluate_loss(
 def _uncounted(batches: Iterable[Mapping[str, Any]], handle: Handle, sparse: bool) -> Iterator[Mapping[str, Any]]:
     """The batches, while the handle counts forwards from 0; its counts and selections of training come back after."""
     before = (handle.sparse_batches, handle.dense_batches, handle.selections, handle._real_rows)
-    handle.sparse_batches = 0
+    handle.sparse_batches, seen = 0, 0
     try:
-        yield from batches
-        if sparse and handle.sparse_batches == 0 and not all(layer.is_dense for layer in handle.plan.layers):
+        for batch in batches:
+            seen += 1
+            yield batch
+        if sparse and seen and handle.sparse_batches == 0 and not all(layer.is_dense for layer in handle.plan.layers):
             raise ConfigError(
                 "the sparse evaluation had nothing to skip: nearly every row carries a label. Mask labels as training "
                 "does, with LossRows or answers only"

@@ -152,13 +152,13 @@ class LemoCallback(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Adds the handle's counts to the checkpoint, on which the draws of the `random` scorer depend."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if state.is_world_process_zero and folder.is_dir():
+        if folder.is_dir():
             counts = {} if self.handle is None else {name: getattr(self.handle, name) for name in _COUNTS}
-            (folder / STATE_FILE).write_text(json.dumps(counts) + "\n", encoding="utf-8")
+            (folder / _state_file(args.process_index)).write_text(json.dumps(counts) + "\n", encoding="utf-8")
 
-    def restore(self, checkpoint: str | Path) -> None:
-        """Takes up the counts of a checkpoint, if it has them."""
-        path = Path(checkpoint) / STATE_FILE
+    def restore(self, checkpoint: str | Path, process: int = 0) -> None:
+        """Takes up the counts of a checkpoint, if it has them: those of this process, where there are several."""
+        path = Path(checkpoint) / _state_file(process)
         if self.handle is not None and path.exists():
             for name, value in json.loads(path.read_text(encoding="utf-8")).items():
                 setattr(self.handle, name, value)
@@ -243,6 +243,11 @@ class LemoCallback(TrainerCallback):
 
             self.console = Console(stderr=True)
         return self.console
+
+
+def _state_file(process: int) -> str:
+    """Where a process keeps its counts: each has batches of its own."""
+    return STATE_FILE if process == 0 else f"lemo-{process}.json"
 
 
 def _line(entry: dict[str, Any], max_steps: int) -> str:

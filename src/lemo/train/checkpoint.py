@@ -7,7 +7,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -42,8 +42,13 @@ class RunFolder:
     resume_from: Path | None = None
 
     @classmethod
-    def open(cls, run: RunConfig, *, resume: bool = False) -> RunFolder:
+    def open(cls, run: RunConfig, *, resume: bool = False, processes: int = 1) -> RunFolder:
         """Decides whether a run may use its output folder, without writing anything.
+
+        Args:
+            run: the recipe.
+            resume: take up the last checkpoint.
+            processes: how many train; a checkpoint's place in the data holds for as many as wrote it.
 
         Raises:
             ConfigError: no output is named; the folder holds another run, a finished run, or files of something else;
@@ -71,24 +76,33 @@ class RunFolder:
             raise ConfigError(f"output: {folder.path} holds {checkpoint.name} of this run; take it up with --resume")
         if checkpoint is None and resume:
             raise ConfigError(f"output: {folder.path} holds no complete checkpoint to resume")
+        if resume and folder._started()["processes"] != processes:
+            raise ConfigError(
+                f"output: the run in {folder.path} has {folder._started()['processes']} processes, not {processes}; "
+                "resume with as many"
+            )
         return cls(folder.path, folder.identity, checkpoint)
 
-    def _check_identity(self) -> None:
+    def _started(self) -> dict[str, Any]:
+        """What the run noted when it began."""
         try:
             stored = json.loads((self.path / RUN_FILE).read_text(encoding="utf-8"))
-            identity = stored["config_hash"]
+            return {"processes": 1, "config_hash": stored["config_hash"], **stored}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"output: {self.path / RUN_FILE} cannot be read") from error
-        if identity != self.identity:
+
+    def _check_identity(self) -> None:
+        if self._started()["config_hash"] != self.identity:
             raise ConfigError(
                 f"output: {self.path} belongs to another run (its recipe differs from this one); name another folder"
             )
 
-    def begin(self, recipe: str) -> None:
+    def begin(self, recipe: str, processes: int = 1) -> None:
         """Marks the folder as this run's and stores the resolved recipe."""
         self.path.mkdir(parents=True, exist_ok=True)
         described = {
             "config_hash": self.identity,
+            "processes": processes,
             "lemo": lemo.__version__,
             "time": time.strftime("%FT%TZ", time.gmtime()),
         }
@@ -168,10 +182,13 @@ class SaveOnRequest(TrainerCallback):
         self.request = Path(folder) / SAVE_FILE
         self.interrupted = False
         self.announce: Any = print
+        # Several processes must save and stop at the same step: each flag counts when any of them has it.
+        self.agree: Callable[..., tuple[bool, ...]] = lambda *flags: flags
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Asks the Trainer to save, and to stop, after this step."""
-        if self.request.exists():
+        requested, self.interrupted = self.agree(self.request.exists(), self.interrupted)
+        if requested:
             control.should_save = True
             self.request.unlink(missing_ok=True)
         if self.interrupted:

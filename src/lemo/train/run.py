@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -20,6 +19,7 @@ from lemo.measure.record import config_hash, device_name, versions
 from lemo.runtime.attach import Handle, attach
 from lemo.train.checkpoint import RunFolder, SaveOnRequest
 from lemo.train.data import DataReport, WindowDataset, load_windows
+from lemo.train.distributed import Processes
 from lemo.train.lora import add_adapter, check_targets, save_adapter, trainable_parameters
 from lemo.train.model import load_model, load_tokenizer, resolve_path
 from lemo.train.planning import make_plan, skeleton_plan, training_collator, validation_batches
@@ -42,7 +42,7 @@ class RunResult:
             `sparse, loss rows` (look-ahead) and, to compare it with, `dense, loss rows`, before and after: rows that
             carry loss are never skipped, so a sparse forward needs labels drawn as in training.
         tokens_per_s: of training, evaluation left out.
-        peak_memory_bytes: most memory during training.
+        peak_memory_bytes: most memory of a process during training.
         ratios: per layer, (forward, backward) share of rows in the last step.
         dense_batches: training batches that ran densely.
         seconds: of training.
@@ -83,45 +83,69 @@ def train(
         LemoError: whatever makes the run impossible; nothing in the output folder is lost or overwritten.
     """
     check_run(run)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError(
-            "a recipe trains in one process, and WORLD_SIZE says that there are several, which would overwrite each "
-            "other's output; under several processes use lemo.attach with Trainer, as in examples/trainer.py"
-        )
-    folder = RunFolder.open(run, resume=resume)
-    if not run.data.train:
-        raise ConfigError("data.train is empty: name at least one file or folder")
-    # A missing file is found before minutes go into loading.
-    for paths in (run.data.train, run.data.validation_sources):
-        if paths:
-            list_sources(paths)
-    console = console or _console()
-    session = _Session(run, folder, evaluate, console)
-    return session.run_all(recipe or json.dumps(resolved(run), indent=1) + "\n")
+    processes = Processes.start()
+    with processes.together():
+        folder = processes.from_main(lambda: RunFolder.open(run, resume=resume, processes=processes.count))
+        if not run.data.train:
+            raise ConfigError("data.train is empty: name at least one file or folder")
+        # A missing file is found before minutes go into loading.
+        for paths in (run.data.train, run.data.validation_sources):
+            if paths:
+                list_sources(paths)
+    console = (console or _console()) if processes.is_main else _silence()
+    session = _Session(run, folder, evaluate, console, processes)
+    result = session.run_all(recipe or json.dumps(resolved(run), indent=1) + "\n")
+    processes.close()
+    return result
 
 
 class _Session:
     """The parts of one run, made in order."""
 
-    def __init__(self, run: RunConfig, folder: RunFolder, evaluate: Evaluate, console: Any) -> None:
+    def __init__(
+        self, run: RunConfig, folder: RunFolder, evaluate: Evaluate, console: Any, processes: Processes
+    ) -> None:
         self.run, self.folder, self.evaluate, self.console = run, folder, evaluate, console
+        self.processes = processes
         self.saver = SaveOnRequest(folder.path)
+        self.saver.agree = processes.any
         self.saver.announce = lambda text: console.print(text, style="bold")
         self.losses: dict[str, float] = {}
         self.reports: dict[str, Any] = {}
 
     def run_all(self, recipe: str) -> RunResult:
         """Everything from loading to saving."""
+        with ExitStack() as stack:
+            with self.processes.together():
+                model, handle, trainer = self._prepare(recipe, stack)
+            # An error of one process ends the others here too: their collectives fail, or their launcher stops them.
+            with self.saver.signals():
+                output = trainer.train(resume_from_checkpoint=_text(self.folder.resume_from))
+            with self.processes.together():
+                (self.saver.interrupted,) = self.processes.any(self.saver.interrupted)
+                if not self.saver.interrupted:
+                    self._measure("after", model, handle)
+                result = self._result(trainer, handle, output.global_step)
+        with self.processes.together():
+            if self.processes.is_main and not result.interrupted:
+                save_adapter(model, self.folder.adapter, resolve_path(self.run.model.path))
+                if self.tokenizer is not None:
+                    self.tokenizer.save_pretrained(self.folder.adapter)
+                self._write_summary(result)
+        return result
+
+    def _prepare(self, recipe: str, stack: ExitStack) -> tuple[Any, Handle, LemoTrainer]:
+        """Everything before the first step."""
         from transformers import set_seed
 
         run = self.run
         # Whatever can be wrong is found before calibration takes minutes and before anything is written.
-        self.arguments = training_arguments(run, self.folder.checkpoints)
+        self.arguments = training_arguments(run, self.folder.checkpoints, self.processes)
         set_seed(run.training.seed)
         self.tokenizer = (
             load_tokenizer(run.model) if needs_tokenizer([*run.data.train, *run.data.validation_sources]) else None
         )
-        model = load_model(run.model, window_tokens=run.data.window_tokens)
+        model = load_model(run.model, window_tokens=run.data.window_tokens, device=self.processes.device)
         check_targets(model, run.lora)
         if run.sparsity.enabled and run.sparsity.plan is None:
             skeleton_plan(model, run)
@@ -132,34 +156,15 @@ class _Session:
         if run.data.validation_sources:
             self.validation, report = load_windows(run.data, self.tokenizer, "validation", vocabulary=vocabulary)
             self._say_data("validation data", report)
-        self.folder.begin(recipe)
+        self.processes.from_main(lambda: self.folder.begin(recipe, self.processes.count))
         plan = self._plan(model)
         model = add_adapter(model, run.lora)
         self._say(f"adapter: {trainable_parameters(model):,} trainable parameters")
-        with ExitStack() as stack:
-            handle = stack.enter_context(
-                attach(
-                    model,
-                    plan,
-                    loss=run.training.loss,
-                    segment_rows=run.training.segment_rows,
-                    engine=run.training.engine,
-                    recompute=run.training.recompute,
-                )
-            )
-            trainer = self._trainer(model, handle)
-            self._before(model, handle)
-            with self.saver.signals():
-                output = trainer.train(resume_from_checkpoint=_text(self.folder.resume_from))
-            if not self.saver.interrupted:
-                self._measure("after", model, handle)
-            result = self._result(trainer, handle, output.global_step)
-        if not result.interrupted:
-            save_adapter(model, self.folder.adapter, resolve_path(run.model.path))
-            if self.tokenizer is not None:
-                self.tokenizer.save_pretrained(self.folder.adapter)
-            self._write_summary(result)
-        return result
+        options = {name: getattr(run.training, name) for name in ("loss", "segment_rows", "engine", "recompute")}
+        handle = stack.enter_context(attach(model, plan, **options))
+        trainer = self._trainer(model, handle)
+        self._before(model, handle)
+        return model, handle, trainer
 
     def _say(self, text: str) -> None:
         """Prints lines, however long."""
@@ -167,11 +172,16 @@ class _Session:
 
     def _plan(self, model: Any) -> Plan:
         """The plan, stored in the output folder; a resumed run takes the stored one."""
-        if (self.folder.plan / "plan.json").exists():
-            plan = Plan.load(self.folder.plan)
-        else:
-            plan = make_plan(model, self.run, self.tokenizer, self.folder.path / "calibration")
-            plan.save(self.folder.plan)
+        made: list[Plan] = []
+
+        def make() -> None:
+            made.append(make_plan(model, self.run, self.tokenizer, self.folder.path / "calibration"))
+            made[0].save(self.folder.plan)
+
+        if not self.processes.from_main((self.folder.plan / "plan.json").exists):
+            self.processes.from_main(make)
+        # Only the first process calibrates; the others read what it saved.
+        plan = made[0] if made else Plan.load(self.folder.plan)
         sparse = [layer for layer in plan.layers if not layer.is_dense]
         if not sparse:
             self._say("plan: every layer dense")
@@ -196,7 +206,7 @@ class _Session:
             args=self.arguments,
             train_dataset=self.dataset,
             eval_dataset=self.validation,
-            data_collator=training_collator(self.run, self.tokenizer),
+            data_collator=training_collator(self.run, self.tokenizer, model),
             callbacks=[self.saver, *stopping(self.run)],
             handle=handle,
             metrics_path=self.folder.metrics,
@@ -206,12 +216,13 @@ class _Session:
     def _before(self, model: Any, handle: Handle) -> None:
         """Losses before training; a resumed run reads those of its first start."""
         stored = self.folder.path / "before.json"
-        if stored.exists():
+        if self.processes.from_main(stored.exists):
             self.reports = json.loads(stored.read_text(encoding="utf-8"))
             self.losses = {name: report["nats"] for name, report in self.reports.items()}
             return
         self._measure("before", model, handle)
-        stored.write_text(json.dumps(self.reports, indent=1) + "\n", encoding="utf-8")
+        if self.processes.is_main:
+            stored.write_text(json.dumps(self.reports, indent=1) + "\n", encoding="utf-8")
 
     def _measure(self, when: str, model: Any, handle: Handle) -> None:
         """Validation losses, dense and, where rows skip layers in forward, sparse."""
@@ -220,10 +231,11 @@ class _Session:
         everything = validation_batches(self.run, self.tokenizer, self.validation)
         measured = [("dense", everything, False)]
         if any(layer.forward_ratio < 1 for layer in handle.plan.layers):
-            drawn = validation_batches(self.run, self.tokenizer, self.validation, loss_rows=True)
+            drawn = validation_batches(self.run, self.tokenizer, self.validation, loss_rows=True, model=model)
             measured += [("dense, loss rows", drawn, False), ("sparse, loss rows", drawn, True)]
+        options = {} if self.processes.count == 1 else {"combine": self.processes.combine}
         for name, batches, sparse in measured:
-            report = self.evaluate(model, batches, handle=handle, sparse=sparse)
+            report = self.evaluate(model, self.processes.share(batches), handle=handle, sparse=sparse, **options)
             self.reports[f"{name} {when}"] = report.to_dict()
             self.losses[f"{name} {when}"] = report.nats
             label = "sparse (look-ahead), loss rows" if sparse else name
@@ -231,17 +243,18 @@ class _Session:
 
     def _result(self, trainer: LemoTrainer, handle: Handle, steps: int) -> RunResult:
         log = trainer.log_callback
+        parts = self.processes.gather((log.peak.peak_bytes, handle.dense_batches, list(handle.notes)))
         return RunResult(
             output=self.folder.path,
             steps=steps,
             interrupted=self.saver.interrupted,
             losses=dict(self.losses),
             tokens_per_s=log.tokens * trainer.args.world_size / log.seconds if log.seconds else 0.0,
-            peak_memory_bytes=log.peak.peak_bytes,
+            peak_memory_bytes=max(peak for peak, _, _ in parts),
             ratios=handle.ratios(),
-            dense_batches=handle.dense_batches,
+            dense_batches=sum(dense for _, dense, _ in parts),
             seconds=log.seconds,
-            notes=list(handle.notes),
+            notes=list(dict.fromkeys(note for _, _, notes in parts for note in notes)),
             evaluations=dict(self.reports),
         )
 
@@ -251,6 +264,7 @@ class _Session:
             "config_hash": self.folder.identity,
             "setting_hash": config_hash(dataclasses.asdict(self.run)),
             "device": device_name(),
+            "processes": self.processes.count,
             "versions": versions(),
             "time": time.strftime("%FT%TZ", time.gmtime()),
         }
@@ -268,8 +282,13 @@ class _Session:
         self._say(f"{title}: " + "\n  ".join(lines))
 
 
-def training_arguments(run: RunConfig, checkpoints: Path) -> Any:
+def training_arguments(run: RunConfig, checkpoints: Path, processes: Processes | None = None) -> Any:
     """Transformers' TrainingArguments of a run, on every supported version.
+
+    Args:
+        run: the recipe.
+        checkpoints: folder for the Trainer's checkpoints.
+        processes: those of the run; None for a single one.
 
     Raises:
         ConfigError: an optimizer, schedule or tracker that Transformers does not know.
@@ -306,6 +325,7 @@ def training_arguments(run: RunConfig, checkpoints: Path) -> Any:
         "disable_tqdm": True,
         "logging_nan_inf_filter": False,
         "dataloader_pin_memory": torch.cuda.is_available(),
+        **(processes or Processes()).trainer_arguments(),
     }
     try:
         return TrainingArguments(**values)
@@ -349,3 +369,9 @@ def _console() -> Any:
     from rich.console import Console
 
     return Console(stderr=True)
+
+
+def _silence() -> Any:
+    from rich.console import Console
+
+    return Console(quiet=True)

@@ -57,7 +57,7 @@ class LemoTrainer(Trainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
         if resume_from_checkpoint:
-            self.log_callback.restore(resume_from_checkpoint)
+            self.log_callback.restore(resume_from_checkpoint, self.args.process_index)
         try:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
