@@ -165,7 +165,7 @@ def _net(inputs: int, widths: Sequence[int], rank: int) -> nn.Sequential:
 
 def _maps(net: nn.Sequential) -> tuple[Tensor, ...]:
     """Weight and bias of each linear map of a net, in order."""
-    return tuple(t for layer in net if isinstance(layer, nn.Linear) for t in (layer.weight, layer.bias))
+    return tuple([t for layer in net._modules.values() for t in layer._parameters.values()])  # type: ignore
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -48,6 +48,23 @@ def choose_backend(op: str, backend: Backend, why_not_triton: Callable[[], str |
     return chosen
 
 
+_settled: dict[tuple, Backend] = {}
+
+
+def settle_backend(
+    op: str, backend: Backend, tensor: Tensor, why_not_triton: Callable[[], str | None], *sizes: int
+) -> Backend:
+    """`choose_backend`, asked once for each dtype, device and `sizes`: all that `why_not_triton` may depend on.
+
+    Ops that run several times a layer spend more time on asking than on launching.
+    """
+    key = (op, backend, tensor.dtype, tensor.device, *sizes)
+    found = _settled.get(key)
+    if found is None:
+        found = _settled[key] = choose_backend(op, backend, why_not_triton)
+    return found
+
+
 def log_choice(op: str, chosen: str, because: str) -> None:
     """Says once which backend `auto` took, and why."""
     if (op, chosen, because) not in _logged:

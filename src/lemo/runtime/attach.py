@@ -235,7 +235,7 @@ class Handle:
                 "torch.compile of the whole model leaves its layers uncompiled where rows are selected; compile the "
                 "layers one by one instead (layer.compile())"
             )
-        return BatchContext(
+        context = BatchContext(
             self.plan,
             layout,
             step=self.sparse_batches,
@@ -245,6 +245,7 @@ class Handle:
             fused=self.fused_layers(),
             recompute=self._fused.recompute(),
         )
+        return self._fused.prepare(context)
 
     def _check_capturing(self, arguments: dict[str, Any], sparse_eval: bool) -> None:
         config = self.model.config

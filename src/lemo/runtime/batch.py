@@ -15,6 +15,7 @@ from lemo.core.policy import select
 from lemo.core.score import Random, ScoreInputs
 from lemo.core.selection import RowSet, Selection
 from lemo.runtime.fused.call import Recompute
+from lemo.runtime.fused.factors import AdapterFactors
 
 _IGNORED = -100
 
@@ -38,6 +39,7 @@ class BatchContext:
         recompute: what it computes again in backward.
         loss_rows_only: nothing but the rows that carry loss is read behind the last layer.
         defers_norm: the norm before the head is left to the loss, which runs it on its rows.
+        adapters: factors of the fused layers' adapters.
         selections: selection of every layer that has run.
         mlp_selections: rows of the MLP of every layer that has its own.
     """
@@ -52,6 +54,7 @@ class BatchContext:
     recompute: Recompute = "none"
     loss_rows_only: bool = False
     defers_norm: bool = False
+    adapters: AdapterFactors = field(default_factory=AdapterFactors)
     selections: dict[int, Selection] = field(default_factory=dict)
     mlp_selections: dict[int, RowSet] = field(default_factory=dict)
 

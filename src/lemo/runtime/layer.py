@@ -71,7 +71,8 @@ class SkippingLayer:
             return inner(hidden_states, *args, **kwargs)
         state = self.__dict__["_lemo_layer"]
         if lemo_call.fused is not None:
-            return run_fused(hidden_states, state.read_parts(self), lemo_call.fused)
+            parts = lemo_call.fused.adapters.bind(state.read_parts(self))
+            return run_fused(hidden_states, parts, lemo_call.fused)
 
         def run(hidden: Tensor, keywords: Mapping[str, Any], call: LayerCall) -> Any:
             modules = None if call.mlp is None else state.mlp_modules(self)
@@ -340,7 +341,7 @@ class LayerState:
 
     def why_not_fused(self, layer: nn.Module) -> str | None:
         """Why the layer, as it is now, needs the generic executor."""
-        if self._reader is None or self._reader.is_stale(layer):
+        if self._reader is None or self._reader.is_stale():
             attention = attention_module(layer)
             reason = why_no_reader(self.names, attention, self.config)
             if reason is not None:
@@ -353,6 +354,11 @@ class LayerState:
         """Maps and norms of the layer as they are now, for the fused engine, which `why_not_fused` let pass."""
         assert self._reader is not None
         return self._reader.read(layer)
+
+    def peek_parts(self, layer: nn.Module) -> LayerParts | None:
+        """As `read_parts`, outside the layer's call; None where its adapters are shards, which only a call gathers."""
+        assert self._reader is not None
+        return self._reader.read(layer) if self._reader.is_whole() else None
 
 
 def install(layer: nn.Module, state: LayerState) -> None:

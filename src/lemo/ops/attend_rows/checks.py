@@ -18,26 +18,30 @@ def check(query: Tensor, pair: Sequence[Tensor], queries: Rows, keys: Rows, opti
     """Raises ValueError when shapes, dtypes, devices or documents do not fit, or an option is not positive."""
     scaling, window = options
     key, value = pair
-    if query.dim() != 3 or key.dim() != 3 or query.shape[2] != key.shape[2] or key.shape != value.shape:
+    if query.ndim != 3 or key.ndim != 3 or query.shape[2] != key.shape[2] or key.shape != value.shape:
         raise ValueError(f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)} do not fit")
     if key.shape[0] == 0 or query.shape[0] % key.shape[0]:
         raise ValueError(f"{query.shape[0]} query heads are no multiple of {key.shape[0]} key heads")
-    if any(t.dtype != query.dtype or t.device != query.device for t in pair) or not query.is_floating_point():
+    dtype, device = query.dtype, query.device
+    alike = key.dtype == dtype == value.dtype and key.device == device == value.device
+    if not alike or not query.is_floating_point():
         raise ValueError(
             f"query is {query.dtype} on {query.device}, key {key.dtype} on {key.device}, "
             f"value {value.dtype} on {value.device}"
         )
     for tensor, rows, name in ((query, queries, "queries"), (key, keys, "keys")):
         position = rows.position_N
-        if position.shape != tensor.shape[1:2] or position.dtype != torch.int64 or position.device != query.device:
+        count = tensor.shape[1]
+        if position.shape != (count,) or position.dtype != torch.int64 or position.device != device:
             raise ValueError(
                 f"positions of the {name} must be ({tensor.shape[1]},) int64 on {query.device}, "
                 f"got {tuple(position.shape)} {position.dtype} on {position.device}"
             )
         if len(rows.starts) != len(queries.lengths) or len(rows.lengths) != len(queries.lengths):
             raise ValueError("queries and keys must have the same documents, each with a start and a length")
-        if any(s < 0 or n < 0 or s + n > len(position) for s, n in zip(rows.starts, rows.lengths, strict=True)):
-            raise ValueError(f"documents of the {name} reach beyond their {len(position)} rows")
+        for start, length in zip(rows.starts, rows.lengths, strict=True):
+            if start < 0 or length < 0 or start + length > count:
+                raise ValueError(f"documents of the {name} reach beyond their {count} rows")
     if not scaling > 0 or (window is not None and window < 1):
         raise ValueError(f"scaling and window must be positive, got {scaling} and {window}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lemo.ops.backend import Backend, choose_backend
+from lemo.ops.backend import Backend, settle_backend
 from lemo.ops.checks import check_like, show
 from lemo.ops.gated_act.reference import ACTS, gated_act_backward_reference, gated_act_reference
 
@@ -41,7 +41,7 @@ def gated_act(
         fp32 (fp64 for fp64), one rounding.
     """
     _check(gate_nF, act, {"up_nF": up_nF, "out": out})
-    if choose_backend("gated_act", backend, lambda: _why_not_triton(gate_nF)) == "triton":
+    if settle_backend("gated_act", backend, gate_nF, lambda: _why_not_triton(gate_nF)) == "triton":
         from lemo.ops.gated_act import kernel
 
         out = torch.empty_like(gate_nF, memory_format=torch.contiguous_format) if out is None else out
@@ -88,7 +88,7 @@ def gated_act_backward(
         fp32 (fp64 for fp64), one rounding of each result. The slope of relu at 0 is 0.
     """
     _check(gate_nF, act, {"grad_nF": grad_nF, "up_nF": up_nF})
-    if choose_backend("gated_act_backward", backend, lambda: _why_not_triton(gate_nF)) == "triton":
+    if settle_backend("gated_act_backward", backend, gate_nF, lambda: _why_not_triton(gate_nF)) == "triton":
         from lemo.ops.gated_act import kernel
 
         fresh = torch.contiguous_format
@@ -116,8 +116,8 @@ def _check(gate: Tensor, act: str, others: dict[str, Tensor | None]) -> None:
     for name, tensor in {"gate_nF": gate, **others}.items():
         if tensor is None:
             continue
-        check_like(name, tensor, tuple(gate.shape), gate)
-        if tensor.dim() != 2 or (tensor.stride(1) != 1 and tensor.shape[1] > 1):
+        check_like(name, tensor, gate.shape, gate)
+        if tensor.ndim != 2 or (tensor.stride(1) != 1 and tensor.shape[1] > 1):
             raise ValueError(f"{name} must be (n, F) and contiguous inside rows, got {show(tensor)}")
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lemo.ops.backend import Backend, choose_backend
+from lemo.ops.backend import Backend, settle_backend
 from lemo.ops.checks import check_floating, check_like, check_rows, flat_rows
 from lemo.ops.norm_rows.reference import norm_rows_backward_reference, norm_rows_reference
 
@@ -60,7 +60,7 @@ def norm_rows(
         check_floating("bias_M", bias_M, x.shape[1:], x)
     if rows_n is not None:
         check_rows("rows_n", rows_n, x)
-    if choose_backend("norm_rows", backend, lambda: _why_not_triton(x)) == "triton":
+    if settle_backend("norm_rows", backend, x, lambda: _why_not_triton(x), x.shape[1]) == "triton":
         from lemo.ops.norm_rows import kernel
 
         return kernel.forward(x, weight_M, bias_M, rows_n, eps, kind == "layer", keep_rows)
@@ -118,7 +118,7 @@ def norm_rows_backward(
     out = None if out_NM is None else flat_rows("out_NM", out_NM)
     _check_backward(grad, x, weight_M, (rstd_n, mean_n), residual_nM, (out, out_rows_n))
     target = grad if out is None else out
-    if choose_backend("norm_rows_backward", backend, lambda: _why_not_triton(x)) == "triton":
+    if settle_backend("norm_rows_backward", backend, x, lambda: _why_not_triton(x), x.shape[1]) == "triton":
         from lemo.ops.norm_rows import kernel
 
         sums = kernel.backward(
@@ -158,8 +158,8 @@ def _check_backward(
         if out is None:
             raise ValueError("out_rows_n names rows of out_NM, which is missing")
         check_rows("out_rows_n", out_rows, grad)
-        check_like("out_NM", out, (len(out), grad.shape[1]), grad)
-        if len(out_rows) != len(grad):
+        check_like("out_NM", out, (out.shape[0], grad.shape[1]), grad)
+        if out_rows.shape[0] != grad.shape[0]:
             raise ValueError(f"out_rows_n has {len(out_rows)} rows, grad_nM {len(grad)}")
     elif out is not None:
         check_like("out_NM", out, grad.shape, grad)

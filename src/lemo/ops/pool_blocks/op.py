@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lemo.ops.backend import Backend, choose_backend
+from lemo.ops.backend import Backend, settle_backend
 from lemo.ops.pool_blocks.reference import POOLS, Blocks, pool_blocks_reference
 
 
@@ -53,7 +53,7 @@ def pool_blocks(
         LeMo section 4 (pattern predictors, block embeddings).
     """
     _check(x_NM, projection_MF, blocks, pools, extra_KE)
-    chosen = choose_backend("pool_blocks", backend, lambda: _why_not_triton(x_NM, blocks.rows))
+    chosen = settle_backend("pool_blocks", backend, x_NM, lambda: _why_not_triton(x_NM, blocks.rows), blocks.rows)
     with torch.no_grad():
         if chosen == "triton" and len(blocks.start_K):
             from lemo.ops.pool_blocks import kernel
@@ -63,22 +63,23 @@ def pool_blocks(
 
 
 def _check(x: Tensor, projection: Tensor, blocks: Blocks, pools: Sequence[str], extra: Tensor | None) -> None:
-    if x.dim() != 2 or projection.dim() != 2 or x.shape[1] != projection.shape[0]:
+    if x.ndim != 2 or projection.ndim != 2 or x.shape[1] != projection.shape[0]:
         raise ValueError(f"x_NM {tuple(x.shape)} and projection_MF {tuple(projection.shape)} do not fit")
     if not x.is_floating_point() or not projection.is_floating_point():
         raise ValueError(f"x_NM and projection_MF must be floating, got {x.dtype} and {projection.dtype}")
     start, length = blocks.start_K, blocks.length_K
-    if start.dim() != 1 or start.shape != length.shape or start.is_floating_point() or length.is_floating_point():
+    if start.ndim != 1 or start.shape != length.shape or start.is_floating_point() or length.is_floating_point():
         raise ValueError(f"blocks must be (K,) integers, got {tuple(start.shape)} and {tuple(length.shape)}")
     if blocks.rows < 1:
         raise ValueError(f"blocks.rows must be positive, got {blocks.rows}")
     if not pools or len(set(pools)) != len(pools) or set(pools) - set(POOLS):
         raise ValueError(f"pools must be some of {', '.join(POOLS)}, each once, got {list(pools)}")
-    if extra is not None and (extra.dim() != 2 or len(extra) != len(start)):
+    if extra is not None and (extra.ndim != 2 or extra.shape[0] != start.shape[0]):
         raise ValueError(f"extra_KE must be ({len(start)}, E), got {tuple(extra.shape)}")
-    others = [t for t in (projection, start, length, extra) if t is not None]
-    if any(t.device != x.device for t in others):
-        raise ValueError(f"x_NM is on {x.device}, the other tensors on {[str(t.device) for t in others]}")
+    device = x.device
+    for tensor in (projection, start, length, extra):
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"x_NM is on {device}, another tensor on {tensor.device}")
 
 
 def _why_not_triton(x: Tensor, block_rows: int) -> str | None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lemo.ops.backend import Backend, choose_backend
+from lemo.ops.backend import Backend, settle_backend
 from lemo.ops.checks import check_floating, check_rows, show
 from lemo.ops.rope_rows.reference import rope_rows_reference
 
@@ -50,7 +50,8 @@ def rope_rows_(
     """
     states = [state_NHD] if isinstance(state_NHD, Tensor) else list(state_NHD)
     _check(states, cos_PR, sin_PR, rows_N)
-    if choose_backend("rope_rows_", backend, lambda: _why_not_triton(states)) == "triton":
+    sizes = [size for state in states for size in state.shape[1:]]
+    if settle_backend("rope_rows_", backend, states[0], lambda: _why_not_triton(states), *sizes) == "triton":
         from lemo.ops.rope_rows import kernel
 
         kernel.launch(states, cos_PR, sin_PR, rows_N, inverse, interleaved)
@@ -67,24 +68,27 @@ def rope_rows_(
 def _check(states: list[Tensor], cos: Tensor, sin: Tensor, rows: Tensor | None) -> None:
     if not states:
         raise ValueError("no state to rotate")
-    if cos.dim() != 2 or cos.shape[1] % 2 or not len(cos) or not cos.is_contiguous() or not sin.is_contiguous():
+    if cos.ndim != 2 or cos.shape[1] % 2 or not cos.shape[0] or not cos.is_contiguous() or not sin.is_contiguous():
         raise ValueError(f"cos_PR must be contiguous (P, R) with R even and P > 0, got {show(cos)}")
-    check_floating("sin_PR", sin, tuple(cos.shape), states[0])
+    check_floating("sin_PR", sin, cos.shape, states[0])
     if cos.dtype != sin.dtype:
         raise ValueError(f"cos_PR is {cos.dtype}, sin_PR {sin.dtype}")
+    first = states[0]
     for state in states:
-        inner = state.dim() == 3 and (state.stride(2) == 1 or state.shape[2] == 1)
-        inner = inner and (state.shape[1] == 1 or state.stride(1) == state.shape[2])
+        inner = state.ndim == 3
+        if inner:
+            (_, heads, width), (_, head_stride, stride) = state.shape, state.stride()
+            inner = (stride == 1 or width == 1) and (heads == 1 or head_stride == width)
         if not inner or not state.is_floating_point() or state.shape[2] < cos.shape[1]:
             raise ValueError(
                 f"state_NHD must be floating (N, H, D) with D >= {cos.shape[1]} and heads contiguous inside rows, "
                 f"got {show(state)}"
             )
-        if state.shape[0] != len(states[0]) or state.dtype != states[0].dtype or state.device != cos.device:
+        if state.shape[0] != first.shape[0] or state.dtype != first.dtype or state.device != cos.device:
             raise ValueError(f"states and tables must agree in rows, dtype and device, got {show(state)}")
     if rows is not None:
         check_rows("rows_N", rows, states[0])
-        if len(rows) != len(states[0]):
+        if rows.shape[0] != first.shape[0]:
             raise ValueError(f"rows_N has {len(rows)} rows, the states {len(states[0])}")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lemo.ops.backend import Backend, choose_backend
+from lemo.ops.backend import Backend, settle_backend
 from lemo.ops.score_blocks.reference import Net, score_blocks_reference
 
 
@@ -48,7 +48,8 @@ def score_blocks(
         LeMo section 4 (pattern predictors).
     """
     _check(features_KE, standard, query_net, key_net, end_K)
-    chosen = choose_backend("score_blocks", backend, lambda: _why_not_triton(features_KE, query_net, key_net))
+    widest = max([bias.shape[0] for bias in (*query_net[1::2], *key_net[1::2])])
+    chosen = settle_backend("score_blocks", backend, features_KE, lambda: _why_not_triton(features_KE, widest), widest)
     with torch.no_grad():
         if chosen == "triton" and len(end_K):
             from lemo.ops.score_blocks import kernel
@@ -58,28 +59,30 @@ def score_blocks(
 
 
 def _check(features: Tensor, standard: tuple[Tensor, Tensor], query_net: Net, key_net: Net, end: Tensor) -> None:
-    if features.dim() != 2 or not features.is_floating_point():
+    if features.ndim != 2 or not features.is_floating_point():
         raise ValueError(f"features_KE must be (K, E) floating, got {tuple(features.shape)} {features.dtype}")
     blocks, inputs = features.shape
-    if any(tuple(t.shape) != (inputs,) for t in standard):
+    if standard[0].shape != (inputs,) or standard[1].shape != (inputs,):
         raise ValueError(f"mean and scale must be ({inputs},), got {[tuple(t.shape) for t in standard]}")
-    if tuple(end.shape) != (blocks,) or end.is_floating_point():
+    if end.shape != (blocks,) or end.is_floating_point():
         raise ValueError(f"end_K must be ({blocks},) integers, got {tuple(end.shape)} {end.dtype}")
     for name, net in (("query_net", query_net), ("key_net", key_net)):
-        sizes = [inputs, *(len(bias) for bias in net[1::2])]
-        maps = list(zip(sizes[1:], sizes[:-1], strict=True))
-        if len(net) != 6 or [tuple(weight.shape) for weight in net[::2]] != maps:
+        sizes = [inputs, *[bias.shape[0] for bias in net[1::2]]]
+        if len(net) != 6 or [weight.shape for weight in net[::2]] != list(zip(sizes[1:], sizes[:-1], strict=True)):
             raise ValueError(f"{name} must be three linear maps from {inputs}, got {[tuple(t.shape) for t in net]}")
     if query_net[4].shape[0] != key_net[4].shape[0]:
         raise ValueError("query_net and key_net must end in equally many numbers")
-    others = [*standard, *query_net, *key_net]
-    if any(t.device != features.device for t in (*others, end)) or any(t.dtype != features.dtype for t in others):
-        raise ValueError(f"all tensors must be {features.dtype} on {features.device}")
+    device, dtype = features.device, features.dtype
+    for tensor in (*standard, *query_net, *key_net):
+        if tensor.device != device or tensor.dtype != dtype:
+            raise ValueError(f"all tensors must be {dtype} on {device}")
+    if end.device != device:
+        raise ValueError(f"end_K must be on {device}")
 
 
-def _why_not_triton(features: Tensor, query_net: Net, key_net: Net) -> str | None:
+def _why_not_triton(features: Tensor, widest: int) -> str | None:
     try:
         from lemo.ops.score_blocks import kernel
     except ImportError as error:
         return f"triton cannot be imported ({error})"
-    return kernel.why_not(features, max(len(bias) for bias in (*query_net[1::2], *key_net[1::2])))
+    return kernel.why_not(features, widest)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lemo.ops.backend import Backend, choose_backend
+from lemo.ops.backend import Backend, settle_backend
 from lemo.ops.checks import check_flags, check_floating, check_like, check_rows, flat_rows
 from lemo.ops.stream_rows.reference import (
     bypass_rows_backward_reference,
@@ -51,13 +51,13 @@ def write_rows_(
     """
     stream = flat_rows("stream_NM", stream_NM)
     check_rows("rows_n", rows_n, stream)
-    shape = (len(rows_n), stream.shape[1])
+    shape = (rows_n.shape[0], stream.shape[1])
     check_like("values_nM", values_nM, shape, stream)
     if residual_nM is not None:
         check_like("residual_nM", residual_nM, shape, stream)
     if valid_n is not None:
         check_flags("valid_n", valid_n, rows_n)
-    if choose_backend("write_rows_", backend, lambda: _why_not_triton(stream, 0)) == "triton":
+    if settle_backend("write_rows_", backend, stream, lambda: _why_not_triton(stream, 0), stream.shape[1]) == "triton":
         from lemo.ops.stream_rows import kernel
 
         kernel.write(stream, rows_n, values_nM, residual_nM, valid_n)
@@ -109,7 +109,8 @@ def bypass_rows_(
     stream = _check_bypass("stream_NM", stream_NM, rows_s, down_MR, up_RM)
     if apply_s is not None:
         check_flags("apply_s", apply_s, rows_s)
-    if choose_backend("bypass_rows_", backend, lambda: _why_not_triton(stream, down_MR.shape[1])) == "triton":
+    sizes = down_MR.shape
+    if settle_backend("bypass_rows_", backend, stream, lambda: _why_not_triton(stream, sizes[1]), *sizes) == "triton":
         from lemo.ops.stream_rows import kernel
 
         return kernel.bypass(stream, rows_s, down_MR, up_RM, eps, apply_s)
@@ -148,10 +149,12 @@ def bypass_rows_backward_(
         as `bypass_rows_`. An approximate gradient: 1/rms is held constant.
     """
     grad = _check_bypass("grad_NM", grad_NM, rows_s, down_MR, up_RM)
-    check_floating("rstd_s", rstd_s, tuple(rows_s.shape), grad)
+    check_floating("rstd_s", rstd_s, rows_s.shape, grad)
     if rstd_s.dtype != torch.promote_types(grad.dtype, torch.float32):
         raise ValueError(f"rstd_s must be what bypass_rows_ returned, got {rstd_s.dtype} for a {grad.dtype} gradient")
-    if choose_backend("bypass_rows_backward_", backend, lambda: _why_not_triton(grad, down_MR.shape[1])) == "triton":
+    sizes = down_MR.shape
+    chosen = settle_backend("bypass_rows_backward_", backend, grad, lambda: _why_not_triton(grad, sizes[1]), *sizes)
+    if chosen == "triton":
         from lemo.ops.stream_rows import kernel
 
         kernel.bypass_backward(grad, rows_s, rstd_s, down_MR, up_RM)
@@ -171,7 +174,7 @@ def _check_bypass(name: str, stream_NM: Tensor, rows: Tensor, down: Tensor, up: 
     """
     stream = flat_rows(name, stream_NM)
     check_rows("rows_s", rows, stream)
-    if down.dim() != 2:
+    if down.ndim != 2:
         raise ValueError(f"down_MR must be (M, R), got {tuple(down.shape)}")
     check_like("down_MR", down, (stream.shape[1], down.shape[1]), stream)
     check_like("up_RM", up, (down.shape[1], stream.shape[1]), stream)

@@ -82,6 +82,15 @@ class FusedEngine:
                 self._handle.note(f"layers run in the generic engine (first: layer {index}): {reason}")
         return frozenset(found)
 
+    def prepare(self, context: BatchContext) -> BatchContext:
+        """Makes the factors of all adapters of a batch at once, but for layers that keep shards of them."""
+        if not context.fused:
+            return context
+        layers = decoder_layers(self._handle.model)
+        readable = (layers[i].__dict__["_lemo_layer"].peek_parts(layers[i]) for i in sorted(context.fused))
+        context.adapters.prepare([parts for parts in readable if parts is not None])
+        return context
+
     def recompute(self) -> Recompute:
         """What backward computes again."""
         if self._level is not None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lemo.core.bypass import Bypass
 from lemo.ops.attend_rows.reference import Rows
+from lemo.runtime.fused.factors import AdapterFactors
 from lemo.runtime.rows import MlpRows, RowRange
 
 Recompute = Literal["none", "mlp", "lin", "layer"]
@@ -55,6 +56,7 @@ class FusedCall:
         sine_PR: likewise.
         recompute: what backward computes again instead of finding it saved.
         in_place: write into the residual stream itself.
+        adapters: factors of the adapters in this forward.
     """
 
     frame_rows: Tensor | None
@@ -71,6 +73,7 @@ class FusedCall:
     sine_PR: Tensor | None
     recompute: Recompute
     in_place: bool
+    adapters: AdapterFactors
 
     @property
     def keeps(self) -> str:

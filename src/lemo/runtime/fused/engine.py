@@ -71,6 +71,7 @@ def make_call(
         sine_PR=tables[1],
         recompute=context.recompute,
         in_place=context.in_place and writable(x_BTM, True),
+        adapters=context.adapters,
     )
 
 

@@ -78,7 +78,7 @@ class _FusedLayer(torch.autograd.Function):
         _Backward(ctx.parts, ctx.call, flat, saved, gradients, wants_stream).run()
         if wants_stream:
             setattr(grad, OWNED, True)
-        return (grad if wants_stream else None, None, None, *gradients.found)
+        return (grad if wants_stream else None, None, None, *gradients.finish())
 
 
 class _Forward:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ class Gradients:
         """Args: wanted: which of the layer's tensors, by place, need a gradient."""
         self.wanted = wanted
         self.found: list[Tensor | None] = [None] * len(wanted)
+        self._last: dict[int, tuple[float, torch.dtype]] = {}
 
     def add(self, place: int | None, gradient: Tensor) -> None:
         """Adds to the gradient of one tensor."""
@@ -24,9 +26,39 @@ class Gradients:
         before = self.found[place]
         self.found[place] = gradient if before is None else before.add_(gradient)
 
+    def add_small(self, place: int, gradient: Tensor, scale: float, dtype: torch.dtype) -> None:
+        """Adds to the gradient of an adapter's factor. `finish` scales and converts those of the whole layer at once.
+
+        Args:
+            place: of a tensor that needs a gradient.
+            gradient: in the precision of its products, before the scale.
+            scale: factor, the same in all calls for this place.
+            dtype: of the tensor.
+        """
+        before = self.found[place]
+        self.found[place] = gradient if before is None else before.add_(gradient)
+        self._last[place] = (scale, dtype)
+
+    def finish(self) -> list[Tensor | None]:
+        """The gradients by place, complete."""
+        scaled = [(self.found[place], scale) for place, (scale, _) in self._last.items() if scale != 1.0]
+        if scaled:
+            torch._foreach_mul_([gradient for gradient, _ in scaled], [scale for _, scale in scaled])
+        places = [place for place, (_, dtype) in self._last.items() if self.found[place].dtype != dtype]
+        if places:
+            made = [torch.empty_like(self.found[place], dtype=self._last[place][1]) for place in places]
+            torch._foreach_copy_(made, [self.found[place] for place in places])
+            for place, gradient in zip(places, made, strict=True):
+                self.found[place] = gradient
+        return self.found
+
     def wants(self, place: int | None) -> bool:
         """Whether the tensor at `place` needs a gradient."""
         return place is not None and self.wanted[place]
+
+
+NOTHING = Gradients(())
+"""For a pass backward that is after the input's gradient alone."""
 
 
 @dataclass(frozen=True)
@@ -49,26 +81,47 @@ class LinearMap:
     scale: float
     places: tuple[int | None, ...]
 
-    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Adapter factors in the compute dtype, the scale in the second; made once per forward of the layer."""
-        assert self.a_RI is not None and self.b_OR is not None
-        if "_factors" not in self.__dict__:
-            made = self.a_RI.detach().to(dtype), (self.b_OR.detach() * self.scale).to(dtype)
-            self.__dict__["_factors"] = made
-        return self.__dict__["_factors"]
+
+class Part(NamedTuple):
+    """One output of a group: which rows of which map make it.
+
+    Attributes:
+        number: of its map.
+        cut: its own outputs among the map's; None for all.
+    """
+
+    number: int
+    cut: slice | None
 
 
-@dataclass(frozen=True)
 class MapGroup:
     """Maps that share their input, cut into parts: queries, keys and values; gate and up.
 
     Attributes:
         maps: the linear maps.
         parts: for each part, its map and which of the map's outputs are its own.
+        ranks: of each map's adapter, 0 for none.
+        joint_JI: first factors of all adapters under each other, in the compute dtype; None before `bound`.
+        seconds: second factor of each part, scaled, in the compute dtype; None for a part without adapter.
     """
 
-    maps: tuple[LinearMap, ...]
-    parts: tuple[tuple[int, slice], ...]
+    def __init__(self, maps: tuple[LinearMap, ...], parts: tuple[tuple[int, slice], ...]) -> None:
+        """Args: maps: the linear maps; parts: map and outputs of each part."""
+        self.maps = maps
+        whole = [slice(0, item.weight_OI.shape[0]) for item in maps]
+        self.parts = tuple(Part(number, None if cut == whole[number] else cut) for number, cut in parts)
+        self.ranks = tuple(0 if item.a_RI is None else item.a_RI.shape[0] for item in maps)
+        self.joint_JI: Tensor | None = None
+        self.seconds: tuple[Tensor | None, ...] = ()
+        self._from_input = [p for item in maps for p in (item.places[0], *item.places[2:]) if p is not None]
+        self._spans: dict[tuple[int, ...], tuple[list[int], int, int]] = {}
+
+    def bound(self, joint_JI: Tensor, seconds: tuple[Tensor | None, ...]) -> MapGroup:
+        """The group with its adapters' factors as they are in one forward."""
+        made = MapGroup.__new__(MapGroup)
+        made.__dict__.update(self.__dict__)
+        made.joint_JI, made.seconds = joint_JI, seconds
+        return made
 
     def forward(self, x_NI: Tensor, which: tuple[int, ...]) -> list[Tensor]:
         """Parts `which` of rows: (N, outputs) each.
@@ -76,17 +129,19 @@ class MapGroup:
         The adapter's product is written first and the base product accumulated onto it in fp32: one pass over the
         output instead of two.
         """
-        low = self._low(x_NI, {self.parts[i][0] for i in which})
+        low = self._low(x_NI, which)
         outputs = []
         for i in which:
             number, cut = self.parts[i]
             item = self.maps[number]
-            bias = None if item.bias_O is None else item.bias_O[cut]
-            if number not in low:
-                outputs.append(F.linear(x_NI, item.weight_OI[cut], bias))
+            weight, bias = item.weight_OI, item.bias_O
+            if cut is not None:
+                weight, bias = weight[cut], None if bias is None else bias[cut]
+            if item.a_RI is None:
+                outputs.append(F.linear(x_NI, weight, bias))
                 continue
-            output = low[number] @ item.factors(x_NI.dtype)[1][cut].T
-            output.addmm_(x_NI, item.weight_OI[cut].T)
+            output = torch.mm(low[number], self.seconds[i].T)  # type: ignore[union-attr]
+            output.addmm_(x_NI, weight.T)
             outputs.append(output if bias is None else output.add_(bias))
         return outputs
 
@@ -103,111 +158,125 @@ class MapGroup:
         Args:
             x_NI: the input; may be None when `needs_input` says no.
             grads: gradient of each part.
-            gradients: takes the tensors' gradients.
+            gradients: takes the tensors' gradients; `NOTHING` for those of no tensor.
             into: gradient to add to, in place.
             want_input: whether the input's gradient is needed.
         """
-        numbers = {self.parts[i][0] for i in grads}
-        low = self._low(x_NI, numbers) if x_NI is not None else {}
-        for number in sorted(numbers):
+        low = {} if x_NI is None or gradients is NOTHING else self._low(x_NI, tuple(grads))
+        for number in sorted({self.parts[i].number for i in grads}):
             item = self.maps[number]
-            parts = [(self.parts[i][1], grad) for i, grad in grads.items() if self.parts[i][0] == number]
-            for cut, grad in parts:
+            chosen = [i for i in grads if self.parts[i].number == number]
+            for i in chosen:
+                cut = self.parts[i].cut
                 if want_input:
-                    into = _accumulate(into, grad, item.weight_OI[cut])
-                self._base_gradients(item, cut, grad, x_NI, gradients)
+                    into = _accumulate(into, grads[i], item.weight_OI if cut is None else item.weight_OI[cut])
+                if gradients is not NOTHING:
+                    _base_gradients(item, cut, grads[i], x_NI, gradients)
             if item.a_RI is not None:
-                into = self._adapter_backward(item, parts, x_NI, low.get(number), gradients, into, want_input)
+                parts = [(i, grads[i]) for i in chosen]
+                into = self._adapter_backward(number, parts, x_NI, low.get(number), gradients, into, want_input)
         return into
 
     def needs_input(self, gradients: Gradients) -> bool:
         """Whether a gradient of some tensor is made from the input."""
-        return any(gradients.wants(place) for item in self.maps for place in (item.places[0], *item.places[2:]))
+        return any([gradients.wanted[place] for place in self._from_input])
 
-    def _low(self, x_NI: Tensor, numbers: set[int]) -> dict[int, Tensor]:
-        """x·Aᵀ of the maps that have an adapter, all in one product: it is bound by reading x."""
-        chosen = [n for n in sorted(numbers) if self.maps[n].a_RI is not None]
-        if not chosen:
+    def _low(self, x_NI: Tensor, which: tuple[int, ...]) -> dict[int, Tensor]:
+        """x·Aᵀ of the maps of parts `which` that have an adapter, all in one product: it is bound by reading x."""
+        numbers, start, stop = self._span(which)
+        if not numbers:
             return {}
-        first = [self.maps[n].factors(x_NI.dtype)[0] for n in chosen]
-        cached: dict[tuple[int, ...], Tensor] = self.__dict__.setdefault("_joint", {})
-        if tuple(chosen) not in cached:
-            cached[tuple(chosen)] = first[0] if len(first) == 1 else torch.cat(first)
-        joint = x_NI @ cached[tuple(chosen)].T
-        return dict(zip(chosen, joint.split([len(a) for a in first], dim=1), strict=True))
+        assert self.joint_JI is not None
+        whole = stop - start == self.joint_JI.shape[0]
+        joint = torch.mm(x_NI, (self.joint_JI if whole else self.joint_JI[start:stop]).T)
+        if len(numbers) == 1:
+            return {numbers[0]: joint}
+        return dict(zip(numbers, joint.split([self.ranks[n] for n in numbers], dim=1), strict=True))
 
-    def _base_gradients(
-        self, item: LinearMap, cut: slice, grad: Tensor, x_NI: Tensor | None, gradients: Gradients
-    ) -> None:
-        weight, bias = item.places[:2]
-        if gradients.wants(weight):
-            assert x_NI is not None
-            gradients.add(weight, _placed(_transposed_product(grad, x_NI), cut, item.weight_OI))
-        if gradients.wants(bias):
-            assert item.bias_O is not None
-            gradients.add(bias, _placed(grad.sum(0, dtype=_wide(grad.dtype)), cut, item.bias_O))
+    def _span(self, which: tuple[int, ...]) -> tuple[list[int], int, int]:
+        """Maps of parts `which` that have an adapter, and where their first factors lie in the joint one."""
+        if which not in self._spans:
+            chosen = {self.parts[i].number for i in which}
+            numbers = [n for n in range(min(chosen), max(chosen) + 1) if self.ranks[n]]
+            start = sum(self.ranks[: min(chosen)])
+            assert chosen.issuperset(numbers), "parts that are used together must lie side by side"
+            self._spans[which] = numbers, start, start + sum(self.ranks[n] for n in numbers)
+        return self._spans[which]
 
     def _adapter_backward(
         self,
-        item: LinearMap,
-        parts: list[tuple[slice, Tensor]],
+        number: int,
+        parts: list[tuple[int, Tensor]],
         x_NI: Tensor | None,
         low_NR: Tensor | None,
         gradients: Gradients,
         into: Tensor | None,
         want_input: bool,
     ) -> Tensor | None:
-        dtype = parts[0][1].dtype
-        a, b = item.factors(dtype)
+        item = self.maps[number]
+        assert self.joint_JI is not None and item.a_RI is not None and item.b_OR is not None
+        start = sum(self.ranks[:number])
         grad_low: Tensor | None = None
-        for cut, grad in parts:
-            grad_low = _accumulate(grad_low, grad, b[cut])
-        assert grad_low is not None and item.a_RI is not None and item.b_OR is not None
-        if gradients.wants(item.places[2]):
+        for i, grad in parts:
+            grad_low = _accumulate(grad_low, grad, self.seconds[i])  # type: ignore[arg-type]
+        assert grad_low is not None
+        if gradients is not NOTHING and gradients.wants(item.places[2]):
             assert x_NI is not None
-            gradients.add(item.places[2], _transposed_product(grad_low, x_NI).to(item.a_RI.dtype))
-        if gradients.wants(item.places[3]):
+            gradients.add_small(item.places[2], _transposed_product(grad_low, x_NI), 1.0, item.a_RI.dtype)
+        if gradients is not NOTHING and gradients.wants(item.places[3]):
             assert low_NR is not None
-            for cut, grad in parts:
-                product = _transposed_product(grad, low_NR).mul_(item.scale)
-                gradients.add(item.places[3], _placed(product, cut, item.b_OR))
-        return _accumulate(into, grad_low, a) if want_input else into
+            for i, grad in parts:
+                product = _placed(_transposed_product(grad, low_NR), self.parts[i].cut, item.b_OR)
+                gradients.add_small(item.places[3], product, item.scale, item.b_OR.dtype)
+        if not want_input:
+            return into
+        first = self.joint_JI if len(self.maps) == 1 else self.joint_JI[start : start + self.ranks[number]]
+        return _accumulate(into, grad_low, first)
+
+
+def _base_gradients(
+    item: LinearMap, cut: slice | None, grad: Tensor, x_NI: Tensor | None, gradients: Gradients
+) -> None:
+    weight, bias = item.places[0], item.places[1]
+    if gradients.wants(weight):
+        assert x_NI is not None
+        gradients.add(weight, _placed(_transposed_product(grad, x_NI).to(item.weight_OI.dtype), cut, item.weight_OI))
+    if gradients.wants(bias):
+        assert item.bias_O is not None
+        found = grad.sum(0, dtype=torch.promote_types(grad.dtype, torch.float32))
+        gradients.add(bias, _placed(found.to(item.bias_O.dtype), cut, item.bias_O))
 
 
 def _accumulate(into: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
-    return left @ right if into is None else into.addmm_(left, right)
+    return torch.mm(left, right) if into is None else into.addmm_(left, right)
 
 
 def _transposed_product(left_NO: Tensor, right_NI: Tensor) -> Tensor:
     """leftᵀ·right, the sum over rows in at least fp32 where the device can return it."""
     if left_NO.is_cuda and left_NO.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(left_NO.T, right_NI, out_dtype=torch.float32)
-    return left_NO.T @ right_NI
+    return torch.mm(left_NO.T, right_NI)
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _placed(gradient: Tensor, cut: slice, like: Tensor) -> Tensor:
-    """Gradient of a whole tensor from that of some of its rows, in the tensor's dtype."""
-    if len(gradient) == len(like):
-        return gradient.to(like.dtype)
-    whole = like.new_zeros(like.shape)
-    whole[cut] = gradient.to(like.dtype)
+def _placed(gradient: Tensor, cut: slice | None, like: Tensor) -> Tensor:
+    """Gradient of a whole tensor from that of some of its rows."""
+    if cut is None:
+        return gradient
+    whole = gradient.new_zeros(like.shape)
+    whole[cut] = gradient
     return whole
 
 
 class TensorList:
-    """The tensors that a layer's autograd function takes, each once, with their places."""
+    """The tensors that a layer's autograd function takes, those that require grad, each once, with their places."""
 
     def __init__(self) -> None:
         """Empty."""
         self.tensors: list[Tensor] = []
 
     def place(self, tensor: Tensor | None) -> int | None:
-        """Place of a tensor, which is added; None for None."""
-        if tensor is None:
+        """Place of a tensor, which is added; None for one that needs no gradient."""
+        if tensor is None or not tensor.requires_grad:
             return None
         self.tensors.append(tensor)
         return len(self.tensors) - 1
@@ -233,7 +302,14 @@ def active_adapter(module: nn.Module) -> str | None:
     return names[0] if names else None
 
 
-def why_not_linear(module: nn.Module, training: bool) -> str | None:
+def lora_dropout(module: nn.Module) -> nn.Dropout | None:
+    """The dropout of the LoRA adapter in force on a linear map; None for none."""
+    adapter = active_adapter(module)
+    dropout = None if adapter is None else module.lora_dropout[adapter]  # type: ignore[index]
+    return dropout if isinstance(dropout, nn.Dropout) else None
+
+
+def why_not_linear(module: nn.Module) -> str | None:
     """Why a linear map cannot run in the fused engine; None when it can. Adapters are judged as they are now."""
     base = module.base_layer if hasattr(module, "base_layer") else module
     if type(base) is not nn.Linear:
@@ -255,7 +331,6 @@ def why_not_linear(module: nn.Module, training: bool) -> str | None:
         return "a LoRA variant such as DoRA"
     if module.lora_B[names[0]].bias is not None:  # type: ignore[union-attr, index]
         return "a LoRA adapter with bias"
-    dropout = module.lora_dropout[names[0]]  # type: ignore[index]
-    if training and isinstance(dropout, nn.Dropout) and dropout.p > 0:
-        return "dropout in the LoRA adapter"
+    if type(module.lora_dropout[names[0]]) not in (nn.Dropout, nn.Identity):  # type: ignore[index]
+        return "an unknown dropout in the LoRA adapter"
     return None

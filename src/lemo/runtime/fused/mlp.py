@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lemo.core.bypass import Bypass
 from lemo.ops import gated_act, gated_act_backward, norm_rows, norm_rows_backward
-from lemo.runtime.fused.maps import Gradients
+from lemo.runtime.fused.maps import NOTHING, Gradients
 from lemo.runtime.fused.parts import LayerParts
 from lemo.runtime.rows import MlpRows
 
@@ -82,7 +82,7 @@ def _chunk_backward(
         wide, normed, rstd, mean = _wide(parts, middle_nM)
     update = grad_nM if parts.multiplier == 1.0 else grad_nM * parts.multiplier
     want_act = parts.down.needs_input(gradients)
-    grad_act = parts.down.backward(None, {0: update}, Gradients((False,) * len(gradients.wanted)))
+    grad_act = parts.down.backward(None, {0: update}, NOTHING)
     assert grad_act is not None
     # The gradients of gate and up take the memory of gate and up, the activation that of its own gradient.
     found = gated_act_backward(

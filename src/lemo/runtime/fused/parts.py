@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lemo.families.family import LayerNames
-from lemo.runtime.fused.maps import LinearMap, MapGroup, TensorList, why_not_linear
+from lemo.runtime.fused.maps import LinearMap, MapGroup, TensorList, active_adapter, lora_dropout, why_not_linear
 from lemo.runtime.model import in_force
 
 ACTIVATIONS = {
@@ -69,11 +70,28 @@ class LayerParts:
     rope: bool
     tensors: tuple[Tensor, ...]
 
+    @property
+    def groups(self) -> tuple[MapGroup, ...]:
+        """All linear maps."""
+        return self.inputs, self.output, self.gates, self.down
+
+    def with_groups(self, groups: tuple[MapGroup, ...]) -> LayerParts:
+        """The same layer with other `groups`."""
+        made = LayerParts.__new__(LayerParts)
+        made.__dict__.update(self.__dict__)
+        made.__dict__.update(zip(("inputs", "output", "gates", "down"), groups, strict=True))
+        return made
+
+
+Slot = tuple[dict[str, Any], str]
+"""Where a module keeps something: looking there is cheaper than asking the module."""
+
 
 class LayerReader:
-    """Reads one layer's parts, with what does not change between batches looked up once.
+    """Reads one layer's parts. What was found is kept until something else lies in its place.
 
-    Weights, adapters and dropout are read anew each time: adapters come and go, and sharding swaps parameters.
+    Adapters come and go, and sharding swaps parameters: every forward looks whether the modules are those that were
+    found (`is_stale`), and every call of the layer whether the tensors are.
     """
 
     def __init__(self, layer: nn.Module, names: LayerNames, attention: nn.Module, config: Any) -> None:
@@ -88,28 +106,60 @@ class LayerReader:
         self._names, self._attention, self._config = names, attention, config
         linear = (*names.inputs, names.output, *names.gates, names.down)
         norms = (*names.norms, *names.head_norms)
-        self._modules = {name: layer.get_submodule(name) for name in (*linear, *norms)}
-        self._linear, self._norm_names = linear, norms
+        asked = {name: layer.get_submodule(name) for name in (*linear, *norms)}
+        self._modules = {name: in_force(module) for name, module in asked.items()}
+        self._norms = [(name, self._modules[name]) for name in norms]
         self._dropouts = _dropouts(layer)
+        self._switched = [m for m in asked.values() if hasattr(m, "active_adapters")]
+        self._switches = self._read_switches()
+        self._hooks = [table for name in linear for table in _hooks(self._modules[name])]
+        self._paths = [slot for name in asked for slot in _path(layer, name)]
+        self._found_paths = [keeper.get(key) for keeper, key in self._paths]
+        self._factors = [slot for name in linear for slot in _factor_slots(self._modules[name])]
+        found = ((name, lora_dropout(self._modules[name])) for name in linear)
+        self._lora_dropouts = [(name, dropout) for name, dropout in found if dropout is not None]
+        self._reason = self._why_never(linear)
+        self._parts: LayerParts | None = None
+        self._tensors: list[Slot] = []
+        self._found: list[Any] = []
+        self._leaves: list[Tensor] = []
+        self._trained: list[bool] = []
 
-    def is_stale(self, layer: nn.Module) -> bool:
-        """Whether modules were put in the place of those that were looked up."""
-        return any(layer.get_submodule(name) is not module for name, module in self._modules.items())
+    def is_stale(self) -> bool:
+        """Whether modules were put in the place of those that were looked up, or other adapters are in force."""
+        found = [keeper.get(key) for keeper, key in self._paths]
+        same = all(map(is_, found, self._found_paths)) and self._read_switches() == self._switches
+        return not same or any(self._hooks)
+
+    def _read_switches(self) -> list[tuple]:
+        """Which adapters are in force, by module that has some."""
+        return [
+            (m.disable_adapters, getattr(m, "merged", False), *m.active_adapters)  # type: ignore[misc]
+            for m in self._switched
+        ]
+
+    def _why_never(self, linear: tuple[str, ...]) -> str | None:
+        """Why the layer cannot run in the fused engine with these modules."""
+        for name in linear:
+            reason = why_not_linear(self._modules[name])
+            if reason is not None:
+                return f"{name}: {reason}"
+        return next(
+            (f"{name}: not a plain norm" for name, m in self._norms if getattr(m, "weight", None) is None), None
+        )
 
     def why_not(self, layer: nn.Module) -> str | None:
         """Why the layer must run in the generic executor now; None when the fused engine can run it."""
-        for name in self._linear:
-            reason = why_not_linear(in_force(self._modules[name]), layer.training)
-            if reason is not None:
-                return f"{name}: {reason}"
-        weight = _base(in_force(self._modules[self._names.output])).weight
-        for name in self._norm_names:
-            norm = in_force(self._modules[name])
-            if getattr(norm, "weight", None) is None:
-                return f"{name}: not a plain norm"
+        if self._reason is not None:
+            return self._reason
+        weight = _base(self._modules[self._names.output]).weight
+        for name, norm in self._norms:
             if norm.weight.dtype != weight.dtype:
                 return f"{name}: {norm.weight.dtype} beside {weight.dtype} maps"
         if layer.training:
+            for name, dropout in self._lora_dropouts:
+                if dropout.p > 0 and dropout.training:
+                    return f"{name}: dropout in the LoRA adapter"
             for name, owner, attribute in self._dropouts:
                 if getattr(owner, attribute) > 0:
                     return f"dropout is active ({name})"
@@ -118,10 +168,27 @@ class LayerReader:
             return f"autocast over {weight.dtype} weights"
         return None
 
+    def is_whole(self) -> bool:
+        """Whether the adapters' factors are there, not shards of them."""
+        return all([type(t := keeper[key]) is nn.Parameter and t.ndim == 2 for keeper, key in self._factors])
+
     def read(self, layer: nn.Module) -> LayerParts:
-        """The layer's parts as they are now."""
-        names, attention, config = self._names, self._attention, self._config
-        modules = {name: in_force(module) for name, module in self._modules.items()}
+        """The layer's parts as they are now; the same object while they are the same tensors."""
+        found = [keeper.get(key) for keeper, key in self._tensors]
+        if (
+            self._parts is None
+            or not all(map(is_, found, self._found))
+            or [t.requires_grad for t in self._leaves] != self._trained
+        ):
+            self._tensors = [slot for module in self._modules.values() for slot in _tensor_slots(module)]
+            self._found = [keeper.get(key) for keeper, key in self._tensors]
+            self._leaves = [x for x in self._found if isinstance(x, Tensor)]
+            self._trained = [t.requires_grad for t in self._leaves]
+            self._parts = self._read(layer)
+        return self._parts
+
+    def _read(self, layer: nn.Module) -> LayerParts:
+        names, modules, attention, config = self._names, self._modules, self._attention, self._config
         found = TensorList()
         norms = tuple(_norm(found, modules[name], names.norm) for name in names.norms)
         head_norms = tuple(_norm(found, modules[name], "rms") for name in names.head_norms)
@@ -161,6 +228,45 @@ def why_no_reader(names: LayerNames | None, attention: nn.Module | None, config:
 
 def _base(module: nn.Module) -> Any:
     return module.base_layer if hasattr(module, "base_layer") else module
+
+
+def _path(layer: nn.Module, name: str) -> list[Slot]:
+    """Where the modules lie that lead from the layer to one of its maps or norms, and to what PEFT put inside it."""
+    slots: list[Slot] = []
+    module = layer
+    for step in name.split("."):
+        slots.append((module._modules, step))
+        module = module.get_submodule(step)
+    slots.append((module._modules, "base_layer"))
+    slots.append((module._modules, "lora_A"))
+    for keeper in ("lora_A", "lora_B", "lora_dropout", "modules_to_save"):
+        inside = module._modules.get(keeper)
+        if inside is not None:
+            slots += [(inside._modules, adapter) for adapter in module.active_adapters]  # type: ignore[union-attr]
+    return slots
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    """A linear map's tables of hooks, filled or not."""
+    return [table for m in (module, _base(module)) for table in (m._forward_hooks, m._forward_pre_hooks)]
+
+
+def _factor_slots(module: nn.Module) -> list[Slot]:
+    """Where the adapter in force on a linear map keeps its two factors."""
+    adapter = active_adapter(module)
+    if adapter is None:
+        return []
+    return [(factor[adapter]._parameters, "weight") for factor in (module.lora_A, module.lora_B)]  # type: ignore
+
+
+def _tensor_slots(module: nn.Module) -> list[Slot]:
+    """Where a map or norm keeps its tensors and its adapter's, and the adapter's scale."""
+    slots = _factor_slots(module)
+    if slots:
+        slots.append((module.scaling, str(active_adapter(module))))  # type: ignore[arg-type]
+    base = _base(module)
+    keepers = (base._parameters, base._buffers, vars(base))
+    return slots + [(keeper, name) for name in ("weight", "bias") for keeper in keepers if name in keeper]
 
 
 def _dropouts(layer: nn.Module) -> list[tuple[str, Any, str]]:

@@ -1,0 +1,68 @@
+"""Adapter factors in the compute dtype, made once a forward for the whole model with a handful of launches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from lemo.runtime.fused.maps import MapGroup
+from lemo.runtime.fused.parts import LayerParts
+
+
+class AdapterFactors:
+    """The factors of one forward. Its backward uses the same ones, whatever happens to the parameters meanwhile."""
+
+    def __init__(self) -> None:
+        """Empty."""
+        self._bound: dict[int, tuple[LayerParts, LayerParts]] = {}
+
+    def prepare(self, layers: Iterable[LayerParts]) -> None:
+        """Makes the factors of several layers at once.
+
+        *Cost*: one launch to scale and one to convert, per dtype; holds a copy of every adapter until backward.
+        """
+        layers = list(layers)
+        groups = [group for parts in layers for group in parts.groups if any(group.ranks)]
+        made = dict(zip(map(id, groups), _bind(groups), strict=True))
+        for parts in layers:
+            if any(id(group) in made for group in parts.groups):
+                bound = parts.with_groups(tuple(made.get(id(group), group) for group in parts.groups))
+                self._bound[id(parts)] = parts, bound
+            else:
+                self._bound[id(parts)] = parts, parts
+
+    def bind(self, parts: LayerParts) -> LayerParts:
+        """The parts with their factors: prepared ones, or made for this layer alone where it was not among them."""
+        if id(parts) not in self._bound:
+            self.prepare((parts,))
+        return self._bound[id(parts)][1]
+
+
+@torch.no_grad()
+def _bind(groups: list[MapGroup]) -> list[MapGroup]:
+    """The groups with their factors: first ones under each other in one tensor, second ones times their scale."""
+    firsts: list[Tensor] = []
+    seconds: list[Tensor] = []
+    sources: list[Tensor] = []
+    scales: list[float] = []
+    for group in groups:
+        weight = group.maps[0].weight_OI
+        adapted = [item for item in group.maps if item.a_RI is not None]
+        firsts.append(weight.new_empty(sum(group.ranks), weight.shape[1]))
+        sources += [item.a_RI for item in adapted]  # type: ignore[misc]
+        seconds += [weight.new_empty(item.b_OR.shape) for item in adapted]  # type: ignore[union-attr]
+        scales += [item.scale for item in adapted]
+    if not groups:
+        return []
+    rows = [part for g, first in zip(groups, firsts, strict=True) for part in first.split([r for r in g.ranks if r])]
+    seconds_of = [item.b_OR for g in groups for item in g.maps if item.a_RI is not None]
+    torch._foreach_copy_(rows, sources)
+    torch._foreach_copy_(seconds, torch._foreach_mul(seconds_of, scales))
+    bound, left = [], iter(seconds)
+    for group, first in zip(groups, firsts, strict=True):
+        of_map = [next(left) if rank else None for rank in group.ranks]
+        cuts = ((of_map[part.number], part.cut) for part in group.parts)
+        bound.append(group.bound(first, tuple(b if b is None or cut is None else b[cut] for b, cut in cuts)))
+    return bound
