@@ -32,7 +32,8 @@ def fill(folder):
 
 
 def test_every_page_is_tried():
-    assert {path.name for path in (DOCS / "guide").glob("*.md")} == set(PAGES)
+    # trainers.md has Python instead of commands, which test_site runs.
+    assert {path.name for path in (DOCS / "guide").glob("*.md")} == {*PAGES, "trainers.md"}
 
 
 def test_the_commands_of_the_guide_work(tmp_path, monkeypatch):

@@ -1,0 +1,155 @@
+"""The documentation as a whole: it builds, its reference is up to date, and a test runs what it shows to be run."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+
+import lemo
+import lemo.ops
+from docs.generate import PAGES as REFERENCE
+from tests.integration.pages import DOCS, blocks
+from tests.train.tiny import tiny_llama
+
+ROOT = DOCS.parent
+PAGES = sorted(str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md"))
+# Which test runs the commands (`sh`) and the code (`python`) of a page.
+RUN_BY = {
+    "first-run.md": "tests/integration/test_first_run.py",
+    "guide/data.md": "tests/integration/test_guide.py",
+    "guide/looking.md": "tests/integration/test_guide.py",
+    "guide/merge.md": "tests/integration/test_guide.py",
+    "guide/recipes.md": "tests/integration/test_guide.py",
+    "guide/trainers.md": "tests/integration/test_site.py",
+    "cookbook/code-repositories.md": "tests/integration/test_cookbook.py",
+    "cookbook/context-extension.md": "tests/integration/test_cookbook.py",
+    "cookbook/long-documents.md": "tests/integration/test_cookbook.py",
+    "extending.md": "tests/integration/test_extending.py",
+    "index.md": "tests/integration/test_site.py",
+    "results.md": "tests/report/test_tables.py",
+}
+# `shell` blocks: what cannot be run in a test as it stands, with the reason.
+NOT_RUN = {"first-run.md": "installs from a registry; the test builds the wheel without one"}
+
+
+@pytest.mark.parametrize("name", REFERENCE)
+def test_the_reference_is_up_to_date(name):
+    """When this fails: python -m docs.generate."""
+    assert (DOCS / "reference" / name).read_text(encoding="utf-8") == REFERENCE[name]().strip() + "\n"
+
+
+def test_the_reference_has_every_public_name_and_every_key():
+    from lemo.cli.recipe import _keys
+    from lemo.config import RunConfig
+
+    page = (DOCS / "reference" / "api.md").read_text()
+    heads = set(re.findall(r"^#{2,3} (\S+)$", page, flags=re.M))
+    assert set(lemo.__all__) | set(lemo.ops.__all__) <= heads
+    recipe = (DOCS / "reference" / "recipe.md").read_text()
+    assert all(f"`{key.rpartition('.')[2]}`" in recipe or f"## {key}" in recipe for key in _keys(RunConfig))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_what_a_page_shows_is_run(page):
+    """A page with commands or code names the test that runs them; blocks in other languages are none."""
+    known = {"sh", "shell", "python", "text", "json", "yaml"}
+    languages = set(re.findall(r"^```(\w*)\n(?:.*\n)*?```$", (DOCS / page).read_text(), flags=re.M))
+    assert languages <= known, page
+    if languages & {"sh", "python"}:
+        assert (ROOT / RUN_BY[page]).exists(), page
+    assert ("shell" in languages) == (page in NOT_RUN), page
+
+
+def batch(tokens: int = 256) -> dict[str, torch.Tensor]:
+    ids_BT = torch.randint(3, 250, (1, tokens), generator=torch.Generator().manual_seed(0))
+    labels_BT = torch.full_like(ids_BT, -100)
+    labels_BT[:, -32:] = ids_BT[:, -32:]
+    return {"ids": ids_BT, "labels": labels_BT}
+
+
+def test_the_code_of_the_first_page_works():
+    (code,) = blocks("index.md", "python")
+    names = {"model": tiny_llama().train(), **batch()}
+    exec(compile(code, "index.md", "exec"), names)
+    assert names["model"].lm_head.weight.grad is not None
+    assert {round(backward, 2) for _, backward in names["handle"].ratios().values()} == {0.5}
+
+
+def test_the_code_for_trainers_works(capsys):
+    from transformers import DataCollatorWithFlattening
+
+    (code,) = blocks("guide/trainers.md", "python")
+    samples = [{"input_ids": batch(1024)["ids"][0].tolist()}]
+    model = tiny_llama(layers=4, max_position_embeddings=1024).train()
+    names = {"model": model, "collator": DataCollatorWithFlattening(), "samples": samples}
+    exec(compile(code, "trainers.md", "exec"), names)
+    assert names["handle"].sparse_batches == 1 and "{0: (1.0, 1.0), 1: (1.0, 0.5" in capsys.readouterr().out
+    # Detached: a training forward without labels is no longer refused.
+    assert model(input_ids=batch(8)["ids"]).logits.shape[1] == 8
+
+
+def test_pages_are_reached_from_the_navigation():
+    def leaves(nav):
+        for entry in nav:
+            for value in entry.values():
+                yield from leaves(value) if isinstance(value, list) else [value]
+
+    listed = list(leaves(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]))
+    decisions = {page for page in PAGES if page.startswith("decisions/0")}
+    assert len(listed) == len(set(listed)) and set(listed) == set(PAGES) - decisions
+
+
+def test_every_figure_is_made_by_a_script_and_shown():
+    made = {path.name for path in (DOCS / "figures").iterdir() if path.suffix in (".svg", ".png")}
+    shown = {name for page in PAGES for name in re.findall(r"\(figures/([\w.-]+)\)", (DOCS / page).read_text())}
+    scripts = "".join(path.read_text() for path in (DOCS / "figures").glob("*.py"))
+    assert made == shown
+    assert all(f"{name}`" in scripts or f"figures/{name}:" in scripts for name in made)
+
+
+def test_the_diagrams_are_drawn_again(tmp_path):
+    from docs.figures.diagrams import draw_budgets, draw_rows
+
+    for draw in (draw_rows, draw_budgets):
+        draw(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"rows.svg", "budgets.svg"}
+    assert all(path.read_text().count("<path") > 40 for path in tmp_path.iterdir())
+
+
+def test_numbers_of_the_figure_of_saved_activations():
+    """What method.md's table says of the fused engine's levels, counted."""
+    from docs.figures.diagrams import saved_widths
+
+    found = saved_widths()
+    ffn, kept = 2 * 688 / 256, 0.5
+    expected = {
+        "fused, nothing skips": 6 + ffn,
+        "fused, half skips": kept * (6 + ffn),
+        "fused, half skips; mlp recomputed": kept * 6,
+        "fused, half skips; lin recomputed": kept * 2,
+        "fused, half skips; layer recomputed": kept,
+        "fused, exact forward, quarter backward": 0.25 * 6 + 2,
+    }
+    assert set(found) == {*expected, "Transformers, nothing recomputed"}
+    for name, value in expected.items():
+        # Beside them: a norm's scale and one log-sum-exp per head and row.
+        assert value <= found[name] <= value + 0.08, (name, found[name])
+
+
+def test_the_site_builds_without_warnings_and_asks_nobody(tmp_path):
+    pytest.importorskip("mkdocs", reason="the site is built where mkdocs is installed: pip install -e '.[docs]'")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    pages = list(tmp_path.rglob("*.html"))
+    assert len(pages) >= len(PAGES)
+    for page in pages:
+        # A reader's link may lead elsewhere; what the page loads may not.
+        loaded = re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="(https?:[^"]+)"', page.read_text())
+        assert not loaded, (page, loaded)
+    assert not list(tmp_path.rglob("*.py"))
