@@ -197,6 +197,8 @@ class TrainingConfig:
         recompute: what the fused engine computes again in backward instead of saving it: `none`; `mlp`, the maps into
             the MLP; `lin`, all linear maps; `layer`, everything. None is `lin` under gradient checkpointing, else
             `none`.
+        refit_steps: fit bypasses anew on the batch at hand every so many steps, as weights move; None for never.
+        recall_steps: measure every so many steps how well predictors still find their blocks; None for never.
         early_stopping_evals: stop after this many evaluations without a lower validation loss, and keep the adapter of
             the lowest; None trains to the end and keeps the last.
     """
@@ -219,6 +221,8 @@ class TrainingConfig:
     logging_steps: int = 1
     eval_steps: int | None = None
     save_steps: int | None = None
+    refit_steps: int | None = None
+    recall_steps: int | None = None
     early_stopping_evals: int | None = None
     seed: int = 0
     report_to: tuple[str, ...] = ()
@@ -356,6 +360,8 @@ _POSITIVE = (
     "training.logging_steps",
     "training.eval_steps",
     "training.save_steps",
+    "training.refit_steps",
+    "training.recall_steps",
     "training.early_stopping_evals",
 )
 _NOT_NEGATIVE = (

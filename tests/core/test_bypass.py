@@ -121,3 +121,20 @@ def test_bad_input_is_refused():
     for rank in (0, WIDTH + 1):
         with pytest.raises(ConfigError, match="rank"):
             _fit(*_data()).solve(rank)
+
+
+def test_a_prior_is_what_the_map_is_held_to():
+    fit, rank = _fit(*_data()), 3
+    prior = Bypass(torch.randn(WIDTH, rank), torch.randn(rank, WIDTH))
+    held = fit.solve(rank, 1e9, prior)
+    torch.testing.assert_close(held.down_MR @ held.up_RM, prior.down_MR @ prior.up_RM, rtol=1e-3, atol=1e-3)
+    free = fit.solve(None, 0.5)
+    pulled = fit.solve(None, 0.5, prior)
+    # Stationary: G(W - free optimum) + strength (W - P) = 0, that is G W - C + strength (W - P) = 0.
+    strength = 0.5 * fit.gram_MM.diagonal().mean()
+    gradient = fit.gram_MM @ pulled.down_MR.double() - fit.cross_MM
+    gradient += strength * (pulled.down_MR.double() - (prior.down_MR @ prior.up_RM).double())
+    assert float(gradient.abs().max()) < 1e-3 * float(fit.cross_MM.abs().max())
+    assert not torch.allclose(free.down_MR, pulled.down_MR, atol=1e-2)
+    nothing = Bypass(torch.zeros(WIDTH, rank), torch.zeros(rank, WIDTH))
+    assert torch.equal(fit.solve(rank, 0.1, nothing).down_MR, fit.solve(rank, 0.1).down_MR)

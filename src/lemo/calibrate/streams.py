@@ -13,8 +13,8 @@ from lemo.core.plan import Plan
 from lemo.runtime.stream import LayerStream
 
 
-def open_stream(model: nn.Module, window: Window, block_size: int) -> LayerStream:
-    """One window at the first layer."""
+def open_stream(model: nn.Module, window: Window, block_size: int, *, attached: bool = False) -> LayerStream:
+    """One window at the first layer; of a model with a plan attached only if `attached` says so."""
     return LayerStream.open(
         model,
         window.input_ids_BT,
@@ -22,6 +22,7 @@ def open_stream(model: nn.Module, window: Window, block_size: int) -> LayerStrea
         position_ids=window.position_ids_BT,
         supervised_BT=window.supervised_BT,
         block_size=block_size,
+        attached=attached,
     )
 
 

@@ -104,15 +104,16 @@ class BypassFit:
             setattr(merged, name, getattr(self, name) + getattr(other, name).to(self.gram_MM.device))
         return merged
 
-    def solve(self, rank: int | None, ridge: float = 1e-3) -> Bypass:
-        """The map of rank `rank` with the least Σ w·|u − n·W|² + λ·|W|², λ = ridge · mean diagonal of G.
+    def solve(self, rank: int | None, ridge: float = 1e-3, prior: Bypass | None = None) -> Bypass:
+        """The map of rank `rank` with the least Σ w·|u − n·W|² + λ·|W − P|², λ = ridge · mean diagonal of G.
 
-        Closed form: W = (G + λI)⁻¹ C solves the problem without the rank limit; its best rank-R version in the metric
-        of G + λI is W·V·Vᵀ, V the leading R eigenvectors of Wᵀ(G + λI)W = CᵀW.
+        Closed form: W = (G + λI)⁻¹ (C + λP) solves the problem without the rank limit; its best rank-R version in the
+        metric of G + λI is W·V·Vᵀ, V the leading R eigenvectors of Wᵀ(G + λI)W = (C + λP)ᵀW.
 
         Args:
             rank: R; None for the full-rank map (down = W, up = identity), for study.
             ridge: strength of the ridge, relative; 0 needs a G of full rank.
+            prior: P, the map that few rows leave nearly as it is; None for zero.
 
         Returns:
             Bypass in fp32 on the device of the sums.
@@ -126,11 +127,14 @@ class BypassFit:
         if rank is not None and not 1 <= rank <= width:
             raise ConfigError(f"bypass rank must lie in [1, {width}], got {rank}")
         eye = torch.eye(width, dtype=torch.float64, device=self.gram_MM.device)
-        regularised = self.gram_MM + ridge * self.gram_MM.diagonal().mean() * eye
-        map_MM = torch.linalg.solve(regularised, self.cross_MM)
+        strength = ridge * self.gram_MM.diagonal().mean()
+        cross_MM = self.cross_MM
+        if prior is not None:
+            cross_MM = cross_MM + strength * (prior.down_MR.to(cross_MM) @ prior.up_RM.to(cross_MM))
+        map_MM = torch.linalg.solve(self.gram_MM + strength * eye, cross_MM)
         if rank is None:
             return Bypass(map_MM.float(), eye.float())
-        fitted = self.cross_MM.T @ map_MM
+        fitted = cross_MM.T @ map_MM
         _, vectors = torch.linalg.eigh((fitted + fitted.T) / 2)
         leading_MR = vectors[:, -rank:].flip(-1)
         return Bypass((map_MM @ leading_MR).float().contiguous(), leading_MR.T.float().contiguous())

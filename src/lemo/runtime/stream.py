@@ -50,9 +50,10 @@ class LayerTrace:
 
 @dataclass
 class LayerStream:
-    """One batch on its way through the layers. Works on a model that no plan is attached to; changes nothing in it.
+    """One batch on its way through the layers, under whatever plan a call names; changes nothing in the model.
 
-    Put the model in eval mode first: dropout would be drawn otherwise.
+    Layers run in the generic executor, an adapter takes part. Put the model in eval mode first: dropout would be drawn
+    otherwise.
 
     Attributes:
         model: the Transformers model inside.
@@ -84,6 +85,7 @@ class LayerStream:
         position_ids: Tensor | None = None,
         supervised_BT: Tensor | None = None,
         block_size: int = 64,
+        attached: bool = False,
     ) -> LayerStream:
         """Embeds a batch and learns what each layer would be called with; no layer runs.
 
@@ -94,12 +96,13 @@ class LayerStream:
             position_ids: (B, T), restarting where packed documents start.
             supervised_BT: (B, T) bool rows that carry loss.
             block_size: C.
+            attached: take a model that a plan is attached to, between its forwards. The attached plan stays out of it.
 
         Raises:
-            UnsupportedModelError: a plan is attached to the model.
+            UnsupportedModelError: a plan is attached to the model, and `attached` does not say so.
         """
         base = causal_model(model)
-        if base.__dict__.get("_lemo_handle") is not None:
+        if not attached and base.__dict__.get("_lemo_handle") is not None:
             raise UnsupportedModelError("a plan is attached to the model; detach it before calibrating")
         device = base.get_input_embeddings().weight.device
         inputs = {"input_ids": input_ids_BT, "attention_mask": attention_mask, "position_ids": position_ids}

@@ -23,6 +23,7 @@ from lemo.train.distributed import Processes
 from lemo.train.lora import add_adapter, check_targets, save_adapter, trainable_parameters
 from lemo.train.model import load_model, load_tokenizer, resolve_path
 from lemo.train.planning import make_plan, skeleton_plan, training_collator, validation_batches
+from lemo.train.refit import refitting
 from lemo.train.sources import list_sources, needs_tokenizer
 from lemo.train.trainer import LemoTrainer
 
@@ -207,7 +208,11 @@ class _Session:
             train_dataset=self.dataset,
             eval_dataset=self.validation,
             data_collator=training_collator(self.run, self.tokenizer, model),
-            callbacks=[self.saver, *stopping(self.run)],
+            callbacks=[
+                self.saver,
+                *stopping(self.run),
+                *refitting(self.run, self.tokenizer, model, handle, self.folder.plan),
+            ],
             handle=handle,
             metrics_path=self.folder.metrics,
             console=self.console,
