@@ -101,6 +101,7 @@ class MapGroup:
         maps: the linear maps.
         parts: for each part, its map and which of the map's outputs are its own.
         ranks: of each map's adapter, 0 for none.
+        starts: where each map's first factor begins in the joint one.
         joint_JI: first factors of all adapters under each other, in the compute dtype; None before `bound`.
         seconds: second factor of each part, scaled, in the compute dtype; None for a part without adapter.
     """
@@ -111,6 +112,7 @@ class MapGroup:
         whole = [slice(0, item.weight_OI.shape[0]) for item in maps]
         self.parts = tuple(Part(number, None if cut == whole[number] else cut) for number, cut in parts)
         self.ranks = tuple(0 if item.a_RI is None else item.a_RI.shape[0] for item in maps)
+        self.starts = tuple(sum(self.ranks[:number]) for number in range(len(maps)))
         self.joint_JI: Tensor | None = None
         self.seconds: tuple[Tensor | None, ...] = ()
         self._from_input = [p for item in maps for p in (item.places[0], *item.places[2:]) if p is not None]
@@ -162,20 +164,25 @@ class MapGroup:
             into: gradient to add to, in place.
             want_input: whether the input's gradient is needed.
         """
-        low = {} if x_NI is None or gradients is NOTHING else self._low(x_NI, tuple(grads))
-        for number in sorted({self.parts[i].number for i in grads}):
+        own = gradients is not NOTHING
+        for i, grad in grads.items():
+            number, cut = self.parts[i]
             item = self.maps[number]
-            chosen = [i for i in grads if self.parts[i].number == number]
-            for i in chosen:
-                cut = self.parts[i].cut
-                if want_input:
-                    into = _accumulate(into, grads[i], item.weight_OI if cut is None else item.weight_OI[cut])
-                if gradients is not NOTHING:
-                    _base_gradients(item, cut, grads[i], x_NI, gradients)
-            if item.a_RI is not None:
-                parts = [(i, grads[i]) for i in chosen]
-                into = self._adapter_backward(number, parts, x_NI, low.get(number), gradients, into, want_input)
-        return into
+            if want_input:
+                into = _accumulate(into, grad, item.weight_OI if cut is None else item.weight_OI[cut])
+            if own and item.places[0:2] != (None, None):
+                _base_gradients(item, cut, grad, x_NI, gradients)
+        numbers, start, stop = self._span(tuple(grads))
+        if not numbers:
+            return into
+        assert self.joint_JI is not None
+        grad_low = self._grad_low(grads, start, stop)
+        if own:
+            self._factor_gradients(grads, x_NI, grad_low, gradients)
+        if not want_input:
+            return into
+        whole = stop - start == self.joint_JI.shape[0]
+        return _accumulate(into, grad_low, self.joint_JI if whole else self.joint_JI[start:stop])
 
     def needs_input(self, gradients: Gradients) -> bool:
         """Whether a gradient of some tensor is made from the input."""
@@ -198,40 +205,51 @@ class MapGroup:
         if which not in self._spans:
             chosen = {self.parts[i].number for i in which}
             numbers = [n for n in range(min(chosen), max(chosen) + 1) if self.ranks[n]]
-            start = sum(self.ranks[: min(chosen)])
+            start = self.starts[min(chosen)]
             assert chosen.issuperset(numbers), "parts that are used together must lie side by side"
             self._spans[which] = numbers, start, start + sum(self.ranks[n] for n in numbers)
         return self._spans[which]
 
-    def _adapter_backward(
-        self,
-        number: int,
-        parts: list[tuple[int, Tensor]],
-        x_NI: Tensor | None,
-        low_NR: Tensor | None,
-        gradients: Gradients,
-        into: Tensor | None,
-        want_input: bool,
-    ) -> Tensor | None:
-        item = self.maps[number]
-        assert self.joint_JI is not None and item.a_RI is not None and item.b_OR is not None
-        start = sum(self.ranks[:number])
-        grad_low: Tensor | None = None
-        for i, grad in parts:
-            grad_low = _accumulate(grad_low, grad, self.seconds[i])  # type: ignore[arg-type]
-        assert grad_low is not None
-        if gradients is not NOTHING and gradients.wants(item.places[2]):
+    def _grad_low(self, grads: dict[int, Tensor], start: int, stop: int) -> Tensor:
+        """Gradient of x·Aᵀ of all adapters side by side, (N, J): what is made from it then takes one product each."""
+        first = next(iter(grads.values()))
+        joint = first.new_empty(first.shape[0], stop - start)
+        written = set()
+        for i, grad in grads.items():
+            number, second = self.parts[i].number, self.seconds[i]
+            if second is None:
+                continue
+            at = self.starts[number] - start
+            piece = joint[:, at : at + self.ranks[number]]
+            if number in written:
+                piece.addmm_(grad, second)
+            else:
+                torch.mm(grad, second, out=piece)
+                written.add(number)
+        return joint
+
+    def _factor_gradients(
+        self, grads: dict[int, Tensor], x_NI: Tensor | None, grad_low_NJ: Tensor, gradients: Gradients
+    ) -> None:
+        """Gradients of both factors of the adapters."""
+        numbers, start, _ = self._span(tuple(grads))
+        if any([gradients.wants(self.maps[n].places[2]) for n in numbers]):
             assert x_NI is not None
-            gradients.add_small(item.places[2], _transposed_product(grad_low, x_NI), 1.0, item.a_RI.dtype)
-        if gradients is not NOTHING and gradients.wants(item.places[3]):
-            assert low_NR is not None
-            for i, grad in parts:
-                product = _placed(_transposed_product(grad, low_NR), self.parts[i].cut, item.b_OR)
-                gradients.add_small(item.places[3], product, item.scale, item.b_OR.dtype)
-        if not want_input:
-            return into
-        first = self.joint_JI if len(self.maps) == 1 else self.joint_JI[start : start + self.ranks[number]]
-        return _accumulate(into, grad_low, first)
+            joint = _transposed_product(grad_low_NJ, x_NI)
+            for n in numbers:
+                place, at = self.maps[n].places[2], self.starts[n] - start
+                if gradients.wants(place):
+                    gradients.add_small(place, joint[at : at + self.ranks[n]], 1.0, self.maps[n].a_RI.dtype)
+        seconds = [i for i in grads if gradients.wants(self.maps[self.parts[i].number].places[3])]
+        if not seconds:
+            return
+        assert x_NI is not None
+        low = self._low(x_NI, tuple(grads))
+        for i in seconds:
+            number, cut = self.parts[i]
+            item = self.maps[number]
+            product = _placed(_transposed_product(grads[i], low[number]), cut, item.b_OR)
+            gradients.add_small(item.places[3], product, item.scale, item.b_OR.dtype)
 
 
 def _base_gradients(
