@@ -41,6 +41,7 @@ json.dump({"cases": len(cases), "failed": failed}, sys.stdout)
 OPS = [
     "attend_rows",
     "block_score",
+    "dropout_rows",
     "gated_act",
     "linear_ce",
     "norm_rows",

@@ -4,6 +4,7 @@ from lemo.ops.attend_rows.explicit import attend_backward, attend_forward
 from lemo.ops.attend_rows.op import attend_rows, attend_rows_constant, attend_rows_with_lse
 from lemo.ops.attend_rows.stripes import plan_rows
 from lemo.ops.block_score.op import block_score, key_block_scores
+from lemo.ops.dropout_rows.op import dropout_rows
 from lemo.ops.gated_act.op import gated_act, gated_act_backward
 from lemo.ops.gather_rows.op import gather_rows
 from lemo.ops.linear_ce.op import linear_ce, linear_ce_module
@@ -24,6 +25,7 @@ __all__ = [
     "block_score",
     "bypass_rows_",
     "bypass_rows_backward_",
+    "dropout_rows",
     "gated_act",
     "gated_act_backward",
     "gather_rows",
