@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 import lemo
-from lemo.cli import bench, calibrate, doctor, evaluate, init, inspect, merge, report, schema, train
+from lemo.cli import bench, calibrate, doctor, estimate, evaluate, init, inspect, merge, report, schema, train
 from lemo.errors import LemoError
 
 
@@ -62,6 +62,7 @@ def root(
 
 app.command("init")(init.init)
 app.command("schema")(schema.schema)
+app.command("estimate")(estimate.estimate)
 app.command("train")(train.train)
 app.command("calibrate")(calibrate.calibrate)
 app.command("eval")(evaluate.evaluate)

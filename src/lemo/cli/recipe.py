@@ -41,14 +41,27 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a recipe is a mapping of keys, got {_kind(values)}")
+    sources = override_values(values, overrides)
+    run = build_run(values, str(path), sources)
+    _check_plan_keys(values, str(path))
+    return run
+
+
+def override_values(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, str]:
+    """Writes `section.key=value` overrides into nested values.
+
+    Returns:
+        Where each overridden key came from, for messages of `build_run`.
+
+    Raises:
+        ConfigError: an override that is none, or whose section is none.
+    """
     sources: dict[str, str] = {}
     for override in overrides:
         key, value = _parse_override(override)
         _assign(values, key, value)
         sources[key] = "command line"
-    run = build_run(values, str(path), sources)
-    _check_plan_keys(values, str(path))
-    return run
+    return sources
 
 
 def build_run(values: dict[str, Any], source: str = "recipe", sources: dict[str, str] | None = None) -> RunConfig:

@@ -1,0 +1,259 @@
+"""`lemo estimate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lemo.cli.arguments import Overrides
+from lemo.cli.init import PresetName
+
+if TYPE_CHECKING:
+    from lemo.config import RunConfig
+    from lemo.measure.card import Card
+    from lemo.measure.estimate import Change, Estimate
+
+GIB, DEFAULT_CARD = 2**30, "h100"
+
+
+def estimate(
+    source: Annotated[
+        str, typer.Argument(help="A recipe, a model folder, a config.json or a known shape.", show_default=False)
+    ],
+    overrides: Overrides = None,
+    card: Annotated[
+        str | None,
+        typer.Option(
+            "--card", help="h200, a100-80gb, rtx-4090:24, ...; `probed` to measure this machine's, its default."
+        ),
+    ] = None,
+    preset: Annotated[
+        PresetName | None, typer.Option("--preset", help="Ratios of a model without recipe.", show_default="balanced")
+    ] = None,
+    fit: Annotated[bool, typer.Option("--fit", help="Choose what fits the card and is fastest.")] = False,
+    data: Annotated[bool, typer.Option("--data", help="Also say what the data's steps will gain.")] = False,
+    probe: Annotated[bool, typer.Option("--probe", help="Also run one step of full length on this machine.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say how much memory and time a training step will need, from configuration files alone.
+
+    No weights are read and no GPU is needed. Beside the peak by part it says the longest length that fits, and what to
+    change when it does not fit.
+    """
+    import json
+
+    from lemo.cli.arguments import quieten
+    from lemo.measure.estimate import changes, fit_setting, gain, longest_tokens, make_estimate
+    from lemo.train.forecast import data_gain, forecast, probe_step
+
+    quieten()
+    run = read_source(source, overrides, preset)
+    chosen = choose_card(card)
+    found = forecast(run)
+    now = make_estimate(found.sizes, found.setting, chosen)
+    report: dict[str, Any] = {"model": run.model.path, "notes": list(found.notes), "estimate": now}
+    report["longest_tokens"] = longest_tokens(found.sizes, found.setting, chosen)
+    report["gain"] = gain(found.sizes, found.setting, chosen)
+    report["changes"] = [] if now.fits else changes(found.sizes, found.setting, chosen)
+    if fit:
+        report["fit"] = fit_setting(found.sizes, found.setting, chosen)
+    if data:
+        report["data"] = data_gain(run, found, _tokenizer(run), chosen)
+    if probe:
+        report["probe"] = probe_step(run, found)
+    if as_json:
+        typer.echo(json.dumps(plain(report), indent=1))
+        return
+    show(report, fit)
+
+
+def read_source(source: str, overrides: list[str] | None, preset: PresetName | None) -> RunConfig:
+    """The recipe, or one made up for a model.
+
+    Raises:
+        ConfigError: it cannot be read, or the options contradict each other.
+    """
+    from lemo.cli.presets import PRESETS
+    from lemo.cli.recipe import build_run, load_recipe, override_values
+    from lemo.errors import ConfigError
+
+    given = list(overrides or ())
+    if Path(source).suffix in (".yaml", ".yml"):
+        if preset is not None:
+            raise ConfigError("--preset: the recipe has ratios of its own; override sparsity.forward_ratio and others")
+        return load_recipe(source, given)
+    named = PRESETS[(preset or PresetName.balanced).value]
+    values: dict[str, Any] = {
+        "model": {"path": source},
+        "data": {"window_tokens": 8192},
+        "loss_rows": {"share": named.loss_share},
+        "sparsity": {
+            "forward_ratio": named.forward_ratio,
+            "backward_ratio": named.backward_ratio,
+        },
+        "calibration": {"bypass_rank": named.bypass_rank},
+    }
+    sources = override_values(values, given)
+    if "sparsity.kv" not in sources:
+        values["sparsity"]["kv"] = _keys_of_skipped(build_run(values, source, sources), named.kv)
+    return build_run(values, source, sources)
+
+
+def _keys_of_skipped(run: RunConfig, kv: str) -> str:
+    """`kv` of a preset; `grouped` means all where enough query heads share keys, as `lemo init` decides it."""
+    from lemo.cli.presets import CHEAP_GROUPS
+    from lemo.measure.flops import DecoderShape
+    from lemo.train.forecast import model_settings
+
+    if kv != "grouped":
+        return kv
+    shape = DecoderShape.from_config(model_settings(run).get_text_config())
+    return "all" if shape.heads // shape.kv_heads >= CHEAP_GROUPS else "kept"
+
+
+def choose_card(name: str | None) -> Card:
+    """The card that was named, this machine's, or where it has none the usual one.
+
+    Raises:
+        ConfigError: no such card; or one to measure that is not here.
+    """
+    from lemo.errors import ConfigError
+    from lemo.measure.card import find_card, here, probe_card
+
+    if name is not None and name != "probed":
+        return find_card(name)
+    own = here()
+    if name == "probed":
+        if own is None:
+            raise ConfigError("--card probed: this machine has no CUDA device")
+        return probe_card(own)
+    return find_card(DEFAULT_CARD) if own is None else own
+
+
+def _tokenizer(run: RunConfig) -> Any:
+    from lemo.train.model import load_tokenizer
+    from lemo.train.sources import needs_tokenizer
+
+    return load_tokenizer(run.model) if needs_tokenizer(list(run.data.train)) else None
+
+
+def plain(value: Any) -> Any:
+    """The report as JSON types."""
+    import dataclasses
+
+    if hasattr(value, "to_dict"):
+        return value.to_dict()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {name: plain(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    return value
+
+
+def show(report: dict[str, Any], fit: bool) -> None:
+    """Prints the report: a table with colours on a terminal, plain text elsewhere."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False, soft_wrap=True)
+    now: Estimate = report["estimate"]
+    setting, card = now.setting, now.card
+    console.print(f"{report['model']}, {setting.tokens:,} tokens a sample, {setting.batch} at a time", markup=False)
+    console.print(describe(now), markup=False)
+    table = Table(box=None, pad_edge=False, show_edge=False)
+    table.add_column("peak memory")
+    table.add_column("GiB", justify="right")
+    for name, size in now.parts_bytes.items():
+        if size >= GIB / 200:
+            table.add_row(name, f"{size / GIB:.2f}")
+    table.add_row("allocated at the peak", f"{now.peak_bytes / GIB:.2f}", style="bold")
+    table.add_row("needed of the card", f"{now.needed_bytes / GIB:.2f}", style="bold")
+    console.print(table)
+    verdict = "fits" if now.fits else "does not fit"
+    style = "green" if now.fits else "bold red"
+    console.print(f"{verdict} {card.name} with {card.memory_bytes / GIB:.1f} GiB; peak at: {now.moment}", style=style)
+    console.print(f"longest sample that fits so: {report['longest_tokens']:,} tokens")
+    time = now.time
+    console.print(
+        f"step: about {time.total_s:.2f} s (products {time.products_s:.2f}, attention {time.attention_s:.2f}, "
+        f"memory {time.memory_s:.2f}), {now.tokens_per_s:,.0f} tokens/s; rates of the card: {card.source}"
+    )
+    console.print(f"about {report['gain']:.1f} times as fast as with every row in every layer")
+    for note in report["notes"]:
+        console.print(f"note: {note}", markup=False)
+    _show_more(report, fit, console)
+
+
+def _show_more(report: dict[str, Any], fit: bool, console: Any) -> None:
+    """What was asked for beyond the estimate."""
+    listed: list[Change] = report["changes"]
+    if listed:
+        console.print("what would save memory:")
+        for change in listed:
+            console.print(f"  {change.text}: {_outcome(change.estimate)}", markup=False)
+    if fit:
+        _show_fit(report["estimate"], report["fit"], console)
+    if "data" in report:
+        gain = report["data"]
+        console.print(
+            f"data: {gain.windows:,} samples looked at, the longest of {gain.longest_tokens:,} tokens; "
+            f"{gain.supervised_share:.0%} of the rows carry loss, in {gain.forced_share:.0%} of the blocks\n"
+            f"  {gain.gaining:.0%} of the steps gain, the best is {gain.best:.1f} times as fast; all together "
+            f"{gain.gain:.1f} times; {gain.short:.0%} are too short to gain"
+        )
+    if "probe" in report:
+        probe = report["probe"]
+        what = "allocated" if probe.source == "cuda" else "resident, of the whole process,"
+        console.print(f"one step here: {probe.peak_bytes / GIB:.2f} GiB {what} at the peak, {probe.seconds:.2f} s")
+
+
+def _show_fit(before: Estimate, found: Estimate | None, console: Any) -> None:
+    if found is None:
+        console.print("nothing fits: take a shorter length, fewer layers or a larger card", style="bold red")
+        return
+    console.print(f"the fastest that fits: {_outcome(found)}")
+    for key, value in fit_keys(before, found).items():
+        console.print(f"  {key}: {value}", markup=False)
+
+
+def fit_keys(before: Estimate, found: Estimate) -> dict[str, Any]:
+    """Keys of the recipe that a fitted setting changes, and the level that it needs."""
+    old, new = before.setting, found.setting
+    if new.engine == "fused":
+        keys: dict[str, Any] = {"training.recompute": new.recompute}
+    else:
+        keys = {"training.gradient_checkpointing": str(new.recompute == "layer").lower()}
+    for key, name in (
+        ("training.segment_rows", "segment_rows"),
+        ("sparsity.kv", "kv"),
+        ("sparsity.forward_ratio", "forward_ratio"),
+        ("sparsity.backward_ratio", "backward_ratio"),
+    ):
+        if getattr(old, name) != getattr(new, name):
+            keys[key] = getattr(new, name)
+    return keys
+
+
+def _outcome(found: Estimate) -> str:
+    verdict = "fits" if found.fits else "does not fit"
+    return f"{found.needed_bytes / GIB:.1f} GiB, {found.time.total_s:.2f} s a step, {verdict}"
+
+
+def describe(found: Estimate) -> str:
+    """The setting on one line."""
+    setting = found.setting
+    words = {
+        "fused": f"fused engine, recompute {setting.recompute}",
+        "generic": f"generic engine, checkpointing {'on' if setting.recompute == 'layer' else 'off'}",
+        "plain": f"no rows skip, checkpointing {'on' if setting.recompute == 'layer' else 'off'}",
+    }[setting.engine]
+    if setting.engine == "plain":
+        return words
+    return (
+        f"{words}; {setting.forward_ratio:.2f} of the rows run a layer that skips, {setting.backward_ratio:.2f} pass "
+        f"gradient, kv {setting.kv}; {setting.loss_share:.0%} of the rows carry loss"
+    )

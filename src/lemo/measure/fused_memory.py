@@ -1,0 +1,351 @@
+"""The fused engine's memory, walked through on paper: every tensor that a layer makes, keeps and gives back.
+
+Follows `lemo.runtime.fused` step by step, as it runs on a GPU, where kernels allocate nothing but their results.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lemo.measure.ledger import Ledger, Scope
+from lemo.measure.sizes import ModelSizes
+
+WIDE = 4  # bytes of the fp32 numbers that norms and softmax keep; 8 for a model in fp64
+INDEX = 8  # bytes of a row's number
+CHUNK, STRIPE = 2048, 4096  # queries and keys of a rectangle, see ops/attend_rows/stripes.py
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """What the attention backward of a vendor takes beside its results, in bytes.
+
+    Attributes:
+        query: per number of a query: the gradient in fp32, where pieces of it meet.
+        grouped: per number of a key, once for each query head, where heads share keys: gradients before their sum.
+    """
+
+    query: float = 4.0
+    grouped: float = 4.0
+
+    def size_bytes(self, sizes: ModelSizes, queries: int, keys: int) -> float:
+        """For so many rows of queries and keys."""
+        shared = self.grouped * keys if sizes.key < sizes.query else 0.0
+        return sizes.query * (self.query * queries + shared)
+
+
+@dataclass(frozen=True)
+class LayerRows:
+    """Rows of one layer in one batch.
+
+    Attributes:
+        stream: B·T.
+        runs: rows that run the layer.
+        passes: rows that pass gradient.
+        kv_all: rows that skip still offer keys and values.
+        pairs: exact forward sends gradient through kept pairs only.
+        loss: rows of the last layer where it works on the rows that carry loss alone; None elsewhere.
+        bypass: rows that skip take a low-rank update.
+    """
+
+    stream: int
+    runs: int
+    passes: int
+    kv_all: bool = False
+    pairs: bool = False
+    loss: int | None = None
+    bypass: bool = True
+
+    @property
+    def exact(self) -> bool:
+        """More rows run than pass gradient."""
+        return self.passes < self.runs
+
+    @property
+    def whole(self) -> bool:
+        """The frame, the rows that offer keys, is the whole stream."""
+        return self.runs == self.stream or self.kv_all
+
+    @property
+    def frame(self) -> int:
+        """Rows of the frame."""
+        return self.stream if self.whole else self.runs
+
+    @property
+    def queries(self) -> int:
+        """Rows that run the layer now."""
+        return self.runs if self.loss is None else self.loss
+
+    @property
+    def split(self) -> bool:
+        """Only some rows of the frame run."""
+        return self.loss is not None or (self.whole and self.runs < self.stream)
+
+    @property
+    def selects(self) -> bool:
+        """Rows have numbers of their own: neither frame nor queries are simply the stream."""
+        return self.loss is not None or self.runs < self.stream
+
+    @property
+    def back(self) -> int:
+        """Rows of which the backward pass keeps something."""
+        return self.passes if self.exact else self.queries
+
+    @property
+    def back_frame(self) -> int:
+        """Rows of the frame that the backward pass keeps."""
+        return self.passes if self.exact else self.frame
+
+
+def level_of(rows: LayerRows, recompute: str) -> str:
+    """The recompute level in force, as `FusedCall.keeps` has it."""
+    return {"none": "mlp", "layer": "lin"}.get(recompute, recompute) if rows.exact else recompute
+
+
+def saved_bytes(sizes: ModelSizes, rows: LayerRows, recompute: str) -> dict[str, float]:
+    """Bytes of each tensor that a layer keeps for its backward pass, rows' numbers left out."""
+    e, wide, shape = sizes.element_bytes, max(WIDE, sizes.element_bytes), sizes.shape
+    level, n, frame = level_of(rows, recompute), rows.back, rows.back_frame
+    found: dict[str, float] = {}
+    if rows.exact and not rows.pairs:
+        found |= {"all_key": rows.frame * sizes.key * e, "all_value": rows.frame * sizes.key * e}
+    found |= {"frame": frame * shape.width * e, "rstd": frame * wide}
+    if not sizes.wide_norm:
+        found["mean"] = frame * wide
+    if level != "layer":
+        found |= {"output": n * sizes.query * e, "lse": n * shape.heads * wide}
+    if level in ("none", "mlp"):
+        found["middle"] = n * shape.width * e
+        # Under exact forward keys and values are those of the rows that pass gradient.
+        found |= {"query": n * sizes.query * e, "key": frame * sizes.key * e, "value": frame * sizes.key * e}
+    if level == "none":
+        found["gate"] = n * shape.ffn * e
+        if shape.gated:
+            found["up"] = n * shape.ffn * e
+    skipped = 0 if rows.loss is not None else rows.stream - rows.runs
+    if rows.bypass and skipped:
+        found["bypass_rstd"] = skipped * wide
+    return found
+
+
+def index_bytes(rows: LayerRows) -> float:
+    """Numbers and positions of rows that a layer's call holds until its backward pass."""
+    found = 0.0
+    if rows.runs < rows.stream:
+        found += INDEX * (2 * rows.runs + (rows.stream - rows.runs))
+        found += INDEX * rows.runs / 2 if rows.whole else 0.0
+    if rows.exact:
+        found += 3 * INDEX * rows.passes
+    return found
+
+
+class FusedLayerMemory:
+    """Forward and backward of one layer in a ledger."""
+
+    def __init__(self, ledger: Ledger, sizes: ModelSizes, rows: LayerRows, recompute: str, vendor: Workspace) -> None:
+        """Args: vendor: what the attention backward of a vendor takes."""
+        from lemo.runtime.fused.mlp import CHUNK_ROWS
+
+        self.ledger, self.sizes, self.rows, self.vendor = ledger, sizes, rows, vendor
+        self.recompute = recompute
+        self.level = level_of(rows, recompute)
+        self.e, self.width, self.ffn = sizes.element_bytes, sizes.shape.width, sizes.shape.ffn
+        self.wide = max(WIDE, self.e)
+        self.ways = 2 if sizes.shape.gated else 1
+        self.chunk_rows = CHUNK_ROWS
+        saved = saved_bytes(sizes, rows, recompute)
+        self.frame_saved = saved.pop("frame") if rows.kv_all and rows.split and rows.loss is None else 0.0
+        self.saved = sum(saved.values()) + index_bytes(rows)
+
+    # ---- forward
+
+    def forward(self) -> None:
+        """Runs the layer; what it saves stays."""
+        rows, sizes, e = self.rows, self.sizes, self.e
+        frame, n, width = rows.frame, rows.queries, self.width
+        with self.ledger.scope() as work:
+            work.add(normed=frame * width * e, rstd=frame * self.wide)
+            if not rows.whole:
+                work.add(frame=frame * width * e)
+            self._project(work)
+            work.drop("normed")
+            self._turn(work, n, frame)
+            self._attend_forward(work, n)
+            if rows.split:
+                work.add(rows=n * width * e)
+            work.add(low=n * sizes.adapter.output * e, middle=n * width * e)
+            work.drop("low")
+            self._save(work)
+            self._mlp_forward(work)
+        self._keep(1)
+
+    def _keep(self, sign: int) -> None:
+        """Saved tensors, from the work into their own part, or away."""
+        self.ledger.add("saved: rows of layers", sign * self.saved)
+        self.ledger.add("saved: frames of kv all", sign * self.frame_saved)
+
+    def _project(self, work: Scope) -> None:
+        """Queries, keys and values."""
+        rows, sizes, e = self.rows, self.sizes, self.e
+        ranks = sizes.adapter.inputs
+        if not rows.split:
+            work.add(low=rows.frame * sum(ranks) * e)
+            work.add(query=rows.queries * sizes.query * e, pair=2 * rows.frame * sizes.key * e)
+        else:
+            work.add(low=rows.frame * sum(ranks[1:] or ranks) * e, pair=2 * rows.frame * sizes.key * e)
+            work.drop("low")
+            work.add(chosen=rows.queries * self.width * e, low=rows.queries * ranks[0] * e)
+            work.add(query=rows.queries * sizes.query * e)
+            work.drop("chosen")
+        work.drop("low")
+
+    def _turn(self, work: Scope, queries: int, keys: int) -> None:
+        """Head norms copy queries and keys; rotation is in place."""
+        if self.sizes.head_norms:
+            e, shape = self.e, self.sizes.shape
+            work.add(turned=queries * self.sizes.query * e)
+            work.touch(queries * shape.heads * self.wide)
+            work.add(turned=keys * self.sizes.key * e)
+            work.touch(keys * shape.kv_heads * self.wide)
+
+    def _attend_forward(self, work: Scope, queries: int) -> None:
+        work.add(output=queries * self.sizes.query * self.e, lse=queries * self.sizes.shape.heads * self.wide)
+        if self.rows.split:
+            work.touch(min(CHUNK, queries) * self.sizes.query * self.e + 3 * queries * INDEX)
+
+    def _save(self, work: Scope) -> None:
+        """Copies for the backward pass, and the end of what it does not need."""
+        rows, e, width = self.rows, self.e, self.width
+        if rows.exact:
+            n = rows.passes
+            # All of them are copied, whatever the level keeps.
+            work.add(copies=n * (2 * width + 2 * self.sizes.query + 2 * self.sizes.key) * e)
+            work.add(copies=n * (1 + self.sizes.shape.heads) * self.wide)
+            if self.sizes.head_norms:
+                work.add(copies=n * (self.sizes.query + 2 * self.sizes.key) * e)
+        elif rows.whole:
+            work.add(clone=rows.frame * width * e)
+        # Henceforth only what is saved, and the rows on their way into the MLP.
+        work.clear()
+        # Gate and up come later.
+        level = "mlp" if self.recompute == "none" else self.recompute
+        work.add(saved=sum(saved_bytes(self.sizes, rows, level).values()))
+        if rows.exact or self.level not in ("none", "mlp"):
+            work.add(middle=rows.queries * width * e)
+
+    def _mlp_forward(self, work: Scope) -> None:
+        n, e, adapter = self.rows.queries, self.e, self.sizes.adapter
+        keep = self.level == "none"
+        chunk = n if keep else min(n, self.chunk_rows)
+        for turn in range(1 if keep else min(2, -(-n // max(1, self.chunk_rows)))):
+            if turn and n < 2 * self.chunk_rows:
+                chunk = n - self.chunk_rows
+            work.add(normed=chunk * self.width * e, rstd=chunk * self.wide, low=chunk * sum(adapter.gates) * e)
+            work.add(wide=self.ways * chunk * self.ffn * e)
+            work.drop("normed", "rstd", "low")
+            work.add(next_act=chunk * self.ffn * e)
+            work.drop("act")  # of the chunk before
+            if not keep:
+                work.drop("wide")
+            work.names["act"] = work.names.pop("next_act")
+            work.add(low=chunk * adapter.down * e, update=chunk * self.width * e)
+            work.drop("low", "update")
+
+    # ---- backward
+
+    def backward(self) -> None:
+        """Runs the layer's backward; what it saved goes at the end."""
+        rows, e, width = self.rows, self.e, self.width
+        n, selected = rows.back, rows.selects or rows.exact
+        with self.ledger.scope() as work:
+            if selected:
+                work.add(grad=n * width * e)
+            self._recompute(work)
+            self._mlp_backward(work)
+            work.drop("middle")
+            self._attention_backward(work)
+            work.drop("heads", "turned", "output")
+            self._project_back(work)
+        self._keep(-1)
+
+    def _recompute(self, work: Scope) -> None:
+        rows, sizes, e, width = self.rows, self.sizes, self.e, self.width
+        n, frame = rows.back, rows.back_frame
+        adapted = any(sizes.adapter.inputs)
+        if self.level in ("lin", "layer") or adapted:
+            work.add(normed=frame * width * e)
+            work.touch(frame * self.wide)
+        if self.level in ("none", "mlp"):
+            self._turn(work, n, frame)
+            return
+        split = rows.split and not rows.exact
+        work.add(low=frame * sum(sizes.adapter.inputs) * e)
+        if split:
+            work.touch(n * width * e)
+        work.add(heads=(n * sizes.query + 2 * frame * sizes.key) * e)
+        work.drop("low")
+        self._turn(work, n, frame)
+        if self.level == "layer":
+            work.add(output=n * sizes.query * e + n * sizes.shape.heads * self.wide)
+        if split:
+            work.add(ran=n * width * e)
+        work.add(middle=n * width * e)
+        work.touch(n * sizes.adapter.output * e)
+        work.drop("ran")
+
+    def _mlp_backward(self, work: Scope) -> None:
+        e, adapter = self.e, self.sizes.adapter
+        chunk = min(self.rows.back, self.chunk_rows)
+        work.add(chunk=chunk * self.width * e)
+        if self.level != "none":
+            work.add(chunk=chunk * self.ways * self.ffn * e)
+        low = chunk * (2 * sum(adapter.gates)) * e
+        work.add(chunk=chunk * self.ffn * e)
+        work.touch(2 * chunk * adapter.down * e)
+        work.add(chunk=chunk * self.width * e + low)
+        work.drop("chunk")
+
+    def _attention_backward(self, work: Scope) -> None:
+        rows, sizes, e = self.rows, self.sizes, self.e
+        n, heads = rows.back, sizes.shape.heads
+        query = n * sizes.query * e
+        work.add(grad_output=query)
+        work.touch(2 * n * sizes.adapter.output * e)
+        if rows.split and not rows.exact:
+            work.add(sums=n * sizes.query * 4, pair=2 * rows.frame * sizes.key * e)
+            with self.ledger.scope("attention workspace") as vendor:
+                vendor.add(part=query + 2 * min(STRIPE, rows.frame) * sizes.key * e, space=self._space(n, STRIPE))
+            work.add(grads=query, delta=n * heads * 4)
+            work.drop("sums", "delta")
+        else:
+            if rows.exact and not rows.pairs:
+                work.add(grads=query, delta=n * heads * 4)
+            with self.ledger.scope("attention workspace") as vendor:
+                vendor.add(space=self._space(n, n))
+                work.add(again=query, pair=2 * n * sizes.key * e)
+            if "grads" in work.names:
+                work.drop("again", "delta")
+            else:
+                work.names["grads"] = work.names.pop("again")
+        if sizes.head_norms:
+            work.touch(query + n * heads * self.wide)
+        work.drop("grad_output")
+
+    def _space(self, queries: int, keys: int) -> float:
+        return self.vendor.size_bytes(self.sizes, queries, min(keys, self.rows.back_frame))
+
+    def _project_back(self, work: Scope) -> None:
+        rows, sizes, e = self.rows, self.sizes, self.e
+        ranks = sizes.adapter.inputs
+        n, frame = rows.back, rows.back_frame
+        low = 2 * sum(ranks) * e
+        if not (rows.split and not rows.exact):
+            work.add(grad_normed=n * self.width * e)
+            work.touch(n * low)
+            return
+        work.add(grad_normed=frame * self.width * e)
+        work.touch(frame * low)
+        if any(ranks):
+            work.add(chosen=n * self.width * e)
+        work.add(of_queries=n * self.width * e)
+        work.touch(n * low)
+        work.drop("chosen", "of_queries")

@@ -1,0 +1,175 @@
+"""Sizes of a model and of its adapter, read from a configuration on the meta device: no weights, no memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from lemo.families import find_family
+from lemo.families.family import LayerNames
+from lemo.measure.flops import DecoderShape
+
+# Names of maps where no family file says: of the models that only the generic executor runs.
+_USUAL = LayerNames()
+
+
+@dataclass(frozen=True)
+class AdapterSizes:
+    """A LoRA adapter.
+
+    Attributes:
+        inputs: ranks of the adapters on the maps to queries, keys and values; 0 for none. One number for a fused map.
+        output: of the map behind attention.
+        gates: of the maps into the MLP.
+        down: of the map out of it.
+        parameters: trainable numbers in all, modules that are trained whole included.
+        element_bytes: of one of them.
+    """
+
+    inputs: tuple[int, ...] = (0, 0, 0)
+    output: int = 0
+    gates: tuple[int, ...] = (0, 0)
+    down: int = 0
+    parameters: int = 0
+    element_bytes: int = 2
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A mixture of experts in the place of the MLP: how many, and how many a token visits."""
+
+    count: int
+    chosen: int
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """What memory and time of a step follow from.
+
+    Attributes:
+        shape: sizes of the decoder; `ffn` is that of one expert in a mixture.
+        parameters: numbers of the base model.
+        adapter: what is trained.
+        element_bytes: of a weight and of an activation.
+        wide_norm: the model's own norm computes in fp32 by steps, which autograd keeps (RMSNorm); else one fused op.
+        head_norms: queries and keys are normed.
+        fused: the fused engine knows the family.
+        defers_norm: the norm before the head may be left to the rows that carry loss.
+        rope: positions are rotations.
+        experts: a mixture of experts, or None.
+        softcap: logits are capped.
+        extra: parameter bytes of further trained modules, by name.
+    """
+
+    shape: DecoderShape
+    parameters: int
+    adapter: AdapterSizes
+    element_bytes: int = 2
+    wide_norm: bool = True
+    head_norms: bool = False
+    fused: bool = True
+    defers_norm: bool = True
+    rope: bool = True
+    experts: Experts | None = None
+    softcap: bool = False
+    extra: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def query(self) -> int:
+        """Numbers of all query heads of a row."""
+        return self.shape.heads * self.shape.head_dim
+
+    @property
+    def key(self) -> int:
+        """Numbers of all key heads of a row."""
+        return self.shape.kv_heads * self.shape.head_dim
+
+
+def meta_model(config: Any) -> nn.Module:
+    """The model without memory."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def read_sizes(
+    config: Any,
+    *,
+    rank: int = 16,
+    targets: Sequence[str] = ("all-linear",),
+    modules_to_save: Sequence[str] = (),
+    dtype: torch.dtype = torch.bfloat16,
+    adapter_dtype: torch.dtype | None = None,
+) -> ModelSizes:
+    """Sizes of a model with a LoRA adapter around it.
+
+    Args:
+        config: a Transformers configuration.
+        rank: of the adapter.
+        targets: names of linear maps, or `all-linear`, as PEFT takes them.
+        modules_to_save: names of modules that are trained whole.
+        dtype: of the base model.
+        adapter_dtype: of the adapter; the base's when None.
+
+    *Cost*: builds the modules once, about a second for a model of 32 layers.
+    """
+    model = meta_model(config)
+    text = config.get_text_config()
+    family = find_family(config)
+    names = (family.names if family is not None else None) or _USUAL
+    head = model.get_output_embeddings()
+    linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
+    chosen = {n: m for n, m in linear.items() if tuple(targets) == ("all-linear",) or _ends_in(n, targets)}
+    trained = sum(rank * (m.in_features + m.out_features) for m in chosen.values())
+    saved = [m for n, m in model.named_modules() if modules_to_save and _ends_in(n, modules_to_save)]
+    trained += sum(p.numel() for m in saved for p in m.parameters())
+
+    def ranks(*parts: str) -> tuple[int, ...]:
+        return tuple(rank if any(_ends_in(n, (part,)) for n in chosen) else 0 for part in parts)
+
+    experts = _experts(text)
+    modules = dict(model.named_modules())
+    return ModelSizes(
+        shape=_shape(text, experts),
+        parameters=sum(p.numel() for p in model.parameters()),
+        adapter=AdapterSizes(
+            inputs=ranks(*names.inputs),
+            output=ranks(names.output)[0],
+            gates=ranks(*names.gates),
+            down=ranks(names.down)[0],
+            parameters=trained,
+            element_bytes=(adapter_dtype or dtype).itemsize,
+        ),
+        element_bytes=dtype.itemsize,
+        wide_norm=not any(isinstance(m, nn.LayerNorm | nn.RMSNorm) for m in modules.values()),
+        head_norms=bool(family is not None and family.names is not None and family.names.head_norms),
+        fused=family is not None and family.names is not None,
+        defers_norm=family is not None and family.names is not None and family.names.final_norm is not None,
+        rope=any("rotary" in n for n in modules),
+        experts=experts,
+        softcap=getattr(text, "final_logit_softcapping", None) is not None,
+    )
+
+
+def _ends_in(name: str, parts: Sequence[str]) -> bool:
+    return any(name == part or name.endswith("." + part) for part in parts)
+
+
+def _experts(text: Any) -> Experts | None:
+    count = next(
+        (getattr(text, n) for n in ("num_local_experts", "num_experts", "n_routed_experts") if hasattr(text, n)), 0
+    )
+    return Experts(int(count), int(text.num_experts_per_tok)) if count else None
+
+
+def _shape(text: Any, experts: Experts | None) -> DecoderShape:
+    shape = DecoderShape.from_config(text)
+    width = getattr(text, "moe_intermediate_size", None) if experts is not None else None
+    if width is None:
+        return shape
+    return DecoderShape(**{**vars(shape), "ffn": int(width)})

@@ -1,0 +1,264 @@
+"""Peak memory of a training step from sizes alone: the whole step walked through in a ledger."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from lemo.errors import ConfigError
+from lemo.measure.fused_memory import INDEX, FusedLayerMemory, LayerRows, Workspace
+from lemo.measure.ledger import Ledger, Scope
+from lemo.measure.plain_memory import WIDE, PlainLayerMemory
+from lemo.measure.sizes import ModelSizes
+
+Engine = Literal["fused", "generic", "plain"]
+LOGIT_BYTES = 12  # of Transformers' own loss, beside the logits: an fp32 copy, log-softmax, and a gradient of it
+PREDICTOR_WIDTH, PREDICTOR_RANK, PREDICTOR_POOLS = 64, 32, 3
+
+
+@dataclass(frozen=True)
+class MemoryConstants:
+    """What no reading of the code tells. Fitted to measured steps by benchmarks/estimate.py, on half of its points.
+
+    Attributes:
+        fixed_bytes: what libraries take through torch's allocator: workspaces of matrix products.
+        attention: what the vendor's attention backward takes beside its results.
+        share: of all that is counted, lost to the allocator's rounding.
+        context_bytes: what the driver takes beside torch's allocator; counts only against the size of the card.
+        reserve: of all that is counted, taken by the allocator for holes between tensors; likewise.
+    """
+
+    fixed_bytes: float = 64 * 2**20
+    attention: Workspace = field(default_factory=Workspace)
+    share: float = 0.0
+    context_bytes: float = 700 * 2**20
+    reserve: float = 0.03
+
+
+CONSTANTS = MemoryConstants()
+
+
+@dataclass(frozen=True)
+class StepSetting:
+    """One training step.
+
+    Attributes:
+        tokens: T of a sequence.
+        loss_share: share of rows that carry loss.
+        batch: sequences.
+        forward_ratio: share of rows that run a layer that skips.
+        backward_ratio: share that passes gradient.
+        kv: `kept` or `all`.
+        gradient: `rows` or `pairs`, of exact forward.
+        dense_layers: how many layers never skip; the last is one of them unless it is 0.
+        block_size: C.
+        engine: `fused`; `generic`, Transformers' layers on rows; `plain`, without lemo.
+        recompute: of the fused engine; for the others `none`, or `layer` for gradient checkpointing.
+        segmented: the loss never forms all logits.
+        segment_rows: rows of a loss segment.
+        predictor: layers that skip have one.
+        bypass_rank: R; 0 for none.
+        pooled_features: width of the predictors' projection.
+        forced_share: share of blocks that hold loss; that of the rows when None.
+    """
+
+    tokens: int
+    loss_share: float = 0.4
+    batch: int = 1
+    forward_ratio: float = 0.5
+    backward_ratio: float = 0.5
+    kv: Literal["kept", "all"] = "kept"
+    gradient: Literal["rows", "pairs"] = "rows"
+    dense_layers: int = 2
+    block_size: int = 64
+    engine: Engine = "fused"
+    recompute: Literal["none", "mlp", "lin", "layer"] = "none"
+    segmented: bool = True
+    segment_rows: int = 2048
+    predictor: bool = True
+    bypass_rank: int = 64
+    pooled_features: int = 128
+    forced_share: float | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for what no step can be."""
+        if self.tokens < 2 or self.batch < 1:
+            raise ConfigError(f"a step needs at least one sequence of 2 tokens, got {self.batch} of {self.tokens}")
+        for name in ("loss_share", "forward_ratio", "backward_ratio"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ConfigError(f"{name} must lie in (0, 1], got {getattr(self, name)}")
+        if self.backward_ratio > self.forward_ratio:
+            raise ConfigError(f"backward_ratio {self.backward_ratio} exceeds forward_ratio {self.forward_ratio}")
+        if self.engine != "fused" and self.recompute in ("mlp", "lin"):
+            raise ConfigError(f"recompute {self.recompute!r} is of the fused engine; the others know none and layer")
+
+    @property
+    def rows(self) -> int:
+        """B·T."""
+        return self.batch * self.tokens
+
+    @property
+    def loss_rows(self) -> int:
+        """Rows that carry loss."""
+        return max(1, round(self.loss_share * self.rows))
+
+    @property
+    def skips(self) -> bool:
+        """Whether some rows skip something."""
+        return self.engine != "plain" and self.backward_ratio < 1 and self.kept_rows(self.backward_ratio) < self.rows
+
+    def kept_rows(self, ratio: float) -> int:
+        """Rows of a budget: whole blocks; blocks with loss and both ends of a sequence are always kept."""
+        size = min(self.block_size, self.tokens)
+        blocks = -(-self.tokens // size)
+        share = self.loss_share if self.forced_share is None else self.forced_share
+        forced = min(blocks, round(share * blocks) + 2)
+        kept = max(-(-int(ratio * blocks * 1e6) // 10**6), forced)
+        return self.batch * min(self.tokens, min(blocks, kept) * size)
+
+
+def layer_rows(sizes: ModelSizes, setting: StepSetting) -> list[LayerRows]:
+    """Rows of every layer; the dense ones at the ends."""
+    stream, layers = setting.rows, sizes.shape.layers
+    dense = LayerRows(stream, stream, stream, bypass=False)
+    if not setting.skips:
+        found = [dense] * layers
+    else:
+        runs, passes = setting.kept_rows(setting.forward_ratio), setting.kept_rows(setting.backward_ratio)
+        sparse = LayerRows(
+            stream,
+            runs,
+            passes,
+            kv_all=setting.kv == "all" and runs < stream,
+            pairs=setting.gradient == "pairs",
+            bypass=setting.bypass_rank > 0,
+        )
+        many = min(setting.dense_layers, layers)
+        first, last = many - many // 2, many // 2
+        found = [dense] * first + [sparse] * (layers - many) + [dense] * last
+    if setting.engine == "fused" and sizes.defers_norm and setting.segmented and not found[-1].exact:
+        found[-1] = replace(found[-1], loss=setting.loss_rows)
+    return found
+
+
+def step_memory(sizes: ModelSizes, setting: StepSetting, constants: MemoryConstants = CONSTANTS) -> Ledger:
+    """Walks through one step that is not the first: the optimizer has its state.
+
+    Args:
+        sizes: of model and adapter.
+        setting: the step.
+        constants: what was fitted.
+
+    Returns:
+        The ledger after the step, with the peak and what was held then.
+    """
+    return _Step(sizes, setting, constants).run()
+
+
+class _Step:
+    def __init__(self, sizes: ModelSizes, setting: StepSetting, constants: MemoryConstants) -> None:
+        self.sizes, self.setting, self.constants = sizes, setting, constants
+        self.ledger = Ledger()
+        self.rows = layer_rows(sizes, setting)
+        self.e = sizes.element_bytes
+        self.stream_bytes = setting.rows * sizes.shape.width * self.e
+
+    def run(self) -> Ledger:
+        ledger, constants = self.ledger, self.constants
+        self._standing()
+        ledger.add("residual stream and its gradient", self.stream_bytes)
+        layers = [self._layer(rows) for rows in self.rows]
+        for index, layer in enumerate(layers):
+            ledger.moment = f"forward of layer {index}"
+            self._between(layer)
+            layer.forward()
+        ledger.moment = "loss"
+        self._loss()
+        for index, layer in reversed(list(enumerate(layers))):
+            ledger.moment = f"backward of layer {index}"
+            if index == len(layers) - 1 and self.setting.engine == "fused" and self.rows[-1].loss is None:
+                # A gradient that autograd owns is copied by the first layer that would write into it.
+                ledger.touch("residual stream and its gradient", self.stream_bytes)
+            self._between(layer)
+            layer.backward()
+        lost = constants.share * ledger.peak_bytes
+        ledger.peak_bytes += lost
+        ledger.peak_parts["libraries"] += lost
+        return ledger
+
+    def _layer(self, rows: LayerRows) -> FusedLayerMemory | PlainLayerMemory:
+        setting, space = self.setting, self.constants.attention
+        if setting.engine == "fused":
+            return FusedLayerMemory(self.ledger, self.sizes, rows, setting.recompute, space)
+        return PlainLayerMemory(
+            self.ledger, self.sizes, rows, setting.recompute == "layer", space, setting.engine == "generic"
+        )
+
+    def _between(self, layer: FusedLayerMemory | PlainLayerMemory) -> None:
+        """Autograd's layers return a new stream, and a new gradient of it, while the old one is held."""
+        if isinstance(layer, PlainLayerMemory) and not layer.gathers:
+            self.ledger.touch("residual stream and its gradient", self.stream_bytes)
+
+    def _standing(self) -> None:
+        """What is held all the time."""
+        ledger, sizes, setting = self.ledger, self.sizes, self.setting
+        ledger.moment = "between steps"
+        ledger.add("libraries", self.constants.fixed_bytes)
+        ledger.add("weights", sizes.parameters * self.e)
+        trained = sizes.adapter.parameters * sizes.adapter.element_bytes
+        # Weights, gradients and two moments.
+        ledger.add("adapter, gradients, optimizer", 4 * trained)
+        # Ids, labels and their shifted copy, positions, and the layout's three numbers of each row.
+        ledger.add("batch and positions", (4 + (3 if setting.engine != "plain" else 0)) * INDEX * setting.rows)
+        if sizes.rope:
+            ledger.add("batch and positions", 2 * setting.tokens * sizes.shape.head_dim * self.e)
+        if setting.skips:
+            ledger.add("predictors and bypasses", self._helpers())
+
+    def _helpers(self) -> float:
+        """Predictors and bypasses of the layers that skip."""
+        setting, width = self.setting, self.sizes.shape.width
+        found = 0.0
+        if setting.predictor:
+            features = setting.pooled_features
+            inputs = PREDICTOR_POOLS * (features + 1)
+            nets = 2 * (inputs * PREDICTOR_WIDTH + PREDICTOR_WIDTH**2 + PREDICTOR_WIDTH * PREDICTOR_RANK)
+            # The projection in fp32 and, for the kernel, in the dtype of the rows.
+            found += width * features * (4 + self.e) + 4 * nets
+        if setting.forward_ratio < 1:
+            found += 2 * width * setting.bypass_rank * self.e
+        return found * max(0, self.sizes.shape.layers - setting.dense_layers)
+
+    def _loss(self) -> None:
+        """From the last layer's stream to its gradient."""
+        setting, sizes, ledger = self.setting, self.sizes, self.ledger
+        e, shape, rows = self.e, sizes.shape, setting.rows
+        loss_bytes = setting.loss_rows * shape.width * e
+        deferred = self.rows[-1].loss is not None
+        with ledger.scope("loss") as work:
+            if deferred:
+                work.add(final=2 * loss_bytes + setting.loss_rows * WIDE)
+            else:
+                wide = 2 * WIDE + e if sizes.wide_norm else e
+                work.add(norm=rows * shape.width * wide)
+                # What the norm keeps, and its result.
+                work.drop("norm")
+                work.add(final=rows * shape.width * ((WIDE if sizes.wide_norm else 0) + e))
+            if not setting.segmented:
+                self._plain_loss(work)
+                return
+            if not deferred:
+                work.add(chosen=loss_bytes)
+            work.add(gradient=loss_bytes)
+            segment = min(setting.segment_rows, setting.loss_rows)
+            work.touch(segment * shape.vocabulary * (e + (2 * WIDE if sizes.softcap else 0)))
+            # The stream is given back when the forward pass has returned; its gradient takes its place.
+            work.drop("chosen")
+            work.add(scaled=loss_bytes)
+            if not deferred:
+                work.add(spread=self.stream_bytes, wide=2 * rows * shape.width * (WIDE if sizes.wide_norm else 0))
+
+    def _plain_loss(self, work: Scope) -> None:
+        """Transformers' own: logits of all rows, an fp32 copy, log-softmax, and gradients of both."""
+        work.add(logits=self.setting.rows * self.sizes.shape.vocabulary * self.e)
+        work.touch(self.setting.rows * self.sizes.shape.vocabulary * LOGIT_BYTES)

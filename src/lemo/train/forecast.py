@@ -1,0 +1,310 @@
+"""From a recipe to what estimates need: sizes and setting of its steps, what its data will gain, and one real step."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lemo.config import RunConfig
+from lemo.core.plan import Plan
+from lemo.errors import ConfigError
+from lemo.measure.card import Card
+from lemo.measure.estimate import gain
+from lemo.measure.memory import track_peak
+from lemo.measure.profile import StepTimer
+from lemo.measure.sizes import ModelSizes, read_sizes
+from lemo.measure.step_memory import StepSetting
+from lemo.measure.step_time import step_time
+from lemo.train.collate import IGNORE
+from lemo.train.data import load_windows
+from lemo.train.lora import add_adapter, check_targets
+from lemo.train.model import extend_context, load_settings, resolve_path
+from lemo.train.rehearsal import SHAPES, random_batch, random_model, random_plan, shape_config
+
+ANSWER_SHARE = 0.1  # of rows, where only answers carry loss and nobody has looked at the data
+GAINS = 1.05  # a step gains when it is so many times as fast
+SAMPLED_WINDOWS = 512
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a recipe's steps are like.
+
+    Attributes:
+        sizes: of model and adapter.
+        setting: of a step of the longest window.
+        settings: the model's configuration.
+        notes: what had to be assumed.
+    """
+
+    sizes: ModelSizes
+    setting: StepSetting
+    settings: Any
+    notes: tuple[str, ...] = ()
+
+
+def model_settings(run: RunConfig) -> Any:
+    """Configuration of the recipe's model, of a known shape, or of a file `config.json`.
+
+    Raises:
+        ConfigError: none can be read.
+    """
+    path = run.model.path
+    if path in SHAPES:
+        return shape_config(path, tokens=run.data.window_tokens)
+    if Path(path).name == "config.json":
+        path = str(Path(path).parent)
+    if (Path(resolve_path(path)) / "config.json").is_file():
+        return shape_config(resolve_path(path), tokens=run.data.window_tokens)
+    settings = load_settings(run.model)
+    extend_context(settings, run.model)
+    return settings
+
+
+def forecast(run: RunConfig) -> Forecast:
+    """Sizes and setting of a recipe's steps, from configuration files alone.
+
+    Raises:
+        ConfigError: the model's configuration cannot be read, or the recipe's numbers make no step.
+    """
+    settings = model_settings(run)
+    lora, notes = run.lora, []
+    sizes = read_sizes(
+        settings,
+        rank=lora.rank,
+        targets=lora.targets,
+        modules_to_save=lora.modules_to_save,
+        dtype=getattr(torch, run.model.dtype),
+    )
+    if not sizes.adapter.parameters:
+        raise ConfigError(f"lora.targets: the model has no linear map named {', '.join(lora.targets)}")
+    engine = _engine(run, sizes)
+    if engine == "generic":
+        notes.append("the fused engine does not know this model; its own layers run on rows")
+    share = 1.0 if run.loss_rows.share == 1 else run.loss_rows.share
+    if run.data.answer_only:
+        share = ANSWER_SHARE
+        notes.append(f"answers are taken to be {ANSWER_SHARE:.0%} of the rows; --data counts them")
+    checkpoints = run.training.gradient_checkpointing
+    level = run.training.recompute or ("lin" if checkpoints else "none")
+    if engine != "fused":
+        level = "layer" if checkpoints else "none"
+    setting = StepSetting(
+        tokens=run.data.window_tokens,
+        loss_share=share,
+        batch=run.training.batch_size,
+        engine=engine,  # type: ignore[arg-type]
+        recompute=level,  # type: ignore[arg-type]
+        segmented=run.training.loss == "segmented",
+        segment_rows=run.training.segment_rows,
+        pooled_features=run.calibration.pooled_features,
+        **_ratios(run, sizes.shape.layers),
+    )
+    return Forecast(sizes, setting, settings, tuple(notes))
+
+
+def _engine(run: RunConfig, sizes: ModelSizes) -> str:
+    if not run.sparsity.enabled and run.training.engine != "fused":
+        return "plain"
+    if run.training.engine == "fused" and not sizes.fused:
+        raise ConfigError("training.engine is fused, but no family file names the parts of this model's layers")
+    return "fused" if sizes.fused and run.training.engine != "generic" else "generic"
+
+
+def _ratios(run: RunConfig, layers: int) -> dict[str, Any]:
+    """Ratios and choices of the recipe, or of the plan that it names: the mean of the layers that skip."""
+    sparsity = run.sparsity
+    if not sparsity.enabled:
+        return {
+            "forward_ratio": 1.0,
+            "backward_ratio": 1.0,
+            "dense_layers": layers,
+            "predictor": False,
+            "bypass_rank": 0,
+        }
+    if sparsity.plan is None:
+        return {
+            "forward_ratio": sparsity.forward_ratio,
+            "backward_ratio": sparsity.backward_ratio,
+            "kv": sparsity.kv,
+            "gradient": sparsity.gradient,
+            "block_size": sparsity.block_size,
+            "dense_layers": len({i % layers for i in sparsity.dense_layers}),
+            "predictor": sparsity.scorer == "predictor",
+            "bypass_rank": run.calibration.bypass_rank if sparsity.forward_ratio < 1 else 0,
+        }
+    plan = Plan.load(sparsity.plan)
+    skipping = [layer for layer in plan.layers if not layer.is_dense]
+    ranks = [layer.bypass.rank for layer in skipping if layer.bypass is not None]
+    return {
+        "forward_ratio": statistics.fmean([x.forward_ratio for x in skipping]) if skipping else 1.0,
+        "backward_ratio": statistics.fmean([x.backward_ratio for x in skipping]) if skipping else 1.0,
+        "kv": plan.kv,
+        "gradient": plan.gradient,
+        "block_size": plan.block_size,
+        "dense_layers": len(plan.layers) - len(skipping),
+        "predictor": plan.scorer == "predictor",
+        "bypass_rank": max(ranks, default=0),
+    }
+
+
+@dataclass(frozen=True)
+class DataGain:
+    """What a data set's steps will gain over dense ones.
+
+    Attributes:
+        windows: looked at.
+        gaining: share of them that is at least 1.05 times as fast.
+        gain: dense seconds over these, of all of them together.
+        best: of one window.
+        longest_tokens: of the longest window.
+        supervised_share: of all rows.
+        forced_share: of all blocks: those with loss, which never skip.
+        short: share of windows that do not gain and have few blocks with loss: they are too short.
+    """
+
+    windows: int
+    gaining: float
+    gain: float
+    best: float
+    longest_tokens: int
+    supervised_share: float
+    forced_share: float
+    short: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def data_gain(run: RunConfig, found: Forecast, tokenizer: Any, card: Card) -> DataGain:
+    """Looks at the windows of a recipe, at most 512 of them, spread evenly.
+
+    A window of several documents counts as one of its length.
+
+    Raises:
+        DataError: the data cannot be read.
+    """
+    vocabulary = found.sizes.shape.vocabulary
+    dataset, _ = load_windows(run.data, tokenizer, "train", vocabulary=vocabulary, limit=SAMPLED_WINDOWS)
+    shares = [window_shares(dataset[i]["labels"], found.setting.block_size) for i in range(len(dataset))]
+    drawn = not run.data.answer_only and run.loss_rows.share < 1
+    cache: dict[tuple[int, float], tuple[float, float]] = {}
+    gains, seconds = [], []
+    for tokens, rows, blocks in shares:
+        forced = run.loss_rows.share if drawn else blocks
+        # Windows that are alike to a few percent cost alike.
+        key = (max(256, round(tokens / 256) * 256), round(forced, 2))
+        if key not in cache:
+            loss = max(0.01, min(1.0, key[1] if drawn else rows))
+            step = replace(found.setting, tokens=key[0], loss_share=loss, forced_share=key[1], batch=1)
+            cache[key] = gain(found.sizes, step, card), step_time(found.sizes, step, card).total_s
+        gains.append(cache[key][0])
+        seconds.append(cache[key][1])
+    dense = sum(g * s for g, s in zip(gains, seconds, strict=True))
+    tokens = sum(t for t, _, _ in shares)
+    idle = [g < GAINS for g in gains]
+    forced_shares = [run.loss_rows.share if drawn else b for _, _, b in shares]
+    return DataGain(
+        windows=len(shares),
+        gaining=1 - sum(idle) / len(idle),
+        gain=dense / sum(seconds),
+        best=max(gains),
+        longest_tokens=max(t for t, _, _ in shares),
+        supervised_share=sum(t * (run.loss_rows.share if drawn else r) for t, r, _ in shares) / tokens,
+        forced_share=sum(t * f for (t, _, _), f in zip(shares, forced_shares, strict=True)) / tokens,
+        short=sum(i and f < found.setting.backward_ratio for i, f in zip(idle, forced_shares, strict=True)) / len(idle),
+    )
+
+
+def window_shares(labels: Sequence[int], block_size: int) -> tuple[int, float, float]:
+    """Tokens of a window, share of its rows that carry loss, and share of its blocks that hold such rows."""
+    carries_T = np.append(np.asarray(labels)[1:] != IGNORE, False)
+    blocks_K = np.add.reduceat(carries_T, np.arange(0, len(carries_T), block_size)) > 0
+    return len(carries_T), float(carries_T.mean()), float(blocks_K.mean())
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What one real step took.
+
+    Attributes:
+        peak_bytes: most memory; on a CPU the resident size of the process.
+        seconds: of the step, after one to warm up.
+        source: `cuda` or `resident`.
+    """
+
+    peak_bytes: int
+    seconds: float
+    source: str
+
+
+def probe_step(run: RunConfig, found: Forecast, *, layers: int | None = None) -> Probe:
+    """Runs two steps of the longest window with random weights and a random plan, on this machine.
+
+    Args:
+        run: the recipe.
+        found: its forecast.
+        layers: run only so many layers; None for all.
+
+    Raises:
+        ConfigError: it does not fit, or the adapter's targets are not there.
+    """
+    from lemo.runtime.attach import attach
+
+    device, setting = "cuda" if torch.cuda.is_available() else "cpu", found.setting
+    settings = found.settings
+    text = settings.get_text_config()
+    text.use_cache = False
+    if layers is not None:
+        text.num_hidden_layers = min(layers, text.num_hidden_layers)
+    try:
+        model = random_model(settings, dtype=getattr(torch, run.model.dtype), device=device)
+        check_targets(model, run.lora)
+        plan = random_plan(
+            settings,
+            forward_ratio=setting.forward_ratio,
+            backward_ratio=setting.backward_ratio,
+            kv=setting.kv,
+            gradient=setting.gradient,
+            dense_layers=run.sparsity.dense_layers,
+            block_size=setting.block_size,
+            bypass_rank=setting.bypass_rank,
+        )
+        model = add_adapter(model, run.lora)
+        if setting.engine != "fused" and setting.recompute == "layer":
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        how: dict[str, Any] = {"engine": "generic"}
+        if setting.engine == "fused":
+            how = {"engine": "fused", "recompute": setting.recompute}
+        loss = "segmented" if setting.segmented else "model"
+        with attach(
+            model, plan, loss=loss, segment_rows=setting.segment_rows, self_test=False, unsafe_no_bypass=True, **how
+        ):
+            return _two_steps(model, setting, found.sizes.shape.vocabulary, device)
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(f"--probe: the step does not fit ({str(error).splitlines()[0]})") from error
+
+
+def _two_steps(model: Any, setting: StepSetting, vocabulary: int, device: str) -> Probe:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    made = [
+        random_batch(vocabulary, setting.tokens, share=setting.loss_share, seed=i, block_size=setting.block_size)
+        for i in range(setting.batch)
+    ]
+    batch = {name: torch.cat([one[name] for one in made]).to(device) for name in ("input_ids", "labels")}
+    timer, peaks = StepTimer(device), []
+    for _ in range(2):
+        with track_peak(device) as peak, timer.step():
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        peaks.append(peak)
+    return Probe(peaks[-1].peak_bytes, timer.seconds[-1], peaks[-1].source)
