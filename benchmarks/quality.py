@@ -137,8 +137,10 @@ class Grid:
         # Where a rival has its own way to skip, the plan only tells it what it needs.
         attached = plan if plan is not None and method.rival is None else dense_plan(model)
         with lemo.attach(model, attached, self_test=False, unsafe_no_bypass=True) as handle:
+            recalls = {"recall_start": self.study.recall(method, plan)}
             with in_force(model, method, plan):
                 trained = train(self.study, method, cell.seed, setting, handle)
+            recalls["recall_end"] = self.study.recall(method, None if plan is None else handle.plan)
             score = self.study.score(model, method, handle)
             for note in handle.notes:
                 print(f"note: {note}", flush=True)
@@ -148,6 +150,10 @@ class Grid:
             setting |= {"flops": flops * setting["steps"] * self.protocol.batch}
         for name, values in score.windows.items():
             self.write(cell, setting, name, "nats", values, "mean")
+        for name, found in recalls.items():
+            if found:
+                order = {**setting, "window_order": list(found)}
+                self.write(cell, order, name, "share", list(found.values()), "mean")
         if trained.losses:
             self.write(cell, setting, "training_loss", "nats", trained.losses, "last")
             rates = [self.protocol.batch * self.protocol.window / s for s in trained.seconds]

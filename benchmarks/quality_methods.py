@@ -81,6 +81,8 @@ class Method:
         ramp: towards dense.
         rival: a context manager of `benchmarks.rivals` that is in force while training.
         documents: instruction data: whether samples keep their document.
+        reweight: loss rows are weighed so that they estimate the loss of all rows without bias.
+        refit_every: steps between fits of the bypass to the weights as they are.
     """
 
     about: str
@@ -93,6 +95,8 @@ class Method:
     ramp: Ramp | None = None
     rival: str | None = None
     documents: bool = True
+    reweight: bool = False
+    refit_every: int | None = None
 
     @property
     def loss_block_size(self) -> int:
@@ -103,6 +107,10 @@ class Method:
         """Everything that decides what the method does, for the hash of a cell."""
         found = asdict(self)
         del found["about"]
+        # Choices that came later: a cell that does not make them keeps its hash.
+        for name, default in (("reweight", False), ("refit_every", None)):
+            if found[name] == default:
+                del found[name]
         return found
 
 
@@ -207,6 +215,13 @@ ABLATIONS = {
     },
     "spread": lemo("loss rows spread evenly", placement="spread"),
     "tail": lemo("loss rows at the end", placement="tail"),
+    "spread_weighted": replace(lemo("spread, weighted", placement="spread"), reweight=True),
+    "random_weighted": replace(lemo("loss rows weighted by their block's chance"), reweight=True),
+    "hardest": lemo("loss rows where the base model's loss is highest", placement="hardest"),
+    "hardest_weighted": replace(
+        lemo("loss rows drawn in proportion to the base model's loss, weighted", placement="hardest"), reweight=True
+    ),
+    **{f"refit_{n}": replace(lemo(f"bypass fitted anew every {n} steps"), refit_every=n) for n in (10, 50)},
     "interaction": lemo("predictors of the paper's score", target="interaction"),
     "dense_at_end": replace(lemo("the last 15 % of the steps dense"), ramp=Ramp(0.85, 0.85)),
     "ramp_end": replace(lemo("ratio rises to 1 over the last 30 %"), ramp=Ramp(0.7, 1.0)),

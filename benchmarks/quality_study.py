@@ -22,6 +22,8 @@ from torch import Tensor
 
 import lemo
 from benchmarks.quality_methods import Method, PlanSpec
+from lemo.calibrate.collect import Window
+from lemo.calibrate.refit import predictor_recall
 from lemo.config import CalibrationConfig, DataConfig, LoraConfig, ModelConfig
 from lemo.core.plan import Plan
 from lemo.errors import DataError
@@ -30,6 +32,7 @@ from lemo.measure.flops import DecoderShape
 from lemo.measure.record import config_hash
 from lemo.runtime.attach import Handle
 from lemo.runtime.model import causal_model
+from lemo.train.block_losses import BlockLosses
 from lemo.train.data import LossRows, WindowCollator, WindowDataset, load_windows
 from lemo.train.lora import add_adapter
 from lemo.train.model import load_model
@@ -95,6 +98,7 @@ class QualityStudy:
         self._model: Any = None
         self._windows: dict[tuple[str, str, int], WindowDataset] = {}
         self._fitted: dict[str, Plan] = {}
+        self._block_losses: dict[int, BlockLosses] = {}
         self._validation: dict[tuple, list[tuple[str, dict[str, Tensor], Tensor]]] = {}
 
     @property
@@ -201,7 +205,12 @@ class QualityStudy:
         plain = WindowCollator()
         if self.protocol.data == "answers" or method.loss_share == 1:
             return plain
-        return LossRows(plain, method.loss_share, method.placement, seed, method.loss_block_size)
+        size, losses = method.loss_block_size, None
+        if method.placement == "hardest":
+            losses = self._block_losses.setdefault(size, BlockLosses(self.model(), plain, size))
+        return LossRows(
+            plain, method.loss_share, method.placement, seed, size, reweight=method.reweight, block_losses=losses
+        )
 
     def plan(self, method: Method) -> Plan | None:
         """The plan that a method trains under: fitted where it must be, cached in the plans' folder."""
@@ -297,6 +306,24 @@ class QualityStudy:
                     made.append((domain, everything([sample]), supervised))
             self._validation[key] = made
         return self._validation[key]
+
+    def recall(self, method: Method, plan: Plan | None) -> dict[str, float]:
+        """Recall of the plan's predictors under the model as it is, on one validation window of each domain.
+
+        Empty for methods that rank blocks otherwise.
+        """
+        spec = method.plan
+        if plan is None or spec is None or spec.scorer != "predictor" or spec.oracle or method.rival:
+            return {}
+        config = CalibrationConfig(target=spec.target)  # type: ignore[arg-type]
+        found: dict[str, float] = {}
+        for domain, batch, drawn_1T in self.validation(method):
+            if domain not in found:
+                parts = (batch["input_ids"], drawn_1T, batch.get("attention_mask"), batch.get("position_ids"))
+                layers = predictor_recall(self.model(), plan, [Window(*parts, domain, True)], config)
+                if layers:
+                    found[domain] = sum(layers.values()) / len(layers)
+        return found
 
     @torch.no_grad()
     def score(self, model: Any, method: Method, handle: Handle) -> Score:

@@ -14,9 +14,12 @@ from torch import Tensor
 
 from benchmarks.quality_methods import Method
 from benchmarks.quality_study import QualityStudy
+from lemo.calibrate.collect import Window
+from lemo.calibrate.refit import refit_bypass
 from lemo.core.plan import LayerPlan, Plan
 from lemo.measure.memory import track_peak
 from lemo.runtime.attach import Handle
+from lemo.runtime.batch import supervised_rows
 from lemo.runtime.model import causal_model
 
 
@@ -70,6 +73,9 @@ def train(study: QualityStudy, method: Method, seed: int, setting: Mapping[str, 
             optimizer.step()
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
+            if method.refit_every is not None and (number + 1) % method.refit_every == 0:
+                plan, _ = refit_bypass(model, plan, [_window(batch[0])])
+                handle.plan = plan
             losses.append(total)
             times.append(time.perf_counter())
             if number % 50 == 0 or number == steps - 1:
@@ -78,6 +84,14 @@ def train(study: QualityStudy, method: Method, seed: int, setting: Mapping[str, 
     shares = handle.ratios() if handle.selections else {}
     seconds = [after - before for before, after in itertools.pairwise(times)]
     return Trained(losses, seconds, peak.peak_gib, [shares[i] for i in sorted(shares)])
+
+
+def _window(batch: Mapping[str, Tensor]) -> Window:
+    """The first sequence of a training batch."""
+    supervised = supervised_rows(batch)
+    assert supervised is not None
+    masks = [batch[name][:1] if name in batch else None for name in ("attention_mask", "position_ids")]
+    return Window(batch["input_ids"][:1], supervised[:1], masks[0], masks[1], "train", False)
 
 
 def at_progress(plan: Plan, progress: float) -> Plan:

@@ -52,9 +52,12 @@ def turns_of(group: Group) -> list[Turn]:
 
 
 class Pool:
-    """Child processes; the next ones import their libraries while one runs."""
+    """Child processes; the next ones import their libraries while one runs a long sequence.
 
-    AHEAD = 2
+    Short steps are bound by the host, so nothing else may run beside them.
+    """
+
+    AHEAD, AHEAD_TOKENS = 2, 16384
     COMMAND = (sys.executable, "-m", "benchmarks.training_cell")
 
     def __init__(self) -> None:
@@ -88,7 +91,8 @@ class Pool:
                 "probe": turn.turn == 0,
             }
             message = json.dumps({"job": job, "result": str(path)}) + "\n"
-            while len(self.ready) < min(self.AHEAD, following):
+            ahead = self.AHEAD if turn.group.setting.tokens > self.AHEAD_TOKENS else 0
+            while len(self.ready) < min(ahead, following):
                 self.ready.append(self.start())
             try:
                 child.communicate(message, timeout=limit_s)

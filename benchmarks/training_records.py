@@ -203,11 +203,11 @@ def _of_method(one: Measured) -> list[Record]:
     for cell in one.turns:
         if spent := cell.get("probe", {}).get("selection_s"):
             share = spent / statistics.median(one.seconds)
-            setting = one.group.setting
-            counts = (
-                setting.label in FAMILY and setting.layers is None and one.setting()["options"]["engine"] != "generic"
-            )
-            bar = f"C.selection_share/{setting.label}-{setting.tokens}" if counts else None
+            setting, says = one.group.setting, one.setting()["method_says"]
+            skips = says.get("backward_share", 1) < 1 and one.setting()["options"]["engine"] != "generic"
+            counts = setting.label in FAMILY and setting.layers is None and skips
+            kept = round(100 * says.get("backward_share", 1))
+            bar = f"C.selection_share/{setting.label}-{setting.tokens}-keep{kept}" if counts else None
             found.append(_record(one, "selection_share", "share", [share], "max", bar=bar))
     return found
 
