@@ -67,6 +67,8 @@ class PlainLayerMemory:
             kept += n * (
                 self._read_by(sizes.query, (sizes.adapter.output,)) - (0 if self.adapter_copy else self.e * sizes.query)
             )
+        if sizes.head_norms:
+            kept += n * WIDE * (sizes.query + sizes.key + 2 * sizes.shape.heads)
         if self.gathers and sizes.rope:
             kept += 2 * n * sizes.shape.head_dim * self.e
         if rows.kv_all and rows.runs < rows.stream and not rows.exact:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lemo.families import find_family
-from lemo.families.family import LayerNames
+from lemo.families.family import Family, LayerNames
 from lemo.measure.flops import DecoderShape
 
 # Names of maps where no family file says: of the models that only the generic executor runs.
@@ -147,7 +147,7 @@ def read_sizes(
         ),
         element_bytes=dtype.itemsize,
         wide_norm=not any(isinstance(m, nn.LayerNorm | nn.RMSNorm) for m in modules.values()),
-        head_norms=bool(family is not None and family.names is not None and family.names.head_norms),
+        head_norms=_norms_heads(family, modules),
         fused=family is not None and family.names is not None,
         defers_norm=family is not None and family.names is not None and family.names.final_norm is not None,
         rope=any("rotary" in n for n in modules),
@@ -158,6 +158,12 @@ def read_sizes(
 
 def _ends_in(name: str, parts: Sequence[str]) -> bool:
     return any(name == part or name.endswith("." + part) for part in parts)
+
+
+def _norms_heads(family: Family | None, modules: Mapping[str, nn.Module]) -> bool:
+    if family is not None and family.names is not None:
+        return bool(family.names.head_norms)
+    return any(name.endswith("q_norm") for name in modules)
 
 
 def _experts(text: Any) -> Experts | None:
