@@ -223,12 +223,10 @@ def test_second_backward_is_refused():
 
 def test_reasons_for_the_generic_executor():
     """What the fused engine cannot run is named; `auto` notes it, `fused` refuses."""
-    from peft import LoraConfig, get_peft_model
-
-    model = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.1))
+    model = tiny_model(attention_dropout=0.1)
     with (
         attach(model, plan_of(model, "skip"), engine="fused", self_test=False),
-        pytest.raises(UnsupportedModelError, match=r"layer 0: self_attn.q_proj: dropout"),
+        pytest.raises(UnsupportedModelError, match=r"layer 0: dropout is active \(self_attn.attention_dropout\)"),
     ):
         model(**batch(48))
     gemma = tiny_model("gemma2")

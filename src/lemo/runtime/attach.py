@@ -224,7 +224,7 @@ class Handle:
                     "and must not be skipped; pass labels, or run it inside `with handle.supervised(mask):`"
                 )
             if training and any(x.backward_ratio < x.forward_ratio for x in self.plan.layers):
-                check_no_dropout(self.model)
+                check_no_dropout(self.model, self.fused_layers())
             layout = read_layout(arguments, self._supervised, self.plan.block_size)
         except RunDense as reason:
             self.dense_batches += training

@@ -71,7 +71,7 @@ class SkippingLayer:
             return inner(hidden_states, *args, **kwargs)
         state = self.__dict__["_lemo_layer"]
         if lemo_call.fused is not None:
-            parts = lemo_call.fused.adapters.bind(state.read_parts(self))
+            parts = lemo_call.fused.adapters.bind(state.read_parts(self), state.index)
             return run_fused(hidden_states, parts, lemo_call.fused)
 
         def run(hidden: Tensor, keywords: Mapping[str, Any], call: LayerCall) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any
 
 from torch import Tensor, nn
@@ -67,9 +68,12 @@ def check_not_wrapped(layers: nn.ModuleList) -> None:
         )
 
 
-def check_no_dropout(model: nn.Module) -> None:
-    """Raises UnsupportedModelError when a decoder layer would draw dropout: exact forward runs its rows twice."""
-    for layer in decoder_layers(model):
+def check_no_dropout(model: nn.Module, fused: Container[int]) -> None:
+    """Raises UnsupportedModelError when a decoder layer would draw dropout: exact forward runs its rows twice.
+
+    Layers that the fused engine runs draw the same mask for a row both times.
+    """
+    for layer in (layer for index, layer in enumerate(decoder_layers(model)) if index not in fused):
         for name, module in layer.named_modules():
             # nn.Dropout, and the numbers that families keep for functional dropout (`dropout`, `attention_dropout`)
             values = {"p": getattr(module, "p", 0.0)} if isinstance(module, nn.Dropout) else vars(module)

@@ -25,10 +25,10 @@ def make_heads(parts: LayerParts, call: FusedCall, normed_nM: Tensor) -> State:
         normed_nM: (n, M) the frame's rows behind the first norm.
     """
     if call.places_n is None:
-        query, key, value = parts.inputs.forward(normed_nM, (0, 1, 2))
+        query, key, value = parts.inputs.forward(normed_nM, (0, 1, 2), call.frame_rows)
     else:
-        key, value = parts.inputs.forward(normed_nM, (1, 2))
-        (query,) = parts.inputs.forward(normed_nM.index_select(0, call.places_n), (0,))
+        key, value = parts.inputs.forward(normed_nM, (1, 2), call.frame_rows)
+        (query,) = parts.inputs.forward(normed_nM.index_select(0, call.places_n), (0,), call.rows_n)
     return {"query": query, "key": key, "value": value}
 
 
@@ -160,11 +160,14 @@ def project_back(
     parts_of = {"query": 0, "key": 1, "value": 2}
     if call.places_n is None or call.exact is not None:
         numbered = {parts_of[name]: g for name, g in grads.items()}
-        return parts.inputs.backward(normed_nM, numbered, gradients, want_input=want_input)
+        rows = call.frame_rows if call.exact is None else call.exact.rows_n
+        return parts.inputs.backward(normed_nM, numbered, gradients, want_input=want_input, rows_N=rows)
     offered = {1: grads["key"], 2: grads["value"]}
-    frame = parts.inputs.backward(normed_nM, offered, gradients, want_input=want_input)
+    options = {"want_input": want_input, "rows_N": call.frame_rows}
+    frame = parts.inputs.backward(normed_nM, offered, gradients, **options)
     chosen = None if normed_nM is None else normed_nM.index_select(0, call.places_n)
-    queries = parts.inputs.backward(chosen, {0: grads["query"]}, gradients, want_input=want_input)
+    options["rows_N"] = call.rows_n
+    queries = parts.inputs.backward(chosen, {0: grads["query"]}, gradients, **options)
     if not want_input:
         return None
     assert frame is not None and queries is not None

@@ -7,16 +7,25 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from lemo.ops.dropout_rows.reference import Key
 from lemo.runtime.fused.maps import MapGroup
 from lemo.runtime.fused.parts import LayerParts
 
+_MASK = (1 << 64) - 1
+
 
 class AdapterFactors:
-    """The factors of one forward. Its backward uses the same ones, whatever happens to the parameters meanwhile."""
+    """The factors of one forward. Its backward uses the same ones, whatever happens to the parameters meanwhile.
+
+    Dropout: one number a forward comes from torch's generator on the host, so `torch.manual_seed` repeats a run and
+    every micro-batch draws anew. A mask is a function of it, the layer, the map, the row's place in the batch and the
+    column: backward makes it again, and rows drop alike wherever they are computed.
+    """
 
     def __init__(self) -> None:
         """Empty."""
         self._bound: dict[int, tuple[LayerParts, LayerParts]] = {}
+        self._seed: int | None = None
 
     def prepare(self, layers: Iterable[LayerParts]) -> None:
         """Makes the factors of several layers at once.
@@ -33,11 +42,37 @@ class AdapterFactors:
             else:
                 self._bound[id(parts)] = parts, parts
 
-    def bind(self, parts: LayerParts) -> LayerParts:
-        """The parts with their factors: prepared ones, or made for this layer alone where it was not among them."""
+    def bind(self, parts: LayerParts, index: int) -> LayerParts:
+        """The parts of a layer with their factors: prepared ones, or made for it alone where it was not among them."""
         if id(parts) not in self._bound:
             self.prepare((parts,))
-        return self._bound[id(parts)][1]
+        bound = self._bound[id(parts)][1]
+        return self._keyed(bound, index) if bound.drops else bound
+
+    def _keyed(self, bound: LayerParts, index: int) -> LayerParts:
+        if self._seed is None:
+            self._seed = draw_seed()
+        groups, first = [], 0
+        for group in bound.groups:
+            groups.append(group.keyed(tuple(dropout_key(self._seed, index, first + n) for n in range(len(group.maps)))))
+            first += len(group.maps)
+        return bound.with_groups(tuple(groups))
+
+
+def draw_seed() -> int:
+    """A number from torch's generator on the host."""
+    return int(torch.randint(1 << 62, ()))
+
+
+def dropout_key(seed: int, layer: int, projection: int) -> Key:
+    """The key of one adapter's dropout in one forward; `projection` counts the layer's maps in the order of use."""
+    state = seed
+    for number in (layer, projection):
+        state = (state + (number + 1) * 0x9E3779B97F4A7C15) & _MASK
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+        state ^= state >> 31
+    return state >> 32, state & 0xFFFFFFFF
 
 
 @torch.no_grad()

@@ -112,7 +112,7 @@ class _Forward:
         output, lse = attend(parts, heads, call.queries, call.keys)
         assert frame is not None
         rows = frame if call.places_n is None else frame.index_select(0, call.places_n)
-        middle = _add_update(parts, rows, parts.output.forward(output, (0,))[0])
+        middle = _add_update(parts, rows, parts.output.forward(output, (0,), call.rows_n)[0])
         if self.needs_grad:
             self._save(frame, rstd, mean, heads, before, output, lse, middle)
         del state, before, heads, output, lse, rows, frame
@@ -184,7 +184,7 @@ class _Forward:
             write_rows_(stream, rows_n[rows], update, residual_nM=middle[rows], valid_n=valid)
 
         keep = self.needs_grad and self.level == "none"
-        self.saved |= run_mlp(parts, middle, write, keep=keep)
+        self.saved |= run_mlp(parts, middle, write, rows_n=rows_n, keep=keep)
 
     def _skip_mlp(self, middle: Tensor, mlp: MlpRows) -> None:
         call = self.call
@@ -238,10 +238,11 @@ class _Backward:
         wide = {k: self.saved.pop(k) for k in ("gate", "up") if k in self.saved}
         mlp = self.call.mlp
         if mlp is None:
-            mlp_backward(self.parts, grad_nM, middle, wide, self.gradients)
+            mlp_backward(self.parts, grad_nM, middle, wide, self.gradients, self.rows)
             return
         chosen = grad_nM.index_select(0, mlp.rows_n)
-        mlp_backward(self.parts, chosen, middle.index_select(0, mlp.rows_n), wide, self.gradients)
+        rows = None if self.rows is None else self.rows[mlp.rows_n]
+        mlp_backward(self.parts, chosen, middle.index_select(0, mlp.rows_n), wide, self.gradients, rows)
         grad_nM.index_copy_(0, mlp.rows_n, chosen)
         if mlp.down_MR is not None:
             rows = middle.index_select(0, mlp.skipped_s)
@@ -297,14 +298,14 @@ class _Backward:
         else:
             output, lse = saved["output"], saved["lse"]
         ran = frame if compact.places_n is None else frame.index_select(0, compact.places_n)
-        middle = _add_update(parts, ran, parts.output.forward(output, (0,))[0])
+        middle = _add_update(parts, ran, parts.output.forward(output, (0,), self.rows)[0])
         return heads, before, normed, output, lse, middle
 
     def _attention(self, grad_nM: Tensor, heads: State, before: State, output: Tensor, lse: Tensor) -> State:
         """Gradients of the projections to queries, keys and values."""
         parts, call = self.parts, self.call
         update = grad_nM if parts.multiplier == 1.0 else grad_nM * parts.multiplier
-        grad_output = parts.output.backward(output, {0: update}, self.gradients)
+        grad_output = parts.output.backward(output, {0: update}, self.gradients, rows_N=self.rows)
         assert grad_output is not None
         if call.exact is None:
             work = AttentionBackward(heads, call.queries, call.keys)

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
+
+from lemo.ops import dropout_rows
 
 
 class Gradients:
@@ -63,7 +65,7 @@ NOTHING = Gradients(())
 
 @dataclass(frozen=True)
 class LinearMap:
-    """x·Wᵀ + b + s·(x·Aᵀ)·Bᵀ, and the places of its tensors among the layer's.
+    """x·Wᵀ + b + s·(drop(x)·Aᵀ)·Bᵀ, and the places of its tensors among the layer's.
 
     Attributes:
         weight_OI: base weight (outputs, inputs).
@@ -71,6 +73,7 @@ class LinearMap:
         a_RI: first adapter factor, or None without adapter.
         b_OR: second adapter factor.
         scale: s.
+        dropout: probability that an element of the adapter's input is dropped.
         places: of weight, bias, A and B among the layer's trainable tensors; None for one that is not there.
     """
 
@@ -79,6 +82,7 @@ class LinearMap:
     a_RI: Tensor | None
     b_OR: Tensor | None
     scale: float
+    dropout: float
     places: tuple[int | None, ...]
 
 
@@ -104,6 +108,7 @@ class MapGroup:
         starts: where each map's first factor begins in the joint one.
         joint_JI: first factors of all adapters under each other, in the compute dtype; None before `bound`.
         seconds: second factor of each part, scaled, in the compute dtype; None for a part without adapter.
+        keys: of each map's dropout; empty where nothing is dropped.
     """
 
     def __init__(self, maps: tuple[LinearMap, ...], parts: tuple[tuple[int, slice], ...]) -> None:
@@ -115,6 +120,7 @@ class MapGroup:
         self.starts = tuple(sum(self.ranks[:number]) for number in range(len(maps)))
         self.joint_JI: Tensor | None = None
         self.seconds: tuple[Tensor | None, ...] = ()
+        self.keys: tuple[tuple[int, int], ...] = ()
         self._from_input = [p for item in maps for p in (item.places[0], *item.places[2:]) if p is not None]
         self._spans: dict[tuple[int, ...], tuple[list[int], int, int]] = {}
 
@@ -125,13 +131,25 @@ class MapGroup:
         made.joint_JI, made.seconds = joint_JI, seconds
         return made
 
-    def forward(self, x_NI: Tensor, which: tuple[int, ...]) -> list[Tensor]:
+    def keyed(self, keys: tuple[tuple[int, int], ...]) -> MapGroup:
+        """The group with its dropouts' keys in one forward."""
+        made = MapGroup.__new__(MapGroup)
+        made.__dict__.update(self.__dict__)
+        made.keys = keys
+        return made
+
+    def forward(self, x_NI: Tensor, which: tuple[int, ...], rows_N: Tensor | None = None) -> list[Tensor]:
         """Parts `which` of rows: (N, outputs) each.
+
+        Args:
+            x_NI: the input.
+            which: the parts; they lie side by side.
+            rows_N: flat rows of the input, which dropout draws by; None for all, in order.
 
         The adapter's product is written first and the base product accumulated onto it in fp32: one pass over the
         output instead of two.
         """
-        low = self._low(x_NI, which)
+        low = self._low(x_NI, which, rows_N)
         outputs = []
         for i in which:
             number, cut = self.parts[i]
@@ -154,6 +172,7 @@ class MapGroup:
         gradients: Gradients,
         into: Tensor | None = None,
         want_input: bool = True,
+        rows_N: Tensor | None = None,
     ) -> Tensor | None:
         """Gradient of the input, (N, inputs), and those of the maps' tensors.
 
@@ -163,6 +182,7 @@ class MapGroup:
             gradients: takes the tensors' gradients; `NOTHING` for those of no tensor.
             into: gradient to add to, in place.
             want_input: whether the input's gradient is needed.
+            rows_N: as in `forward`.
         """
         own = gradients is not NOTHING
         for i, grad in grads.items():
@@ -177,6 +197,8 @@ class MapGroup:
             return into
         assert self.joint_JI is not None
         grad_low = self._grad_low(grads, start, stop)
+        if self.keys:
+            return self._dropped_backward(x_NI, grads, grad_low, gradients, into if want_input else None, rows_N)
         if own:
             self._factor_gradients(grads, x_NI, grad_low, gradients)
         if not want_input:
@@ -188,12 +210,14 @@ class MapGroup:
         """Whether a gradient of some tensor is made from the input."""
         return any([gradients.wanted[place] for place in self._from_input])
 
-    def _low(self, x_NI: Tensor, which: tuple[int, ...]) -> dict[int, Tensor]:
+    def _low(self, x_NI: Tensor, which: tuple[int, ...], rows_N: Tensor | None = None) -> dict[int, Tensor]:
         """x·Aᵀ of the maps of parts `which` that have an adapter, all in one product: it is bound by reading x."""
         numbers, start, stop = self._span(which)
         if not numbers:
             return {}
         assert self.joint_JI is not None
+        if self.keys:
+            return {n: torch.mm(self._dropped(x_NI, n, rows_N), self._first(n).T) for n in numbers}
         whole = stop - start == self.joint_JI.shape[0]
         joint = torch.mm(x_NI, (self.joint_JI if whole else self.joint_JI[start:stop]).T)
         if len(numbers) == 1:
@@ -209,6 +233,45 @@ class MapGroup:
             assert chosen.issuperset(numbers), "parts that are used together must lie side by side"
             self._spans[which] = numbers, start, start + sum(self.ranks[n] for n in numbers)
         return self._spans[which]
+
+    def _dropped(self, x_NI: Tensor, number: int, rows_N: Tensor | None) -> Tensor:
+        """The input as one map's adapter sees it."""
+        p = self.maps[number].dropout
+        return x_NI if p == 0 else dropout_rows(x_NI, p, self.keys[number], rows_N)
+
+    def _first(self, number: int) -> Tensor:
+        assert self.joint_JI is not None
+        return self.joint_JI[self.starts[number] : self.starts[number] + self.ranks[number]]
+
+    def _dropped_backward(
+        self,
+        x_NI: Tensor | None,
+        grads: dict[int, Tensor],
+        grad_low_NJ: Tensor,
+        gradients: Gradients,
+        into: Tensor | None,
+        rows_N: Tensor | None,
+    ) -> Tensor | None:
+        """The adapters' share of `backward` under dropout: every map has its own input, which is made again."""
+        numbers, start, _ = self._span(tuple(grads))
+        for n in numbers:
+            item, at = self.maps[n], self.starts[n] - start
+            grad_low = grad_low_NJ[:, at : at + self.ranks[n]]
+            wants_a, wants_b = (gradients is not NOTHING and gradients.wants(place) for place in item.places[2:])
+            if wants_a or wants_b:
+                assert x_NI is not None and item.a_RI is not None and item.b_OR is not None
+                dropped = self._dropped(x_NI, n, rows_N)
+                if wants_a:
+                    gradients.add_small(item.places[2], _transposed_product(grad_low, dropped), 1.0, item.a_RI.dtype)
+                low = torch.mm(dropped, self._first(n).T)
+                for i in [i for i in grads if wants_b and self.parts[i].number == n]:
+                    product = _placed(_transposed_product(grads[i], low), self.parts[i].cut, item.b_OR)
+                    gradients.add_small(item.places[3], product, item.scale, item.b_OR.dtype)
+            if into is not None and item.dropout == 0:
+                into.addmm_(grad_low, self._first(n))
+            elif into is not None:
+                dropout_rows(torch.mm(grad_low, self._first(n)), item.dropout, self.keys[n], rows_N, into_nM=into)
+        return into
 
     def _grad_low(self, grads: dict[int, Tensor], start: int, stop: int) -> Tensor:
         """Gradient of x·Aᵀ of all adapters side by side, (N, J): what is made from it then takes one product each."""
@@ -283,72 +346,3 @@ def _placed(gradient: Tensor, cut: slice | None, like: Tensor) -> Tensor:
     whole = gradient.new_zeros(like.shape)
     whole[cut] = gradient
     return whole
-
-
-class TensorList:
-    """The tensors that a layer's autograd function takes, those that require grad, each once, with their places."""
-
-    def __init__(self) -> None:
-        """Empty."""
-        self.tensors: list[Tensor] = []
-
-    def place(self, tensor: Tensor | None) -> int | None:
-        """Place of a tensor, which is added; None for one that needs no gradient."""
-        if tensor is None or not tensor.requires_grad:
-            return None
-        self.tensors.append(tensor)
-        return len(self.tensors) - 1
-
-    def linear(self, module: nn.Module) -> LinearMap:
-        """The map of an `nn.Linear`, or of PEFT's LoRA around one (see `why_not_linear`)."""
-        base = module.base_layer if hasattr(module, "base_layer") else module
-        a = b = None
-        scale = 1.0
-        adapter = active_adapter(module)
-        if adapter is not None:
-            a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight  # type: ignore[union-attr, index]
-            scale = float(module.scaling[adapter])  # type: ignore[index]
-        tensors = (base.weight, base.bias, a, b)
-        return LinearMap(*tensors, scale, tuple(self.place(t) for t in tensors))  # type: ignore[arg-type]
-
-
-def active_adapter(module: nn.Module) -> str | None:
-    """Name of the LoRA adapter in force on a linear map; None for none."""
-    if not hasattr(module, "lora_A") or getattr(module, "disable_adapters", False) or getattr(module, "merged", False):
-        return None
-    names = [name for name in module.active_adapters if name in module.lora_A]  # type: ignore[union-attr, operator]
-    return names[0] if names else None
-
-
-def lora_dropout(module: nn.Module) -> nn.Dropout | None:
-    """The dropout of the LoRA adapter in force on a linear map; None for none."""
-    adapter = active_adapter(module)
-    dropout = None if adapter is None else module.lora_dropout[adapter]  # type: ignore[index]
-    return dropout if isinstance(dropout, nn.Dropout) else None
-
-
-def why_not_linear(module: nn.Module) -> str | None:
-    """Why a linear map cannot run in the fused engine; None when it can. Adapters are judged as they are now."""
-    base = module.base_layer if hasattr(module, "base_layer") else module
-    if type(base) is not nn.Linear:
-        return f"{type(base).__name__} is not a plain linear map"
-    if base._forward_hooks or base._forward_pre_hooks or module._forward_hooks or module._forward_pre_hooks:
-        return "hooks on a linear map"
-    if base is module:
-        return None
-    if not hasattr(module, "lora_A"):
-        return f"{type(module).__name__} is not LoRA"
-    if getattr(module, "disable_adapters", False) or getattr(module, "merged", False):
-        return None
-    names = [name for name in module.active_adapters if name in module.lora_A]  # type: ignore[union-attr, operator]
-    if len(names) > 1:
-        return "several active adapters"
-    if not names:
-        return None
-    if names[0] in getattr(module, "lora_variant", {}):
-        return "a LoRA variant such as DoRA"
-    if module.lora_B[names[0]].bias is not None:  # type: ignore[union-attr, index]
-        return "a LoRA adapter with bias"
-    if type(module.lora_dropout[names[0]]) not in (nn.Dropout, nn.Identity):  # type: ignore[index]
-        return "an unknown dropout in the LoRA adapter"
-    return None

@@ -23,7 +23,12 @@ def chunks(rows: int) -> Iterator[slice]:
 
 
 def run_mlp(
-    parts: LayerParts, middle_nM: Tensor, write: Callable[[slice, Tensor], None], *, keep: bool
+    parts: LayerParts,
+    middle_nM: Tensor,
+    write: Callable[[slice, Tensor], None],
+    *,
+    rows_n: Tensor | None,
+    keep: bool,
 ) -> dict[str, Tensor]:
     """Update of the MLP, handed to `write` chunk by chunk before the layer's multiplier.
 
@@ -31,6 +36,7 @@ def run_mlp(
         parts: the layer.
         middle_nM: (n, M) rows between attention and MLP.
         write: takes a slice of the rows and their update (rows, M).
+        rows_n: flat rows; None for the whole stream.
         keep: return the maps into the MLP, for backward.
 
     Returns:
@@ -39,24 +45,41 @@ def run_mlp(
     kept: dict[str, Tensor] = {}
     # What is kept exists whole anyway.
     for rows in (slice(0, len(middle_nM)),) if keep else chunks(len(middle_nM)):
-        wide = _wide(parts, middle_nM[rows])[0]
+        numbers = _numbers(parts, rows_n, rows, middle_nM)
+        wide = _wide(parts, middle_nM[rows], numbers)[0]
         act = gated_act(wide[0], wide[1] if parts.gated else None, parts.act)
         if keep:
             kept = dict(zip(("gate", "up"), wide, strict=False))
         del wide
-        write(rows, parts.down.forward(act, (0,))[0])
+        write(rows, parts.down.forward(act, (0,), numbers)[0])
     return kept
 
 
-def _wide(parts: LayerParts, middle_nM: Tensor) -> tuple[list[Tensor], Tensor, Tensor, Tensor | None]:
+def _numbers(parts: LayerParts, rows_n: Tensor | None, part: slice, like: Tensor) -> Tensor | None:
+    """Flat rows of a chunk, which dropout draws by; None where the chunk is the whole stream, or nothing drops."""
+    if not parts.drops:
+        return None
+    if rows_n is not None:
+        return rows_n[part]
+    return torch.arange(part.start, part.stop, device=like.device)
+
+
+def _wide(
+    parts: LayerParts, middle_nM: Tensor, rows_n: Tensor | None
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor | None]:
     """Maps into the MLP, and the normed rows, 1/rms and means that they were made from."""
     norm = parts.norms[1]
     normed, _, rstd, mean = norm_rows(middle_nM, norm.weight_M, bias_M=norm.bias_M, eps=norm.eps, kind=norm.kind)
-    return parts.gates.forward(normed, tuple(range(len(parts.gates.parts)))), normed, rstd, mean
+    return parts.gates.forward(normed, tuple(range(len(parts.gates.parts))), rows_n), normed, rstd, mean
 
 
 def mlp_backward(
-    parts: LayerParts, grad_nM: Tensor, middle_nM: Tensor, saved: dict[str, Tensor], gradients: Gradients
+    parts: LayerParts,
+    grad_nM: Tensor,
+    middle_nM: Tensor,
+    saved: dict[str, Tensor],
+    gradients: Gradients,
+    rows_n: Tensor | None,
 ) -> None:
     """Turns the gradient of the rows behind the MLP into that of the rows before it, in place.
 
@@ -66,32 +89,40 @@ def mlp_backward(
         middle_nM: (n, M) rows before it.
         saved: `gate` and `up` of `run_mlp`, or empty to compute them again. Their memory is used up.
         gradients: takes the tensors' gradients.
+        rows_n: flat rows; None for the whole stream.
     """
     for rows in chunks(len(middle_nM)):
-        _chunk_backward(parts, grad_nM[rows], middle_nM[rows], {k: v[rows] for k, v in saved.items()}, gradients)
+        wide = {k: v[rows] for k, v in saved.items()}
+        numbers = _numbers(parts, rows_n, rows, middle_nM)
+        _chunk_backward(parts, grad_nM[rows], middle_nM[rows], wide, gradients, numbers)
 
 
 def _chunk_backward(
-    parts: LayerParts, grad_nM: Tensor, middle_nM: Tensor, saved: dict[str, Tensor], gradients: Gradients
+    parts: LayerParts,
+    grad_nM: Tensor,
+    middle_nM: Tensor,
+    saved: dict[str, Tensor],
+    gradients: Gradients,
+    rows_n: Tensor | None,
 ) -> None:
     norm = parts.norms[1]
     if saved:
         wide = list(saved.values())
         normed, _, rstd, mean = norm_rows(middle_nM, norm.weight_M, bias_M=norm.bias_M, eps=norm.eps, kind=norm.kind)
     else:
-        wide, normed, rstd, mean = _wide(parts, middle_nM)
+        wide, normed, rstd, mean = _wide(parts, middle_nM, rows_n)
     update = grad_nM if parts.multiplier == 1.0 else grad_nM * parts.multiplier
     want_act = parts.down.needs_input(gradients)
-    grad_act = parts.down.backward(None, {0: update}, NOTHING)
+    grad_act = parts.down.backward(None, {0: update}, NOTHING, rows_N=rows_n)
     assert grad_act is not None
     # The gradients of gate and up take the memory of gate and up, the activation that of its own gradient.
     found = gated_act_backward(
         grad_act, wide[0], wide[1] if parts.gated else None, parts.act, want_act=want_act, reuse=True
     )
     if want_act or any(gradients.wants(p) for p in parts.down.maps[0].places):
-        parts.down.backward(found[2], {0: update}, gradients, want_input=False)
+        parts.down.backward(found[2], {0: update}, gradients, want_input=False, rows_N=rows_n)
     grads = {0: found[0]} if found[1] is None else {0: found[0], 1: found[1]}
-    grad_normed = parts.gates.backward(normed, grads, gradients)
+    grad_normed = parts.gates.backward(normed, grads, gradients, rows_N=rows_n)
     assert grad_normed is not None
     norm_backward(parts, 1, grad_normed, middle_nM, (rstd, mean), gradients, residual_nM=grad_nM, out_NM=grad_nM)
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lemo.families.family import LayerNames
-from lemo.runtime.fused.maps import LinearMap, MapGroup, TensorList, active_adapter, lora_dropout, why_not_linear
+from lemo.runtime.fused.maps import LinearMap, MapGroup
+from lemo.runtime.fused.modules import TensorList, active_adapter, lora_dropout, why_not_linear
 from lemo.runtime.model import in_force
 
 ACTIVATIONS = {
@@ -71,6 +72,11 @@ class LayerParts:
     tensors: tuple[Tensor, ...]
 
     @property
+    def drops(self) -> bool:
+        """Whether an adapter drops elements of its input."""
+        return any([item.dropout > 0 for group in self.groups for item in group.maps])
+
+    @property
     def groups(self) -> tuple[MapGroup, ...]:
         """All linear maps."""
         return self.inputs, self.output, self.gates, self.down
@@ -116,8 +122,6 @@ class LayerReader:
         self._paths = [slot for name in asked for slot in _path(layer, name)]
         self._found_paths = [keeper.get(key) for keeper, key in self._paths]
         self._factors = [slot for name in linear for slot in _factor_slots(self._modules[name])]
-        found = ((name, lora_dropout(self._modules[name])) for name in linear)
-        self._lora_dropouts = [(name, dropout) for name, dropout in found if dropout is not None]
         self._reason = self._why_never(linear)
         self._parts: LayerParts | None = None
         self._tensors: list[Slot] = []
@@ -157,9 +161,6 @@ class LayerReader:
             if norm.weight.dtype != weight.dtype:
                 return f"{name}: {norm.weight.dtype} beside {weight.dtype} maps"
         if layer.training:
-            for name, dropout in self._lora_dropouts:
-                if dropout.p > 0 and dropout.training:
-                    return f"{name}: dropout in the LoRA adapter"
             for name, owner, attribute in self._dropouts:
                 if getattr(owner, attribute) > 0:
                     return f"dropout is active ({name})"
@@ -260,10 +261,12 @@ def _factor_slots(module: nn.Module) -> list[Slot]:
 
 
 def _tensor_slots(module: nn.Module) -> list[Slot]:
-    """Where a map or norm keeps its tensors and its adapter's, and the adapter's scale."""
+    """Where a map or norm keeps its tensors and its adapter's, and the adapter's scale and dropout."""
     slots = _factor_slots(module)
     if slots:
         slots.append((module.scaling, str(active_adapter(module))))  # type: ignore[arg-type]
+        dropout = lora_dropout(module)
+        slots += [] if dropout is None else [(vars(dropout), "p"), (vars(dropout), "training")]
     base = _base(module)
     keepers = (base._parameters, base._buffers, vars(base))
     return slots + [(keeper, name) for name in ("weight", "bias") for keeper in keepers if name in keeper]
