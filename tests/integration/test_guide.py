@@ -15,7 +15,7 @@ from tests.train.test_chat import PLAIN, TALK
 from tests.train.tiny import byte_tokenizer, save_tiny_model, words
 
 # Order matters: later pages look at the runs of earlier ones.
-PAGES = ("recipes.md", "data.md", "looking.md", "merge.md")
+PAGES = ("recipes.md", "estimate.md", "data.md", "looking.md", "merge.md")
 SMALL = ["training.max_steps=2", "calibration.windows=2", "calibration.predictor_steps=3", "data.validation_windows=2"]
 
 
@@ -48,7 +48,7 @@ def test_the_commands_of_the_guide_work(tmp_path, monkeypatch):
             result = CliRunner().invoke(app, arguments)
             assert result.exit_code == 0, f"{page}: lemo {' '.join(arguments)}\n{result.output}"
             done += 1
-    assert done == sum(len(commands(f"guide/{page}")) for page in PAGES) == 10
+    assert done == sum(len(commands(f"guide/{page}")) for page in PAGES) == 16
     for page in ("samples.html", "kept.html", "report.html"):
         check_alone((tmp_path / page).read_text())
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").config.model_type == "llama"

@@ -120,7 +120,7 @@ def fit_setting(sizes: ModelSizes, setting: StepSetting, card: Card) -> Estimate
     for ratios in _ratios(setting):
         found = [e for e in (make_estimate(sizes, s, card) for s in _free_choices(ratios)) if e.fits]
         if found:
-            return min(found, key=lambda e: (e.time.total_s, e.needed_bytes))
+            return min(found, key=lambda e: e.time.total_s)  # of equals the first, which changes least
     return None
 
 

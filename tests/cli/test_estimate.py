@@ -1,0 +1,141 @@
+"""`lemo estimate`: what it prints, and that a step it promises is the step that runs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+from typer.testing import CliRunner
+
+from lemo.cli.main import app
+from lemo.errors import ConfigError
+from lemo.measure.card import CARDS, find_card
+from lemo.measure.estimate import changes, fit_setting, gain, longest_tokens, make_estimate, needed_bytes
+from lemo.measure.memory import GIB
+from lemo.measure.sizes import read_sizes
+from lemo.measure.step_memory import StepSetting, step_memory
+from lemo.train.forecast import window_shares
+from lemo.train.rehearsal import shape_config
+from tests.train.test_chat import PLAIN, TALK
+from tests.train.tiny import byte_tokenizer, save_tiny_model, words
+
+
+@pytest.fixture(scope="module")
+def sizes():
+    return read_sizes(shape_config("smollm2-135m", tokens=8192), rank=16)
+
+
+def run(*arguments) -> str:
+    result = CliRunner().invoke(app, ["estimate", *map(str, arguments)])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_parameters_are_counted_and_not_loaded(sizes):
+    """SmolLM2-135M has 134,515,008 parameters with tied embeddings; LoRA's follow from its maps."""
+    assert sizes.parameters == 134_515_008
+    per_layer = 16 * (576 * 2 + 2 * (576 + 192) + 576 * 2 + 3 * (576 + 1536))
+    assert sizes.adapter.parameters == 30 * per_layer
+    assert sizes.fused and sizes.defers_norm and sizes.wide_norm
+
+
+def test_memory_falls_with_recomputation_and_time_rises(sizes):
+    card = CARDS["h100"]
+    found = [make_estimate(sizes, StepSetting(32768, recompute=x), card) for x in ("none", "mlp", "lin", "layer")]
+    assert [e.peak_bytes for e in found] == sorted((e.peak_bytes for e in found), reverse=True)
+    assert [e.time.total_s for e in found] == sorted(e.time.total_s for e in found)
+    for e in found:
+        assert e.peak_bytes == pytest.approx(sum(e.parts_bytes.values()))
+
+
+def test_the_longest_length_fits_and_the_next_does_not(sizes):
+    card, setting = find_card("l4:4"), StepSetting(4096, recompute="lin")
+    longest = longest_tokens(sizes, setting, card)
+    assert longest > 0
+    assert needed_bytes(step_memory(sizes, replace(setting, tokens=longest))) <= card.memory_bytes
+    assert needed_bytes(step_memory(sizes, replace(setting, tokens=longest + 1024))) > card.memory_bytes
+
+
+def test_fit_keeps_the_ratios_where_it_can(sizes):
+    """Recomputation first; rows only when nothing else fits; None when not even that does."""
+    setting = StepSetting(32768, recompute="none", kv="all")
+    needed = {x: make_estimate(sizes, replace(setting, recompute=x), CARDS["l4"]).needed_bytes for x in ("mlp", "lin")}
+    card = find_card(f"l4:{1.001 * needed['mlp'] / GIB}")
+    found = fit_setting(sizes, setting, card)
+    assert found.fits and found.setting == replace(setting, recompute="mlp")
+    small = find_card(f"l4:{0.8 * make_estimate(sizes, replace(setting, recompute='layer'), card).needed_bytes / GIB}")
+    less = fit_setting(sizes, setting, small)
+    assert less is not None and less.fits and less.setting.kv == "kept"
+    assert fit_setting(sizes, setting, find_card("l4:0.9")) is None
+
+
+def test_changes_save_memory(sizes):
+    setting, card = StepSetting(65536, kv="all", forward_ratio=0.5), find_card("l4:6")
+    now = make_estimate(sizes, setting, card)
+    found = changes(sizes, setting, card)
+    assert not now.fits and {"sparsity.kv: kept", "data.window_tokens: 32768"} <= {c.text for c in found}
+    assert all(c.estimate.peak_bytes < now.peak_bytes for c in found)
+
+
+def test_a_step_without_skipping_gains_nothing(sizes):
+    dense = StepSetting(8192, forward_ratio=1.0, backward_ratio=1.0)
+    assert gain(sizes, dense, CARDS["h100"]) == 1.0
+    assert gain(sizes, StepSetting(8192, loss_share=1.0), CARDS["h100"]) == 1.0
+    assert gain(sizes, StepSetting(131072, loss_share=0.2, backward_ratio=0.3, forward_ratio=0.3), CARDS["h100"]) > 2
+
+
+def test_shares_of_a_window():
+    """Row t carries loss when token t + 1 is learned: rows 3 to 5 of 8 lie in both blocks of 4, rows 5 and 6 in one."""
+    assert window_shares([-100] * 4 + [7, 7, 7, -100], 4) == (8, 3 / 8, 1.0)
+    assert window_shares([-100] * 6 + [7, 7], 4) == (8, 2 / 8, 0.5)
+
+
+def test_bad_cards_are_refused():
+    for name in ("h300", "h100:", "h100:-3", "h100:many"):
+        with pytest.raises(ConfigError):
+            find_card(name)
+    assert find_card("H100:40").memory_bytes == 40 * GIB
+
+
+def test_a_known_shape_as_text_and_json():
+    text = run("llama3-8b", "data.window_tokens=131072", "--card", "rtx-4090")
+    assert "does not fit rtx-4090" in text and "data.window_tokens: 65536" in text
+    found = json.loads(run("llama3-8b", "data.window_tokens=131072", "--card", "h200", "--fit", "--json"))
+    assert found["estimate"]["fits"] and found["fit"]["fits"]
+    # 8.03 billion parameters of two bytes.
+    assert found["estimate"]["parts_bytes"]["weights"] == pytest.approx(16.06e9, rel=1e-3)
+    assert found["estimate"]["setting"]["kv"] == "all"  # four query heads share a key head
+    assert found["longest_tokens"] >= 131072
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    save_tiny_model(tmp_path / "model", layers=3, max_position_embeddings=512)
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = PLAIN
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "book.txt").write_text(words(2000))
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps({"messages": TALK}) + "\n" for _ in range(12)))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("data", ["book.txt", "chat.jsonl"])
+def test_a_recipe_its_data_and_a_real_step(folder, data):
+    """The drafted recipe is estimated without change; its windows are counted; the step runs here."""
+    assert CliRunner().invoke(app, ["init", "model", data, "--out", "r.yaml", "--machine", "cpu"]).exit_code == 0
+    (folder / "model" / "model.safetensors").rename(folder / "weights")  # nothing but configuration is read
+    found = json.loads(run("r.yaml", "--data", "--probe", "--json", "--card", "l4"))
+    gains = found["data"]
+    assert gains["windows"] > 0 and 0 <= gains["gaining"] <= 1 and 0 < gains["gain"] <= gains["best"]
+    assert found["probe"]["source"] == "resident" and found["probe"]["seconds"] > 0
+    if data == "chat.jsonl":
+        assert any("--data counts them" in note for note in found["notes"])
+        assert 0 < gains["supervised_share"] < 1
+
+
+def test_a_preset_beside_a_recipe_is_refused(folder):
+    CliRunner().invoke(app, ["init", "model", "book.txt", "--out", "r.yaml", "--machine", "cpu"])
+    result = CliRunner().invoke(app, ["estimate", "r.yaml", "--preset", "fast"])
+    assert result.exit_code == 2 and "--preset" in result.output
