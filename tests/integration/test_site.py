@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import http.server
+import json
 import re
+import shlex
+import shutil
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -14,7 +20,9 @@ import lemo
 import lemo.ops
 from docs.generate import PAGES as REFERENCE
 from tests.integration.pages import DOCS, blocks
-from tests.train.tiny import tiny_llama
+from tests.integration.test_guide import SMALL
+from tests.report.test_browser import BROWSER
+from tests.train.tiny import save_tiny_model, tiny_llama, words
 
 ROOT = DOCS.parent
 PAGES = sorted(str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md"))
@@ -22,6 +30,7 @@ PAGES = sorted(str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md"))
 RUN_BY = {
     "first-run.md": "tests/integration/test_first_run.py",
     "guide/data.md": "tests/integration/test_guide.py",
+    "guide/estimate.md": "tests/integration/test_guide.py",
     "guide/looking.md": "tests/integration/test_guide.py",
     "guide/merge.md": "tests/integration/test_guide.py",
     "guide/recipes.md": "tests/integration/test_guide.py",
@@ -141,15 +150,100 @@ def test_numbers_of_the_figure_of_saved_activations():
         assert value <= found[name] <= value + 0.08, (name, found[name])
 
 
-def test_the_site_builds_without_warnings_and_asks_nobody(tmp_path):
+def build(folder):
     pytest.importorskip("mkdocs", reason="the site is built where mkdocs is installed: pip install -e '.[docs]'")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    pages = list(tmp_path.rglob("*.html"))
+    return sorted(folder.rglob("*.html"))
+
+
+def test_the_site_builds_without_warnings_and_asks_nobody(tmp_path):
+    pages = build(tmp_path)
     assert len(pages) >= len(PAGES)
     for page in pages:
         # A reader's link may lead elsewhere; what the page loads may not.
         loaded = re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="(https?:[^"]+)"', page.read_text())
         assert not loaded, (page, loaded)
     assert not list(tmp_path.rglob("*.py"))
+
+
+# Text and paper as drawn, figures that did not load, and whether the page is wider than the window.
+PROBE = """<script>
+const light = c => { const [r, g, b] = c.match(/[\\d.]+/g).map(v => { v /= 255;
+  return v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4; }); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+addEventListener('load', () => {
+  const paper = light(getComputedStyle(document.body).backgroundColor);
+  const inks = [...document.querySelectorAll('[role=main] :is(p, h1, h2, h3, li, a:not(.headerlink))')]
+    .map(e => light(getComputedStyle(e).color));
+  const contrast = inks.map(ink => (Math.max(ink, paper) + .05) / (Math.min(ink, paper) + .05));
+  const out = document.createElement('output');
+  out.textContent = JSON.stringify({ worst: Math.min(...contrast), paper,
+    wide: document.documentElement.scrollWidth > innerWidth,
+    broken: [...document.images].filter(i => !i.naturalWidth).length });
+  document.body.append(out);
+});
+</script>"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_pages_are_drawn_and_readable(tmp_path, dark):
+    """In a real browser, on a wide and a narrow window, from a server on this machine."""
+    site = tmp_path / "site"
+    names = [str(page.parent.relative_to(site)) for page in build(site) if page.name == "index.html"]
+    for page in site.rglob("*.html"):
+        page.write_text(page.read_text() + PROBE)
+    handler = functools.partial(Quiet, directory=str(site))
+    with http.server.ThreadingHTTPServer(("localhost", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for number, name in enumerate(names):
+            width = (1200, 500)[number % 2]
+            options = ["--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900", "--dump-dom"]
+            options += ["--enable-logging=stderr", "--virtual-time-budget=3000", f"--user-data-dir={tmp_path / 'user'}"]
+            options += [f"--blink-settings=preferredColorScheme={0 if dark else 1}"]
+            address = f"http:{'//'}localhost:{server.server_address[1]}/{name}/"
+            command = [BROWSER, *options, address]
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+            said = [line for line in done.stderr.splitlines() if "CONSOLE" in line and "Lunr" not in line]
+            (answer,) = re.findall(r"<output>(.*?)</output>", done.stdout)
+            seen = json.loads(answer)
+            assert not said and not seen["wide"] and not seen["broken"], (name, seen, said)
+            assert seen["worst"] > 4 and (seen["paper"] < 0.1) == dark, (name, seen)
+        server.shutdown()
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *arguments):
+        """Says nothing."""
+
+
+# The README's commands need the demo's text and model; a tiny model and other text take their place.
+DEMO = ["model.path=model", "model.gguf_file=null", "data.window_tokens=256", "sparsity.block_size=16"]
+
+
+def test_the_commands_of_the_readme_work(tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+
+    from lemo.cli.main import app
+
+    monkeypatch.chdir(tmp_path)
+    save_tiny_model(tmp_path / "model", layers=3, max_position_embeddings=512)
+    shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
+    for split in ("train", "validation"):
+        (tmp_path / "demo-output" / "text" / split).mkdir(parents=True)
+        (tmp_path / "demo-output" / "text" / split / "topics.txt").write_text(words(600))
+    lines = [line for block in blocks("../README.md", "sh") for line in block.splitlines()]
+    ran = []
+    for name, *arguments in (shlex.split(line, comments=True) for line in lines):
+        if name in ("make", "pip"):  # what they do is tried in a fresh clone, benchmarks/fresh_clone.py
+            continue
+        assert name == "lemo", name
+        more = [*DEMO, *SMALL] if arguments[-1] == "recipes/demo.yaml" or arguments[0] == "train" else []
+        result = CliRunner().invoke(app, [*arguments, *more])
+        # A recipe alone has no plan to look at; the run that it made has.
+        refused = arguments == ["inspect", "recipes/demo.yaml"]
+        assert result.exit_code == (2 if refused else 0), f"lemo {' '.join(arguments)}\n{result.output}"
+        ran.append(arguments[0])
+    assert {"train", "calibrate", "eval", "inspect", "doctor"} <= set(ran)
