@@ -27,9 +27,9 @@ import torch
 import lemo
 from benchmarks.quality_compare import write_comparisons
 from benchmarks.quality_grids import GRIDS, START_SECONDS, WINDOWS, Cell, predicted_seconds
-from benchmarks.quality_methods import describe, sequence_flops
+from benchmarks.quality_methods import Method, describe, sequence_flops
 from benchmarks.quality_study import DOMAINS, Protocol, QualityStudy
-from benchmarks.quality_train import in_force, train
+from benchmarks.quality_train import in_force, recalls, train
 from lemo.core.plan import Plan
 from lemo.measure.flops import DecoderShape
 from lemo.measure.record import Record, read_records
@@ -137,23 +137,25 @@ class Grid:
         # Where a rival has its own way to skip, the plan only tells it what it needs.
         attached = plan if plan is not None and method.rival is None else dense_plan(model)
         with lemo.attach(model, attached, self_test=False, unsafe_no_bypass=True) as handle:
-            recalls = {"recall_start": self.study.recall(method, plan)}
+            found = {"recall_start": recalls(self.study, method, plan)}
             with in_force(model, method, plan):
                 trained = train(self.study, method, cell.seed, setting, handle)
-            recalls["recall_end"] = self.study.recall(method, None if plan is None else handle.plan)
+            found["recall_end"] = recalls(self.study, method, None if plan is None else handle.plan)
             score = self.study.score(model, method, handle)
             for note in handle.notes:
                 print(f"note: {note}", flush=True)
         setting |= {"window_order": score.order}
         if self.protocol.data == "text":
-            flops = sequence_flops(method, self.shape, self.protocol.window, self.protocol.rank)
+            flops = sequence_flops(
+                at_kept(method, trained.shares), self.shape, self.protocol.window, self.protocol.rank
+            )
             setting |= {"flops": flops * setting["steps"] * self.protocol.batch}
         for name, values in score.windows.items():
             self.write(cell, setting, name, "nats", values, "mean")
-        for name, found in recalls.items():
-            if found:
-                order = {**setting, "window_order": list(found)}
-                self.write(cell, order, name, "share", list(found.values()), "mean")
+        for name, by_domain_now in found.items():
+            if by_domain_now:
+                order = {**setting, "window_order": list(by_domain_now)}
+                self.write(cell, order, name, "share", list(by_domain_now.values()), "mean")
         if trained.losses:
             self.write(cell, setting, "training_loss", "nats", trained.losses, "last")
             rates = [self.protocol.batch * self.protocol.window / s for s in trained.seconds]
@@ -179,6 +181,15 @@ class Grid:
         self.records.append(record)
         if what in ("dense", "last_quarter", "sparse"):
             print(f"{cell.title} {what}: {record.value:.4f} {by_domain(record)}", flush=True)
+
+
+def at_kept(method: Method, shares: Sequence[tuple[float, float]]) -> Method:
+    """The method with the share of rows that its threshold kept, mean over layers that skip, for its FLOPs."""
+    if method.plan is None or method.plan.threshold is None or not shares:
+        return method
+    skipping = [forward for forward, _ in shares if forward < 1] or [1.0]
+    share = fmean(skipping)
+    return replace(method, plan=replace(method.plan, forward_ratio=share, backward_ratio=share))
 
 
 def by_domain(record: Record) -> str:

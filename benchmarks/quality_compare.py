@@ -17,9 +17,11 @@ from typing import Any
 from benchmarks.quality_grids import STEPS
 from benchmarks.quality_methods import METHODS, gain_at_64k
 from lemo.measure.record import Record, read_records
+from lemo.measure.statistics import value_of
 
 SCRIPT = "benchmarks/quality.py"
 VOID_BELOW_NATS = 0.2
+CLEAR_ERRORS = 5.0
 _PROTOCOL = ("data", "domains", "window", "batch", "rank", "dtype", "model", "validation_windows")
 
 
@@ -37,6 +39,7 @@ class Comparison:
         pooled: pairs are (seed, domain) instead of one Record a domain.
         equal_flops: the candidate's steps followed from the baseline's FLOPs.
         unit: of the value.
+        best: a third method, for the share of its advantage; void where that is below five standard errors.
     """
 
     bar: str | None
@@ -48,6 +51,7 @@ class Comparison:
     pooled: bool = False
     equal_flops: bool = False
     unit: str = "nats"
+    best: str | None = None
 
 
 COMPARISONS = (
@@ -62,6 +66,25 @@ COMPARISONS = (
     Comparison("B.over_random_nats", "balanced", "random", statistic="gain_less_error", pooled=True),
     Comparison(
         "B.over_random_se", "balanced", "random", statistic="gain_in_errors", pooled=True, unit="standard errors"
+    ),
+    Comparison(
+        "B.oracle_share",
+        "balanced",
+        "random",
+        statistic="share_of_best_less_error",
+        pooled=True,
+        unit="share",
+        best="oracle_mass",
+    ),
+    Comparison(
+        "B.recall_drift",
+        "balanced",
+        "balanced",
+        "recall_end",
+        "kept_less_error",
+        baseline_metric="recall_start",
+        pooled=True,
+        unit="share",
     ),
     Comparison("B.sparse_gap", "balanced", "balanced", "sparse", baseline_metric="loss_rows"),
     Comparison("B.instruct_gap", "instruct_skip", "instruct_dense"),
@@ -152,6 +175,9 @@ def write_comparisons(path: Path) -> int:
     for protocol in cells.protocols():
         for item in COMPARISONS:
             for label, steps, pairs in pairs_of(cells, item, protocol):
+                if item.best is not None:
+                    _compare_share(item, protocol, (label, steps, pairs), cells, path, known)
+                    continue
                 _compare(item, protocol, (label, steps, pairs), cells, path, known)
     _write_gains(cells, path, known)
     return 0
@@ -177,7 +203,8 @@ def _compare(
         gap = fmean(candidate) - fmean(baseline)
         name = f"quality/{item.method}/gap/{item.baseline}/{item.metric}" + (f"/{domain}" if domain else "")
         note = f" (void: dense gains {void[domain]:.2f} nats)" if domain in void else ""
-        print(f"{name}, {label}: {gap:+.4f} nats over {len(pairs)} seeds{note}", flush=True)
+        unit = "nats" if item.unit == "standard errors" else item.unit
+        print(f"{name}, {label}: {gap:+.4f} {unit} over {len(pairs)} seeds{note}", flush=True)
         if len(pairs) < 2:
             continue
         published = steps == STEPS and domain not in void and protocol["window"] == 16384
@@ -189,6 +216,43 @@ def _compare(
         setting["seeds"] = [b.seeds[0] for b, _ in pairs]
         samples = {"baseline": baseline, "lemo": candidate}
         _append(path, known, name, item.unit, samples, setting, bar, [r for p in pairs for r in p])
+
+
+def _compare_share(
+    item: Comparison,
+    protocol: dict[str, Any],
+    group: tuple[str, int, list[tuple[Record, Record]]],
+    cells: Cells,
+    path: Path,
+    known: set,
+) -> None:
+    """How much of the best method's advantage over the baseline the candidate has: one Record of all (seed, domain)."""
+    label, steps, pairs = group
+    rate = pairs[0][1].setting["learning_rate"]
+    wanted = {"flops_steps": None, "asked_steps": steps, "learning_rate": rate}
+    bests = {r.seeds: r for r in cells.of(str(item.best), item.metric, protocol, **wanted)}
+    threes = [(b, c, bests[b.seeds]) for b, c in pairs if b.seeds in bests]
+    if not threes:
+        return
+    domains = list(domain_means(threes[0][0]))
+    lists = [[domain_means(three[i])[d] for d in domains for three in threes] for i in range(3)]
+    samples = dict(zip(("baseline", "lemo", "best"), lists, strict=True))
+    if len(lists[0]) < 2:
+        return
+    clear = value_of({"baseline": lists[0], "lemo": lists[2]}, "gain_in_errors")
+    share = value_of(samples, item.statistic)
+    name = f"quality/{item.method}/share/{item.best}/{item.metric}"
+    note = "" if clear >= CLEAR_ERRORS else f" (void: {item.best} is {clear:.1f} standard errors better)"
+    print(f"{name}, {label}: {share:.3f} over {len(threes)} seeds{note}", flush=True)
+    if len(threes) < 2:
+        return
+    published = steps == STEPS and clear >= CLEAR_ERRORS and protocol["window"] == 16384
+    setting = {**protocol, "steps": steps, "learning_rate": rate, "method": item.method, "baseline": item.baseline}
+    setting |= {"best": item.best, "metric": item.metric, "statistic": item.statistic, "advantage_in_errors": clear}
+    setting |= {"cells": sorted({r.setting["cell"] for three in threes for r in three})}
+    setting["seeds"] = [three[0].seeds[0] for three in threes]
+    bar = item.bar if published else None
+    _append(path, known, name, item.unit, samples, setting, bar, [r for three in threes for r in three])
 
 
 def _write_gains(cells: Cells, path: Path, known: set) -> None:

@@ -15,6 +15,7 @@ from benchmarks.quality_methods import (
     PRESETS,
     RIVALS,
     TARGETS,
+    THRESHOLDS,
     Method,
     equal_steps,
     sequence_flops,
@@ -92,6 +93,7 @@ def _sweep(steps: int) -> list[Cell]:
 
 
 _MAIN = ["dense_all", "dense_rows", "balanced", "random"]
+_PLACED = ["random_weighted", "spread_weighted", "hardest", "hardest_weighted"]
 GRIDS: dict[str, list[Cell]] = {
     "pilot": [*_sweep(100), *_cells(["before", "balanced", "random", "dense_rows"], [0], 100)],
     "sweep": _sweep(STEPS),
@@ -111,6 +113,9 @@ GRIDS: dict[str, list[Cell]] = {
     "targets": _cells(["balanced", "random", *TARGETS], range(2), 100),
     "predictors": _cells(["balanced", "random", "interaction", *PREDICTED], range(2), 100),
     "oracle": _cells(["oracle_mass"], range(5)),
+    "break_point": _cells(["dense_rows_10", *THRESHOLDS], range(2), 100),
+    "loss_rows": _cells(["balanced", "spread", *_PLACED], range(2), 100),
+    "refit": _cells(["balanced", "refit_10", "refit_50"], range(3)),
     "long": _cells([*_MAIN[:1], *_MAIN[2:]], range(3)),
     "instruct": [
         *(Cell("instruct_dense", 0, STEPS, rate) for rate in RATES),

@@ -23,6 +23,8 @@ class PlanSpec:
         fitted_scorer: what ranks blocks while bypass and predictors are fitted.
         oracle: name of a target of `benchmarks.rivals.oracle` that ranks blocks by looking, instead of a predictor.
         strip_bypass: rows that skip a layer pass it unchanged.
+        threshold: one for all layers, in standard deviations of the target's logarithm; blocks that score less are
+            skipped, whatever the ratios, at which the bypass was fitted.
     """
 
     forward_ratio: float = 0.3
@@ -38,6 +40,7 @@ class PlanSpec:
     fitted_scorer: str = "predictor"
     oracle: str | None = None
     strip_bypass: bool = False
+    threshold: float | None = None
 
     @property
     def needs_fit(self) -> bool:
@@ -111,6 +114,8 @@ class Method:
         for name, default in (("reweight", False), ("refit_every", None)):
             if found[name] == default:
                 del found[name]
+        if self.plan is not None and self.plan.threshold is None:
+            del found["plan"]["threshold"]
         return found
 
 
@@ -233,6 +238,10 @@ PREDICTED = {
     f"predict_{name}": lemo(f"predictors of {name.replace('_', ' ')}", target=name)
     for name in ("mass_loss_rows", "mass_detrended", "mass_times_value", "mass_peak")
 }
+THRESHOLDS = {
+    f"threshold_{t:+.1f}": lemo(f"blocks above {t:+.1f} standard deviations", 0.1, threshold=t)
+    for t in (-1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
+}
 _CONTEXT = {"loss_share": ANSWER_SHARE, **_both(0.2)}
 INSTRUCT = {
     "instruct_before": Method("before any training"),
@@ -243,7 +252,16 @@ INSTRUCT = {
     "instruct_exact": lemo("exact forward, gradient through 20 %", ANSWER_SHARE, forward_ratio=1.0, backward_ratio=0.2),
     "instruct_random": lemo("20 % of rows, answers included, random", scorer="random", **_CONTEXT),
 }
-METHODS: dict[str, Method] = {**NULLS, **PRESETS, **RIVALS, **ABLATIONS, **TARGETS, **PREDICTED, **INSTRUCT}
+METHODS: dict[str, Method] = {
+    **NULLS,
+    **PRESETS,
+    **RIVALS,
+    **ABLATIONS,
+    **TARGETS,
+    **PREDICTED,
+    **THRESHOLDS,
+    **INSTRUCT,
+}
 
 
 def at_least(spec: PlanSpec, share: float) -> PlanSpec:
@@ -331,9 +349,9 @@ def equal_steps(method: Method, other: Method, steps: int, shape: DecoderShape, 
 def gain_at_64k(method: Method, recompute: str = "lin") -> dict[str, float]:
     """Ideal gain over dense + recompute with loss on all rows at 64K, for the two shapes that bars name.
 
-    Empty for methods of others, for ramps, and for dense ones.
+    Empty for methods of others, for ramps, for thresholds, whose ratios follow from the data, and for dense ones.
     """
-    if method.plan is None or not method.forced or method.ramp is not None:
+    if method.plan is None or not method.forced or method.ramp is not None or method.plan.threshold is not None:
         return {}
     work = sparse_work(at_least(method.plan, method.loss_share), 16, recompute)
     shapes = {"llama-3-8b": LLAMA_3_8B, "llama-2-7b": LLAMA_2_7B}

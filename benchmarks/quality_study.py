@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,6 @@ from torch import Tensor
 
 import lemo
 from benchmarks.quality_methods import Method, PlanSpec
-from lemo.calibrate.collect import Window
-from lemo.calibrate.refit import predictor_recall
 from lemo.config import CalibrationConfig, DataConfig, LoraConfig, ModelConfig
 from lemo.core.plan import Plan
 from lemo.errors import DataError
@@ -40,6 +38,7 @@ from lemo.train.model import load_model
 DOMAINS = ("books", "code", "math", "legal", "instruct")
 RATES = (3e-4, 1e-3, 3e-3)
 # The name that the first cells gave to a target; it is part of their hash.
+MOST_KEPT = 0.99  # share of rows that a threshold may keep: below 1, or the layer would be dense
 ORACLE_TARGETS = {"mass": "attention_mass"}
 METRICS = ("dense", "last_quarter", "loss_rows", "sparse")
 
@@ -234,6 +233,11 @@ class QualityStudy:
                 if not layer.is_dense:
                     bypass = None if spec.strip_bypass else fitted.layers[i].bypass
                     plan = plan.replace_layer(i, predictor=fitted.layers[i].predictor, bypass=bypass)
+                    if spec.threshold is not None:
+                        ratios = dict.fromkeys(("forward_ratio", "backward_ratio"), MOST_KEPT)
+                        plan = plan.replace_layer(i, threshold=spec.threshold, **ratios)
+            if spec.threshold is not None:
+                plan = replace(plan, policy="threshold")
         if spec.oracle is not None:
             from benchmarks.rivals.oracle import with_oracle
 
@@ -306,24 +310,6 @@ class QualityStudy:
                     made.append((domain, everything([sample]), supervised))
             self._validation[key] = made
         return self._validation[key]
-
-    def recall(self, method: Method, plan: Plan | None) -> dict[str, float]:
-        """Recall of the plan's predictors under the model as it is, on one validation window of each domain.
-
-        Empty for methods that rank blocks otherwise.
-        """
-        spec = method.plan
-        if plan is None or spec is None or spec.scorer != "predictor" or spec.oracle or method.rival:
-            return {}
-        config = CalibrationConfig(target=spec.target)  # type: ignore[arg-type]
-        found: dict[str, float] = {}
-        for domain, batch, drawn_1T in self.validation(method):
-            if domain not in found:
-                parts = (batch["input_ids"], drawn_1T, batch.get("attention_mask"), batch.get("position_ids"))
-                layers = predictor_recall(self.model(), plan, [Window(*parts, domain, True)], config)
-                if layers:
-                    found[domain] = sum(layers.values()) / len(layers)
-        return found
 
     @torch.no_grad()
     def score(self, model: Any, method: Method, handle: Handle) -> Score:

@@ -15,7 +15,8 @@ from torch import Tensor
 from benchmarks.quality_methods import Method
 from benchmarks.quality_study import QualityStudy
 from lemo.calibrate.collect import Window
-from lemo.calibrate.refit import refit_bypass
+from lemo.calibrate.refit import predictor_recall, refit_bypass
+from lemo.config import CalibrationConfig
 from lemo.core.plan import LayerPlan, Plan
 from lemo.measure.memory import track_peak
 from lemo.runtime.attach import Handle
@@ -92,6 +93,25 @@ def _window(batch: Mapping[str, Tensor]) -> Window:
     assert supervised is not None
     masks = [batch[name][:1] if name in batch else None for name in ("attention_mask", "position_ids")]
     return Window(batch["input_ids"][:1], supervised[:1], masks[0], masks[1], "train", False)
+
+
+def recalls(study: QualityStudy, method: Method, plan: Plan | None) -> dict[str, float]:
+    """Recall of the plan's predictors under the model as it is, on one validation window of each domain.
+
+    Empty for methods that rank blocks otherwise.
+    """
+    spec = method.plan
+    if plan is None or spec is None or spec.scorer != "predictor" or spec.oracle or method.rival:
+        return {}
+    config = CalibrationConfig(target=spec.target)  # type: ignore[arg-type]
+    found: dict[str, float] = {}
+    for domain, batch, drawn_1T in study.validation(method):
+        if domain not in found:
+            parts = (batch["input_ids"], drawn_1T, batch.get("attention_mask"), batch.get("position_ids"))
+            layers = predictor_recall(study.model(), plan, [Window(*parts, domain, True)], config)
+            if layers:
+                found[domain] = sum(layers.values()) / len(layers)
+    return found
 
 
 def at_progress(plan: Plan, progress: float) -> Plan:

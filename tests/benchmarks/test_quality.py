@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +94,10 @@ def test_a_grid_needs_a_swept_rate(inputs: Path, tmp_path: Path, capsys):
         "tokentune",
         "dense_at_end",
         "oracle_mass",
+        "hardest_weighted",
+        "refit_10",
+        "threshold_+0.5",
+        "predict_mass_loss_rows",
     ],
 )
 def test_methods_train_and_leave_no_trace(inputs: Path, tmp_path: Path, monkeypatch, method: str):
@@ -102,7 +107,15 @@ def test_methods_train_and_leave_no_trace(inputs: Path, tmp_path: Path, monkeypa
     model = grid.study.model()
     ids = torch.randint(0, 64, (1, 96))
     before = model.eval()(ids).logits
+    if method == "refit_10":
+        monkeypatch.setitem(METHODS, method, replace(METHODS[method], refit_every=1))
     assert grid.run() == 0
+    recalls = {r.name: r for r in grid.records if "/recall_" in r.name}
+    assert bool(recalls) == (METHODS[method].plan is not None and METHODS[method].plan.scorer == "predictor") or (
+        method in ("oracle_mass", "plain", "fixed_rule")
+    )
+    for record in recalls.values():
+        assert list(domain_means(record)) == ["books", "code"] and 0 <= record.value <= 1
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     assert all(p.isfinite().all() for p in named.values())
     assert any(p.abs().sum() > 0 for n, p in named.items() if "lora_B" in n), "something was learned"

@@ -64,6 +64,30 @@ def test_bars_are_a_mean_with_its_error_over_seeds(records: Path, capsys):
     assert len(read_records(records)) == count, "a comparison of the same cells is written once"
 
 
+def test_shares_of_the_oracle_and_of_recall(records: Path, capsys):
+    for seed in range(3):
+        dense = [2.0 + 0.01 * seed, 2.2 + 0.01 * seed, 2.0, 2.0]
+        _cell(records, "oracle_mass", seed, [x + 0.002 * (seed + 1) / 2 for x in dense])
+        _cell(records, "balanced", seed, [0.5, 0.6, 0.4, 0.4], "recall_start")
+        _cell(records, "balanced", seed, [0.475, 0.57, 0.38, 0.38], "recall_end")
+    write_comparisons(records)
+    found = {r.bar: r for r in read_records(records) if r.bar}
+    assert found["B.recall_drift"].value == pytest.approx(0.95)
+    share = found["B.oracle_share"]
+    gained, possible = 0.03 - 0.007, 0.03 - 0.002
+    assert gained / possible - 0.02 < share.value < gained / possible, "less its error"
+    assert len(share.samples["best"]) == 6 and share.setting["advantage_in_errors"] > 5
+    assert check_bars.main([str(records)]) == 0
+    for seed in range(3):
+        dense = [2.0 + 0.01 * seed, 2.2 + 0.01 * seed, 2.0, 2.0]
+        _cell(records, "oracle_mass", seed, [x + 0.03 - 0.01 * (seed % 2) for x in dense], asked=100)
+        _cell(records, "balanced", seed, [x + 0.02 for x in dense], asked=100)
+        _cell(records, "random", seed, [x + 0.03 + 0.001 * seed for x in dense], asked=100)
+    capsys.readouterr()
+    write_comparisons(records)
+    assert "standard errors better" in capsys.readouterr().out, "an oracle that hardly wins is no yardstick"
+
+
 def test_one_seed_is_no_bar(tmp_path: Path):
     path = tmp_path / "r.jsonl"
     for method in ("dense_rows", "balanced"):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from lemo.errors import DataError
 
-BASELINE, CANDIDATE = "baseline", "lemo"
+BASELINE, CANDIDATE, BEST = "baseline", "lemo", "best"
 
 _ONE_LIST: dict[str, Callable[[Sequence[float]], float]] = {
     "mean": statistics.fmean,
@@ -37,10 +37,19 @@ _TWO_LISTS: dict[str, Callable[[Sequence[float], Sequence[float]], float]] = {
     "gap_plus_error": lambda baseline, lemo: _mean_difference(baseline, lemo) + paired_standard_error(baseline, lemo),
     "gain_less_error": lambda baseline, lemo: _mean_difference(lemo, baseline) - paired_standard_error(baseline, lemo),
     "gain_in_errors": lambda baseline, lemo: _mean_difference(lemo, baseline) / paired_standard_error(baseline, lemo),
+    # What the candidate keeps of the baseline, by pairs, one standard error to the unfavourable side.
+    "kept_less_error": lambda baseline, lemo: _kept_less_error(baseline, lemo),
 }
 
-STATISTICS = (*_ONE_LIST, *_TWO_LISTS)
-COMPARATIVE = tuple(_TWO_LISTS)
+# baseline, lemo, best -> value
+_THREE_LISTS: dict[str, Callable[[Sequence[float], Sequence[float], Sequence[float]], float]] = {
+    # How much of what the best gains over the baseline the candidate gains, less one standard error (jackknife by sets
+    # of three).
+    "share_of_best_less_error": lambda baseline, lemo, best: _share_less_error(baseline, lemo, best),
+}
+
+STATISTICS = (*_ONE_LIST, *_TWO_LISTS, *_THREE_LISTS)
+COMPARATIVE = (*_TWO_LISTS, *_THREE_LISTS)
 
 Samples = Sequence[float] | Mapping[str, Sequence[float]]
 
@@ -49,8 +58,8 @@ def value_of(samples: Samples, statistic: str) -> float:
     """The value that a named statistic takes on raw samples.
 
     Args:
-        samples: one list of numbers, or for comparative statistics a mapping with the lists `baseline` and `lemo`
-            (further lists are allowed and ignored).
+        samples: one list of numbers, or for comparative statistics a mapping with the lists `baseline` and `lemo`, for
+            some also `best` (further lists are allowed and ignored).
         statistic: a name of STATISTICS.
 
     Raises:
@@ -62,12 +71,14 @@ def value_of(samples: Samples, statistic: str) -> float:
         if not samples:
             raise DataError("no samples")
         return float(_ONE_LIST[statistic](samples))
-    if statistic not in _TWO_LISTS:
+    if statistic not in COMPARATIVE:
         raise DataError(f"unknown statistic {statistic!r}; known are {', '.join(STATISTICS)}")
-    if not isinstance(samples, Mapping) or not samples.get(BASELINE) or not samples.get(CANDIDATE):
-        raise DataError(f"statistic {statistic!r} needs the samples of {BASELINE!r} and of {CANDIDATE!r}")
+    names = (BASELINE, CANDIDATE) if statistic in _TWO_LISTS else (BASELINE, CANDIDATE, BEST)
+    if not isinstance(samples, Mapping) or not all(samples.get(name) for name in names):
+        raise DataError(f"statistic {statistic!r} needs the samples of {' and of '.join(map(repr, names))}")
+    function: Callable[..., float] = _TWO_LISTS.get(statistic) or _THREE_LISTS[statistic]
     try:
-        return float(_TWO_LISTS[statistic](samples[BASELINE], samples[CANDIDATE]))
+        return float(function(*(samples[name] for name in names)))
     except ZeroDivisionError:
         raise DataError(f"statistic {statistic!r} divides by zero") from None
 
@@ -87,3 +98,21 @@ def paired_standard_error(baseline: Sequence[float], candidate: Sequence[float])
 def _mean_difference(first: Sequence[float], second: Sequence[float]) -> float:
     """Mean of second minus mean of first."""
     return statistics.fmean(second) - statistics.fmean(first)
+
+
+def _kept_less_error(baseline: Sequence[float], candidate: Sequence[float]) -> float:
+    """Mean of candidate over baseline, pair by pair, less its standard error."""
+    ratios = [c / b for b, c in zip(baseline, candidate, strict=True)]
+    return statistics.fmean(ratios) - paired_standard_error([0.0] * len(ratios), ratios)
+
+
+def _share_less_error(baseline: Sequence[float], candidate: Sequence[float], best: Sequence[float]) -> float:
+    """(baseline - candidate) / (baseline - best), of means, less the jackknife's standard error."""
+    if not len(baseline) == len(candidate) == len(best) >= 2:
+        raise DataError(f"needs two or more sets of three, got {len(baseline)}, {len(candidate)} and {len(best)}")
+    gained = [b - c for b, c in zip(baseline, candidate, strict=True)]
+    possible = [b - o for b, o in zip(baseline, best, strict=True)]
+    total, most, count = sum(gained), sum(possible), len(gained)
+    left_out = [(total - g) / (most - p) for g, p in zip(gained, possible, strict=True)]
+    error = statistics.pstdev(left_out) * (count - 1) ** 0.5
+    return total / most - error
