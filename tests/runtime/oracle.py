@@ -12,7 +12,8 @@ from lemo.core.layout import Layout
 from lemo.core.plan import Plan
 from lemo.families import all_families
 from lemo.ops.scatter_rows.reference import bypass_reference
-from lemo.runtime.model import causal_model, decoder_layers
+from lemo.runtime.attention import attention_module
+from lemo.runtime.model import causal_model, decoder_layers, window_of
 
 FAMILIES = sorted(all_families())
 
@@ -59,7 +60,7 @@ def masked_oracle(model, plan: Plan, rows: dict[int, torch.Tensor], layout: Layo
             kept = torch.zeros(batch_size * tokens, dtype=torch.bool)
             kept[rows[index]] = True
             kept = kept.view(batch_size, tokens)
-            window = next((m.sliding_window for m in layer.children() if hasattr(m, "sliding_window")), None)
+            window = window_of(attention_module(layer))
             seen = same & (distance >= 0)
             if window is not None:
                 seen &= distance < window

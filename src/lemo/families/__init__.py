@@ -25,7 +25,8 @@ def all_families() -> dict[str, Family]:
 
 def find_family(config: Any) -> Family | None:
     """The family of a Transformers configuration, or None when no file describes it."""
-    return all_families().get(config.get_text_config().model_type)
+    wanted = config.get_text_config().model_type
+    return next((x for x in all_families().values() if wanted == x.model_type or wanted in x.also), None)
 
 
 def head_transform(config: Any) -> tuple[float, float | None]:

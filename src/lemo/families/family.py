@@ -65,6 +65,7 @@ class Family:
         drop: common tiny arguments that the configuration class does not know.
         attention: the implementation that the laws use as the dense model's own.
         names: parts of a layer that the fused engine can run; None for the generic executor only.
+        also: further model types that Transformers runs with the same classes.
     """
 
     model_type: str
@@ -74,6 +75,7 @@ class Family:
     drop: tuple[str, ...] = ()
     attention: str = "sdpa"
     names: LayerNames | None = None
+    also: tuple[str, ...] = ()
 
     def tiny_config(self, **overrides: Any) -> Any:
         """A Transformers configuration of a random model small enough for a test."""

@@ -2,4 +2,4 @@
 
 from lemo.families.family import Family, LayerNames
 
-FAMILY = Family(model_type="llama", names=LayerNames())
+FAMILY = Family(model_type="llama", names=LayerNames(), also=("internlm3", "iquestcoder"))

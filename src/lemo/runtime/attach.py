@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lemo.core.plan import Plan
 from lemo.core.selection import Selection
 from lemo.errors import ConfigError, LabelsError, PlanError, UnsupportedModelError
-from lemo.runtime.attention import NAME, attention_module, register_mask
+from lemo.runtime.attention import NAME, register_mask
 from lemo.runtime.batch import BatchContext, RunDense, document_keys, read_layout
 from lemo.runtime.fused.attachment import Engine, FusedEngine
 from lemo.runtime.fused.call import Recompute
@@ -26,6 +26,7 @@ from lemo.runtime.model import (
     decoder_layers,
     fingerprint,
     mlp_names,
+    why_dense,
 )
 
 _LOG = logging.getLogger("lemo")
@@ -52,7 +53,7 @@ class Handle:
         self.notes: list[str] = []
         self.context: BatchContext | None = None
         self.tap: Callable | None = None
-        self.in_place = True
+        self.in_place = not getattr(self.model.config.get_text_config(), "hidden_size_per_layer_input", 0)
         self._options = options
         self._supervised: Tensor | None = None
         self._loss_only = False
@@ -249,7 +250,7 @@ class Handle:
 
     def _check_capturing(self, arguments: dict[str, Any], sparse_eval: bool) -> None:
         config = self.model.config
-        for name in ("output_hidden_states", "output_attentions"):
+        for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
             if arguments.get(name) or (arguments.get(name) is None and getattr(config, name, False)):
                 raise RunDense(f"{name} asks for every row of every layer")
         if arguments.get("use_cache") or arguments.get("past_key_values") is not None:
@@ -325,7 +326,7 @@ def attach(
             linear maps; `layer`, everything. None is `lin` under gradient checkpointing, else `none`.
 
     Returns:
-        The handle. `with attach(...) as handle:` detaches at the end.
+        The handle; `with attach(...) as handle:` detaches at the end.
 
     Raises:
         PlanError: a plan for another model, or one that skips rows without bypass.
@@ -350,15 +351,14 @@ def attach(
     handle.model.__class__ = model_class(type(handle.model))
     handle._attached = True
     try:
-        # A plan that skips nothing leaves every layer as it is. Beside layers that skip, dense layers take part too, so
-        # that none of them needs a (T, T) mask on long packed batches.
+        # Beside layers that skip, dense ones take part too, so that none needs a (T, T) mask on long packed batches.
         sparse = not all(x.is_dense for x in plan.layers)
         text = handle.model.config.get_text_config()
         for index, layer in enumerate(layers if sparse or engine == "fused" else ()):
-            if not plan.layers[index].is_dense or attention_module(layer) is not None:
+            if not plan.layers[index].is_dense or why_dense(layer, index, text) is None:
                 install(layer, LayerState(index, handle, names, handle._fused.names, text))
         handle._fused.install()
-        if self_test and sparse:
+        if self_test:
             from lemo.runtime.selftest import check_layers
 
             check_layers(handle)

@@ -85,8 +85,9 @@ def model_class(base: type) -> type:
 
 @cache
 def forward_parameters(base: type) -> tuple[str, ...]:
-    """Names of the model's forward parameters after self, in order."""
-    return tuple(inspect.signature(base.forward).parameters)[1:]
+    """Names of the model's forward parameters after self, in order; `use_cache` too where it goes through keywords."""
+    names = tuple(inspect.signature(base.forward).parameters)[1:]
+    return (*names, "use_cache") if "kwargs" in names and "use_cache" not in names else names
 
 
 def why_not_segmented(model: Any) -> str | None:
@@ -97,6 +98,8 @@ def why_not_segmented(model: Any) -> str | None:
     head = model.get_output_embeddings()
     if head is None:
         return "the model names no output embedding"
+    if model.base_model is model:
+        return "the model does not name its decoder"
     if hasattr(getattr(head, "weight", None), "full_tensor"):
         # Inside the root's forward its own weights are whole. Ranks have different numbers of segments, and each call
         # of the head would gather its weight.

@@ -27,6 +27,7 @@ from lemo.runtime.fused.engine import make_call
 from lemo.runtime.fused.layer import run_fused
 from lemo.runtime.fused.parts import LayerParts, LayerReader, why_no_reader
 from lemo.runtime.mlp import mlp_rows
+from lemo.runtime.model import why_dense
 from lemo.runtime.rows import (
     ACTIVE,
     ExactPass,
@@ -367,12 +368,12 @@ def install(layer: nn.Module, state: LayerState) -> None:
     Raises:
         UnsupportedModelError: the layer has no softmax attention that goes through Transformers' interface.
     """
-    attention = attention_module(layer)
-    if attention is None:
+    reason = why_dense(layer, state.index, state.config)
+    if reason is not None:
         raise UnsupportedModelError(
-            f"layer {state.index} ({type(layer).__name__}) has no single softmax attention module that uses "
-            "Transformers' attention interface; name it in dense_layers to run it densely"
+            f"layer {state.index} ({type(layer).__name__}) {reason}; name it in dense_layers to run it densely"
         )
+    attention: Any = attention_module(layer)
     register()
     attention.config = AttentionConfig(attention.config)
     layer.__dict__["_lemo_layer"] = state

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lemo.core.plan import fingerprint_tensors
 from lemo.errors import UnsupportedModelError
 from lemo.families import find_family
+from lemo.runtime.attention import attention_module
 
 
 def causal_model(model: nn.Module) -> Any:
@@ -57,6 +58,44 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
     raise UnsupportedModelError(f"{type(base).__name__} has no list of {count} decoder layers")
+
+
+def why_dense(layer: nn.Module, index: int, config: Any) -> str | None:
+    """Why a decoder layer can only run all rows; None when it may skip some, as far as its parts tell.
+
+    Args:
+        layer: the decoder layer.
+        index: its number.
+        config: the model's text configuration; None leaves out what it would tell.
+    """
+    if has_alibi(config):
+        return "weighs attention by the distance between rows (ALiBi), which rows that are left out would change"
+    if attention_module(layer) is None:
+        return "has no single softmax attention module that uses Transformers' attention interface"
+    kinds = getattr(config, "layer_types", None) or ()
+    if len(kinds) > index and kinds[index] == "chunked_attention":
+        return "attends inside chunks of the sequence, whose borders rows that are left out would move"
+    return None
+
+
+def has_alibi(config: Any) -> bool:
+    """Whether a text configuration asks for ALiBi: Bloom always, Falcon by `alibi`, MPT by `attn_config.alibi`."""
+    named = getattr(config, "alibi", False) or getattr(getattr(config, "attn_config", None), "alibi", False)
+    return bool(named) or getattr(config, "model_type", None) == "bloom"
+
+
+def dense_only(model: nn.Module) -> list[int]:
+    """Layers that can only run all rows: recurrent, convolutional or linear-attention ones, and others like them."""
+    config = causal_model(model).config.get_text_config()
+    return [i for i, layer in enumerate(decoder_layers(model)) if why_dense(layer, i, config) is not None]
+
+
+def window_of(attention: nn.Module | None) -> int | None:
+    """Sliding window in rows of an attention module; None for all keys."""
+    if attention is None or getattr(attention, "is_sliding", True) is False:
+        return None
+    window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
+    return None if window is None else int(window)  # type: ignore[arg-type]
 
 
 def check_not_wrapped(layers: nn.ModuleList) -> None:

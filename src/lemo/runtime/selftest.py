@@ -12,10 +12,11 @@ from lemo.core.layout import Layout
 from lemo.core.plan import LayerPlan, Plan
 from lemo.core.policy import select
 from lemo.core.selection import Selection
-from lemo.errors import UnsupportedModelError
+from lemo.errors import LemoError, UnsupportedModelError
 from lemo.runtime.attention import attention_module
 from lemo.runtime.batch import BatchContext
-from lemo.runtime.model import decoder_layers
+from lemo.runtime.head import segmented_forward, why_not_segmented
+from lemo.runtime.model import decoder_layers, window_of
 from lemo.runtime.rows import ACTIVE
 from lemo.runtime.stream import LayerStream
 
@@ -36,6 +37,7 @@ def check_layers(handle: Any) -> None:
     if any(p.is_meta or hasattr(p, "full_tensor") for p in parameters):
         handle.note("self-test skipped: weights are sharded or not loaded")
         return
+    skips = any(not x.is_dense for x in handle.plan.layers)
     tokens = _BLOCK * _BLOCKS
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.config.get_text_config().vocab_size, (1, tokens), generator=generator)
@@ -45,24 +47,76 @@ def check_layers(handle: Any) -> None:
     devices = [parameters[0].device] if parameters[0].is_cuda else []
     try:
         with torch.random.fork_rng(devices=devices):
-            stream = LayerStream.open(model, ids, block_size=_BLOCK)
-            fused = handle.fused_layers()
-            for index in _one_of_each_kind(handle.plan, decoder_layers(model)):
-                _check_layer(stream, index, frozenset())
+            _check_head(handle, ids.to(parameters[0].device))
+            stream = _open_stream(model, ids) if skips else None
+            fused = handle.fused_layers() if skips else frozenset()
+            for index in _one_of_each_kind(handle.plan, model) if skips else ():
+                _try_layer(stream, index, frozenset())
                 if index in fused:
-                    _check_layer(stream, index, frozenset({index}))
+                    _try_layer(stream, index, frozenset({index}))
     finally:
         model.__dict__["_lemo_handle"] = attached
         model.train(training)
 
 
-def _one_of_each_kind(plan: Plan, layers: Any) -> list[int]:
+def _open_stream(model: Any, ids_BT: Tensor) -> LayerStream:
+    try:
+        return LayerStream.open(model, ids_BT, block_size=_BLOCK)
+    except LemoError:
+        raise
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot skip rows: its decoder expects more of a layer than hidden states "
+            f"({_said(error)})"
+        ) from error
+
+
+def _said(error: Exception) -> str:
+    """Kind and first line of an error."""
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
+@torch.no_grad()
+def _check_head(handle: Any, ids_BT: Tensor) -> None:
+    """Leaves the loss to a model that does more between its decoder and its loss than a linear head."""
+    model, options = handle.model, handle._options
+    own_forward = "forward" not in model.__dict__
+    if options["loss"] != "segmented" or options["logits"] or not own_forward or why_not_segmented(model) is not None:
+        return
+    inputs = {"input_ids": ids_BT, "labels": ids_BT, "use_cache": False}
+    own, segmented = model(**inputs).loss, segmented_forward(model, inputs, options["segment_rows"]).loss
+    error = float((own.float() - segmented.float()).abs() / own.float().abs().clamp_min(1e-30))
+    if not error <= _TOLERANCE[model.get_input_embeddings().weight.dtype]:
+        options["loss"] = "model"
+        handle.note(
+            f"the model's own loss runs instead of the segmented one: they differ by {error:.1e} on a test sequence, "
+            "so more than a linear head lies between the decoder and the loss"
+        )
+
+
+def _try_layer(stream: Any, index: int, fused: frozenset[int]) -> None:
+    """`_check_layer`, where a layer that fails altogether is one that cannot skip rows."""
+    try:
+        _check_layer(stream, index, fused)
+    except LemoError:
+        raise
+    except Exception as error:
+        kind = type(decoder_layers(stream.model)[index]).__name__
+        raise UnsupportedModelError(
+            f"layer {index} ({kind}) cannot skip rows: it fails on some of its rows ({_said(error)}). "
+            "Name it in dense_layers to run it densely"
+        ) from error
+
+
+def _one_of_each_kind(plan: Plan, model: Any) -> list[int]:
     """First skipping layer of each (class, attention type)."""
     found: dict[tuple, int] = {}
-    for index, layer in enumerate(layers):
+    named = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    for index, layer in enumerate(decoder_layers(model)):
         kind = (type(layer).__mro__[2], getattr(layer, "attention_type", None), getattr(layer, "layer_type", None))
         attention = getattr(layer, "self_attn", None)
         kind += (getattr(attention, "sliding_window", None), getattr(attention, "use_rope", None))
+        kind += tuple(named[index : index + 1])
         if not plan.layers[index].is_dense:
             found.setdefault(kind, index)
     return sorted(found.values())
@@ -98,8 +152,7 @@ def _run(stream: Any, index: int, plan: Plan, selection: Selection, fused: froze
 
 def _window(stream: Any, index: int, layout: Layout) -> Tensor:
     """(T, T) bool causal mask of the layer, with its sliding window."""
-    module = attention_module(decoder_layers(stream.model)[index])
-    window = getattr(module, "sliding_window", None)
+    window = window_of(attention_module(decoder_layers(stream.model)[index]))
     position_T = layout.position_of_row_N
     distance_TT = position_T[:, None] - position_T[None, :]
     seen_TT = distance_TT >= 0

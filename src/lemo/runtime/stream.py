@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -116,7 +117,13 @@ class LayerStream:
             hidden.append(x_BTM)
             return x_BTM
 
-        with _installed(base, SimpleNamespace(context=None, tap=tap)):
+        with ExitStack() as stack:
+            stack.enter_context(_installed(base, SimpleNamespace(context=None, tap=tap)))
+            for index, layer in enumerate(decoder_layers(base)):
+                if "_lemo_layer" not in layer.__dict__:
+                    # A layer without softmax attention runs, to no effect: the next one's input is not looked at.
+                    hook = _tapped(index, tap)
+                    stack.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
             base.base_model(**inputs, use_cache=False)
         keywords = [calls[i] for i in range(len(calls))]
         return cls(base, layout, hidden[0].detach().clone(), keywords, inputs["input_ids"])
@@ -190,6 +197,17 @@ class LayerStream:
             )
         first, last = getattr(layer, family.mlp[0]), getattr(layer, family.mlp[-1])
         return (first, last), layer.get_submodule(family.mlp_down)
+
+
+def _tapped(index: int, tap: Callable[[int, Tensor, dict[str, Any]], Tensor]) -> Callable[..., None]:
+    """A forward pre-hook that shows a layer's call to `tap`."""
+
+    def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        names = inspect.signature(layer.forward).parameters
+        given = dict(zip(names, args, strict=False)) | kwargs
+        tap(index, given.pop(next(iter(names))), given)
+
+    return hook
 
 
 @contextmanager

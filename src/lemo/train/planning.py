@@ -9,8 +9,9 @@ from typing import Any
 
 from lemo.config import RunConfig
 from lemo.core.plan import Plan
+from lemo.errors import UnsupportedModelError
 from lemo.runtime.batch import supervised_rows
-from lemo.runtime.model import causal_model
+from lemo.runtime.model import causal_model, decoder_layers, dense_only, why_dense
 from lemo.train.block_losses import BlockLosses
 from lemo.train.data import LossRows, WindowCollator, WindowDataset, load_windows
 
@@ -23,15 +24,18 @@ def dense_plan(model: Any, block_size: int = 64) -> Plan:
 def skeleton_plan(model: Any, run: RunConfig) -> Plan:
     """A plan with the recipe's ratios and choices, before anything is fitted.
 
+    Layers that can only run all rows, such as the recurrent ones of a hybrid, are dense in it.
+
     Raises:
         ConfigError: ratios, choices or dense layers that do not fit the model.
+        UnsupportedModelError: no layer can skip rows.
     """
-    sparsity = run.sparsity
+    sparsity, always_dense = run.sparsity, dense_only(model)
     plan = Plan.uniform(
         causal_model(model),
         forward_ratio=sparsity.forward_ratio,
         backward_ratio=sparsity.backward_ratio,
-        dense_layers=sparsity.dense_layers,
+        dense_layers=(*sparsity.dense_layers, *always_dense),
         block_size=sparsity.block_size,
         scorer=sparsity.scorer,
         policy=sparsity.policy,
@@ -40,6 +44,9 @@ def skeleton_plan(model: Any, run: RunConfig) -> Plan:
         mlp=sparsity.mlp,
         seed=run.training.seed,
     )
+    if len(always_dense) == len(plan.layers):
+        layer, text = decoder_layers(model)[0], causal_model(model).config.get_text_config()
+        raise UnsupportedModelError(f"no layer can skip rows: {type(layer).__name__} {why_dense(layer, 0, text)}")
     if sparsity.mlp == "own":
         for index, layer in enumerate(plan.layers):
             if not layer.is_dense:

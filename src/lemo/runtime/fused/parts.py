@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lemo.families.family import LayerNames
 from lemo.runtime.fused.maps import LinearMap, MapGroup
 from lemo.runtime.fused.modules import TensorList, active_adapter, lora_dropout, why_not_linear
-from lemo.runtime.model import in_force
+from lemo.runtime.model import in_force, window_of
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -208,7 +208,7 @@ class LayerReader:
             multiplier=1.0 if names.multiplier is None else float(getattr(layer, names.multiplier)),
             head_dim=head_dim,
             scaling=float(attention.scaling),  # type: ignore[arg-type]
-            window=_window(attention, config),
+            window=window_of(attention),
             rope=bool(getattr(attention, "use_rope", True)),
             tensors=tuple(found.tensors),
         )
@@ -316,8 +316,3 @@ def _gate_parts(maps: tuple[LinearMap, ...], gated: bool) -> tuple[tuple[int, sl
 
 def _activation(config: Any) -> str:
     return str(getattr(config, "hidden_act", None) or getattr(config, "activation_function", None))
-
-
-def _window(attention: nn.Module, config: Any) -> int | None:
-    window = getattr(attention, "sliding_window", getattr(config, "sliding_window", None))
-    return None if window is None else int(window)  # type: ignore[arg-type]
