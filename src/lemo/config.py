@@ -78,8 +78,7 @@ class LossRowsConfig:
     Attributes:
         share: share of blocks of plain text drawn as loss rows; 1.0 for all. `data.answer_only` samples are not
             drawn from: their answers always carry loss.
-        placement: how blocks are drawn. `hardest` takes those of the highest loss under the base model, which runs over
-            each sample once.
+        placement: how blocks are drawn; `hardest` takes those of the highest loss under the base model.
         reweight: weigh the drawn rows so that their loss estimates that of all rows without bias; `hardest` then draws
             blocks in proportion to their loss.
     """
@@ -99,7 +98,8 @@ class SparsityConfig:
         block_size: rows per block.
         forward_ratio: share of rows that run a layer.
         backward_ratio: share of rows that keep activations and pass gradient.
-        gradient: gradient of exact forward.
+        gradient: gradient of exact forward: `rows` takes the keys of other rows as constants, `pairs` also their
+            scores; `keys` passes gradient through the keys and values of all rows.
         kv: whether skipped rows still offer keys and values.
         mlp: whether the MLP has rows of its own.
         mlp_ratio: share of rows that run the MLP when it has rows of its own.
@@ -113,7 +113,7 @@ class SparsityConfig:
     block_size: int = 64
     forward_ratio: float = 0.5
     backward_ratio: float = 0.5
-    gradient: Literal["rows", "pairs"] = "rows"
+    gradient: Literal["rows", "pairs", "keys"] = "rows"
     kv: Literal["kept", "all"] = "all"
     mlp: Literal["shared", "own"] = "shared"
     mlp_ratio: float | None = None
@@ -130,9 +130,7 @@ class CalibrationConfig:
         window_tokens: tokens of one calibration sample; None for the training window.
         windows: calibration samples.
         tune_windows: held-out samples for thresholds and the report.
-        target: block score that predictors learn: attention mass over all queries or over those of supervised blocks,
-            without the trend over positions, times the values' norm, or its peak over distant query blocks; or the
-            paper's interaction.
+        target: block score that predictors learn, see `core.target`.
         query_stride: look at every n-th query row when attention mass is profiled; 1 for all.
         scorer: what ranks blocks in the calibrated plan, and while the stream for later layers is made.
         compare_dense_fit: also fit on the dense stream, for the report; about half as much time again.
@@ -146,6 +144,8 @@ class CalibrationConfig:
             the row to where the `dense_stream` is after the layer, which also undoes what earlier layers left out.
         bypass_ridge: ridge strength, relative to the mean diagonal of the input's second moments.
         tune_steps: steps of Algorithm 1 (threshold policy).
+        allocate: `budget` chooses each layer's ratio for the least loss on held-out windows at the FLOPs of uniform
+            ratios; it may make layers dense.
         memory_limit_gib: most host memory that collected statistics may take before they go to disk.
         seed: of everything drawn.
     """
@@ -168,6 +168,7 @@ class CalibrationConfig:
     bypass_target: Literal["update", "dense_stream"] = "dense_stream"
     bypass_ridge: float = 1e-3
     tune_steps: int = 0
+    allocate: Literal["none", "budget"] = "none"
     memory_limit_gib: float = 4.0
     seed: int = 0
 
@@ -291,6 +292,8 @@ def check_run(run: RunConfig) -> None:
         )
     if run.calibration.scorer == "random" and run.sparsity.scorer != "random":
         raise ConfigError("calibration.scorer is random, but sparsity.scorer is not; a run has one scorer")
+    if run.calibration.allocate == "budget" and (run.sparsity.policy == "threshold" or run.calibration.tune_steps):
+        raise ConfigError("calibration.allocate gives layers ratios, thresholds do too: drop tune_steps and threshold")
     _check_loss_rows(run)
     _check_sparsity(run)
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lemo.calibrate.budget import LayerCost, allocate_once
 from lemo.calibrate.collect import HiddenStore, LayerCollector, PartStatistics, Window, mlp_ratio_of, read_windows
 from lemo.calibrate.fit import PartFit, fit_part, standardise
 from lemo.calibrate.report import SHARES, print_report, recall, recall_row, summarise, write_report
@@ -45,6 +46,7 @@ class Calibration:
         skeleton: plan whose ratios and choices the result takes over.
         shards: what is kept on disk.
         progress: shows progress bars.
+        cost: of a layer, where ratios are allocated.
     """
 
     model: nn.Module
@@ -53,6 +55,7 @@ class Calibration:
     skeleton: Plan
     shards: Shards
     progress: bool
+    cost: LayerCost | None = None
 
     def run(self) -> tuple[Plan, dict[str, Any]]:
         """The calibrated plan and its report."""
@@ -68,9 +71,15 @@ class Calibration:
         tuning: dict[str, Any] | None = None
         if self.skeleton.policy == "threshold" or self.config.tune_steps > 0:
             plan, tuning = self.tune(plan, fits["sequential"])
+        allocation: dict[str, Any] | None = None
+        if self.config.allocate == "budget":
+            held = self._tuning_windows()
+            layouts = [open_stream(self.model, w, self.skeleton.block_size).layout for w in held]
+            plan, allocation = allocate_once(self.model, plan, (held, layouts), self.cost, self.shards, self.progress)
         for stage in fits.values():
             stage.pop("scores")
-        report = {"fits": fits, "losses": losses, "tuning": tuning, "config": dataclasses.asdict(self.config)}
+        report = {"fits": fits, "losses": losses, "tuning": tuning, "allocation": allocation}
+        report |= {"config": dataclasses.asdict(self.config)}
         provenance = {
             "config": dataclasses.asdict(self.config),
             "domains": sorted({w.domain for w in self.windows if not w.held_out}),
@@ -314,6 +323,7 @@ def calibrate(
     output_dir: str | Path | None = None,
     progress: bool = True,
     held_out: Iterable[Mapping[str, Any]] | None = None,
+    cost: LayerCost | None = None,
 ) -> Plan:
     """Fits predictors, bypasses and thresholds of a model on batches of tokens.
 
@@ -327,6 +337,7 @@ def calibrate(
         progress: show progress bars and print the report.
         held_out: batches for recall, zero-shot loss and thresholds. None takes the last `tune_windows` batches that
             leave at least one to fit on.
+        cost: of a layer, for `allocate`; `lemo.train.costs.layer_cost` counts FLOPs.
 
     Returns:
         The calibrated plan; its `provenance` holds the report's summary.
@@ -347,7 +358,7 @@ def calibrate(
     model.eval()
     try:
         shards = Shards(folder, fingerprint_run(model, windows, config, plan))
-        result, report = Calibration(model, windows, config, plan, shards, progress).run()
+        result, report = Calibration(model, windows, config, plan, shards, progress, cost).run()
     finally:
         model.train(was_training)
     if folder is not None:

@@ -25,7 +25,8 @@ STATE = "calibration.json"
 def fingerprint_run(model: nn.Module, windows: Sequence[Window], config: CalibrationConfig, plan: Plan) -> str:
     """Hash of everything that decides the result: model, tokens and masks, options, and the skeleton's choices."""
     digest = hashlib.sha256()
-    options = {k: v for k, v in dataclasses.asdict(config).items() if k != "memory_limit_gib"}
+    # Allocation is a stage of its own: what is fitted does not depend on it.
+    options = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("memory_limit_gib", "allocate")}
     ratios = [(x.forward_ratio, x.backward_ratio, x.mlp_ratio) for x in plan.layers]
     choices = (plan.block_size, plan.policy, plan.kv, plan.gradient, plan.mlp, plan.seed)
     digest.update(json.dumps([options, ratios, choices, fingerprint(model)], sort_keys=True).encode())

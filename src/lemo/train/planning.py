@@ -13,6 +13,7 @@ from lemo.errors import UnsupportedModelError
 from lemo.runtime.batch import supervised_rows
 from lemo.runtime.model import causal_model, decoder_layers, dense_only, why_dense
 from lemo.train.block_losses import BlockLosses
+from lemo.train.costs import layer_cost
 from lemo.train.data import LossRows, WindowCollator, WindowDataset, load_windows
 
 
@@ -94,6 +95,7 @@ def make_plan(model: Any, run: RunConfig, tokenizer: Any, folder: str | Path | N
         plan=skeleton,
         output_dir=folder,
         progress=progress,
+        cost=layer_cost(causal_model(model), skeleton, run.data.window_tokens, run.lora.rank),
     )
 
 
