@@ -83,10 +83,10 @@ class PlainLayerMemory:
             kept = (3 if sizes.shape.gated else 1) * ffn * e
             down = self._read_by(ffn, (sizes.adapter.down,))
             return self.n * (kept + down)
-        # Copies of a row for its experts, gate and up in one, the activation and the product, the result before its
-        # weight, and what sorts them.
-        copies = experts.chosen
-        return self.n * (copies * (2 * self.width * e + 4 * ffn * e + 4 * INDEX) + experts.count * WIDE)
+        # For each of its experts: gate and up in one, the activation, the result before its weight, and what sorts
+        # the copies. Products with frozen weights keep no input.
+        each = (self.width + 3 * ffn) * e + 4 * INDEX
+        return self.n * (experts.chosen * each + experts.count * WIDE)
 
     def kept_bytes(self) -> float:
         """Kept without checkpoint."""

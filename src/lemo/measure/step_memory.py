@@ -12,7 +12,8 @@ from lemo.measure.plain_memory import WIDE, PlainLayerMemory
 from lemo.measure.sizes import ModelSizes
 
 Engine = Literal["fused", "generic", "plain"]
-LOGIT_BYTES = 12  # of Transformers' own loss, beside the logits: an fp32 copy, log-softmax, and a gradient of it
+STREAM = "residual stream and its gradient"
+LOGIT_BYTES = 12  # of Transformers' own loss, beside the logits: log-softmax, its gradient, and that of an fp32 copy
 PREDICTOR_WIDTH, PREDICTOR_RANK, PREDICTOR_POOLS = 64, 32, 3
 
 
@@ -166,7 +167,7 @@ class _Step:
     def run(self) -> Ledger:
         ledger, constants = self.ledger, self.constants
         self._standing()
-        ledger.add("residual stream and its gradient", self.stream_bytes)
+        ledger.add(STREAM, self.stream_bytes)
         layers = [self._layer(rows) for rows in self.rows]
         for index, layer in enumerate(layers):
             ledger.moment = f"forward of layer {index}"
@@ -177,10 +178,11 @@ class _Step:
         for index, layer in reversed(list(enumerate(layers))):
             ledger.moment = f"backward of layer {index}"
             if index == len(layers) - 1 and self.setting.engine == "fused" and self.rows[-1].loss is None:
-                # A gradient that autograd owns is copied by the first layer that would write into it.
-                ledger.touch("residual stream and its gradient", self.stream_bytes)
+                # A gradient that autograd owns is copied by the first layer that would write into it, and held on to.
+                ledger.add(STREAM, self.stream_bytes)
             self._between(layer)
             layer.backward()
+            ledger.held[STREAM] = self.stream_bytes
         lost = constants.share * ledger.peak_bytes
         ledger.peak_bytes += lost
         ledger.peak_parts["libraries"] += lost
@@ -197,7 +199,7 @@ class _Step:
     def _between(self, layer: FusedLayerMemory | PlainLayerMemory) -> None:
         """Autograd's layers return a new stream, and a new gradient of it, while the old one is held."""
         if isinstance(layer, PlainLayerMemory) and not layer.gathers:
-            self.ledger.touch("residual stream and its gradient", self.stream_bytes)
+            self.ledger.touch(STREAM, self.stream_bytes)
 
     def _standing(self) -> None:
         """What is held all the time."""
@@ -231,34 +233,49 @@ class _Step:
 
     def _loss(self) -> None:
         """From the last layer's stream to its gradient."""
-        setting, sizes, ledger = self.setting, self.sizes, self.ledger
-        e, shape, rows = self.e, sizes.shape, setting.rows
-        loss_bytes = setting.loss_rows * shape.width * e
-        deferred = self.rows[-1].loss is not None
+        setting, ledger = self.setting, self.ledger
         with ledger.scope("loss") as work:
-            if deferred:
-                work.add(final=2 * loss_bytes + setting.loss_rows * WIDE)
-            else:
-                wide = 2 * WIDE + e if sizes.wide_norm else e
-                work.add(norm=rows * shape.width * wide)
-                # What the norm keeps, and its result.
-                work.drop("norm")
-                work.add(final=rows * shape.width * ((WIDE if sizes.wide_norm else 0) + e))
-            if not setting.segmented:
-                self._plain_loss(work)
+            if self.rows[-1].loss is not None:
+                work.add(result=self._loss_rows_bytes(), kept=self._loss_rows_bytes() + setting.loss_rows * WIDE)
+                self._segmented_loss(work)
                 return
-            if not deferred:
-                work.add(chosen=loss_bytes)
-            work.add(gradient=loss_bytes)
-            segment = min(setting.segment_rows, setting.loss_rows)
-            work.touch(segment * shape.vocabulary * (e + (2 * WIDE if sizes.softcap else 0)))
-            # The stream is given back when the forward pass has returned; its gradient takes its place.
-            work.drop("chosen")
-            work.add(scaled=loss_bytes)
-            if not deferred:
-                work.add(spread=self.stream_bytes, wide=2 * rows * shape.width * (WIDE if sizes.wide_norm else 0))
+            numbers = setting.rows * self.sizes.shape.width
+            wide = WIDE if self.sizes.wide_norm else 0
+            work.add(norm=numbers * (2 * wide + self.e))
+            work.drop("norm")
+            work.add(kept=numbers * wide, result=numbers * self.e)
+            if wide:
+                # The wide copy stands for the stream, which nobody holds any more.
+                ledger.drop(STREAM, self.stream_bytes)
+            if setting.segmented:
+                self._segmented_loss(work)
+                work.add(spread=self.stream_bytes)
+            else:
+                self._plain_loss(work)
+            work.touch(2 * numbers * wide)
+            if wide:
+                ledger.add(STREAM, self.stream_bytes)
+
+    def _loss_rows_bytes(self) -> float:
+        return self.setting.loss_rows * self.sizes.shape.width * self.e
+
+    def _segmented_loss(self, work: Scope) -> None:
+        """Gradients are made with the loss, a segment at a time; backward scales them."""
+        setting, sizes = self.setting, self.sizes
+        if self.rows[-1].loss is None:
+            work.add(chosen=self._loss_rows_bytes())
+        work.add(gradient=self._loss_rows_bytes())
+        segment = min(setting.segment_rows, setting.loss_rows)
+        work.touch(segment * sizes.shape.vocabulary * (self.e + (2 * WIDE if sizes.softcap else 0)))
+        work.drop("chosen", "result")
+        work.add(scaled=self._loss_rows_bytes())
 
     def _plain_loss(self, work: Scope) -> None:
-        """Transformers' own: logits of all rows, an fp32 copy, log-softmax, and gradients of both."""
-        work.add(logits=self.setting.rows * self.sizes.shape.vocabulary * self.e)
-        work.touch(self.setting.rows * self.sizes.shape.vocabulary * LOGIT_BYTES)
+        """Transformers' own: logits of all rows, an fp32 copy and log-softmax, and later gradients of both."""
+        logits = self.setting.rows * self.sizes.shape.vocabulary
+        work.add(logits=logits * self.e)
+        work.touch(logits * 2 * WIDE)
+        work.drop("result")
+        work.touch(logits * LOGIT_BYTES)
+        work.drop("logits")
+        work.add(spread=self.stream_bytes)
