@@ -35,7 +35,8 @@ class StopGradient:
         repeat = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
         inside = self.inside[None, None, :, None]
-        value = torch.where(inside, value, value.detach())
+        if self.gradient != "keys":
+            value = torch.where(inside, value, value.detach())
         if self.gradient == "rows":
             key = torch.where(inside, key, key.detach())
         scores = query @ key.transpose(2, 3) * scaling
@@ -143,7 +144,7 @@ def exact_plan(model, forward: float, gradient: str, kv: str) -> Plan:
 
 @pytest.mark.parametrize("kv", ["kept", "all"])
 @pytest.mark.parametrize("forward", [1.0, 0.75])
-@pytest.mark.parametrize("gradient", ["rows", "pairs"])
+@pytest.mark.parametrize("gradient", ["rows", "pairs", "keys"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradient_is_the_stop_gradient_reference(family, gradient, forward, kv, monkeypatch):
     """Exact forward, and both budgets together: autograd on the reference gives the same numbers in fp64."""

@@ -21,6 +21,8 @@ MODES = {
     "skip": (0.5, 0.5, "rows"),
     "exact rows": (1.0, 0.4, "rows"),
     "exact pairs": (1.0, 0.4, "pairs"),
+    "exact keys": (1.0, 0.4, "keys"),
+    "both keys": (0.75, 0.4, "keys"),
     "both rows": (0.75, 0.4, "rows"),
     "both pairs": (0.75, 0.4, "pairs"),
 }
@@ -70,7 +72,7 @@ def test_fused_is_generic(family, mode, kv, monkeypatch):
 
 @pytest.mark.parametrize("recompute", ["none", "mlp", "lin", "layer"])
 @pytest.mark.parametrize("kv", ["kept", "all"])
-@pytest.mark.parametrize("mode", ["skip", "exact rows", "exact pairs"])
+@pytest.mark.parametrize("mode", ["skip", "exact rows", "exact pairs", "exact keys"])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_recompute_changes_nothing(family, mode, kv, recompute, monkeypatch):
     """What is computed again in backward is what forward had."""
@@ -131,7 +133,7 @@ def test_ragged_and_packed_batches(mode, kv, side, monkeypatch):
     assert_equal_engines(model, plan_of(model, mode, kv, dense=(2,)), inputs)
 
 
-@pytest.mark.parametrize("mode", ["skip", "exact rows"])
+@pytest.mark.parametrize("mode", ["skip", "exact rows", "exact keys"])
 @pytest.mark.parametrize("kv", ["kept", "all"])
 def test_threshold_inside_capacity(mode, kv, monkeypatch):
     """Rows of the capacity that were not chosen have no effect."""

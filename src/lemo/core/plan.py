@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lemo.core.bypass import Bypass
-from lemo.core.policy import POLICIES, check_ratios
+from lemo.core.policy import POLICIES, RATIOS_OF, check_ratios
 from lemo.core.predictor import PatternPredictor
 from lemo.errors import ConfigError, PlanError
 
@@ -22,9 +22,11 @@ _CHOICES = {
     "policy": POLICIES,
     "scorer": ("predictor", "random"),
     "kv": ("kept", "all"),
-    "gradient": ("rows", "pairs"),
+    "gradient": ("rows", "pairs", "keys"),
     "mlp": ("shared", "own"),
+    "ratio_of": RATIOS_OF,
 }
+_LATER = {"ratio_of": "all"}  # choices that plans of earlier versions do not state
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ class Plan:
         seed: of the `random` scorer.
         fingerprint: of the base model that the plan was made for; None matches any model of as many layers.
         provenance: how the plan came about: configuration, data, report.
+        ratio_of: what ratios are shares of: `all` blocks, or those of the `context`, to which supervised ones are added.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -90,6 +93,7 @@ class Plan:
     seed: int = 0
     fingerprint: str | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    ratio_of: str = "all"
 
     def __post_init__(self) -> None:
         """Raises ConfigError for an unknown choice or a block size that is no positive integer."""
@@ -180,6 +184,7 @@ class Plan:
             raise PlanError(f"{folder} has plan format {read.get('format')}; this lemo reads format {FORMAT}")
         try:
             layers = tuple(_unpack_layer(x, f"layers.{i}", tensors) for i, x in enumerate(read["layers"]))
+            read = _LATER | read
             fields = {name: read[name] for name in ("block_size", *_CHOICES, "seed", "fingerprint")}
         except KeyError as error:
             raise PlanError(f"{folder} cannot be read as a plan: {error} is missing") from error

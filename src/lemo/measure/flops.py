@@ -85,7 +85,7 @@ class LayerWork:
         backward_ratio: share of rows that pass gradient.
         kv: whether rows that skip still offer keys and values (computed once, as constants).
         gradient: where backward rows are fewer: `rows` sends gradient through all their scores, `pairs` only through
-            scores between backward rows.
+            scores between backward rows, `keys` also into the keys and values of all rows that offer them.
         recompute: `none`; `mlp` the inputs of the down projection; `lin` all linear maps; `layer` attention as well.
         mlp_ratio: share of rows that run the MLP; None for forward_ratio.
         bypass_rank: R of the bypass of skipped rows.
@@ -95,7 +95,7 @@ class LayerWork:
     forward_ratio: float = 1.0
     backward_ratio: float = 1.0
     kv: Literal["kept", "all"] = "kept"
-    gradient: Literal["rows", "pairs"] = "rows"
+    gradient: Literal["rows", "pairs", "keys"] = "rows"
     recompute: Literal["none", "mlp", "lin", "layer"] = "none"
     mlp_ratio: float | None = None
     bypass_rank: int = 0
@@ -154,6 +154,9 @@ def layer_flops(shape: DecoderShape, tokens: int, work: LayerWork) -> Flops:
     bypass = 4.0 * shape.width * work.bypass_rank * skipped
     backward = backward_rows * sum(row_backward.values())
     backward += ATTENTION_BACKWARD * attention_flops(shape, tokens, work.backward_ratio, backward_keys)
+    if work.gradient == "keys" and work.backward_ratio < work.forward_ratio:
+        offering = tokens if work.kv == "all" else forward_rows
+        backward += (offering - backward_rows) * (row_backward["k"] + row_backward["v"])
     again = {"none": (), "mlp": ("gate", "up"), "lin": tuple(row), "layer": tuple(row)}[work.recompute]
     recompute = backward_rows * sum(row.get(name, 0.0) for name in again)
     if work.recompute == "layer":

@@ -73,6 +73,7 @@ class BatchContext:
                     backward_ratio=layer.backward_ratio,
                     policy=self.plan.policy,
                     threshold=layer.threshold,
+                    ratio_of=self.plan.ratio_of,
                 )
         self.selections[index] = selection
         return selection
@@ -91,7 +92,8 @@ class BatchContext:
             kept_K[self.layout.block_of_row_N[rows.rows_N]] = True
             # Every block that the attention keeps outranks every block that it does not.
             scores_K = torch.where(kept_K, scores_K.float().sigmoid(), -1.0)
-            chosen = select(self.layout, scores_K, forward_ratio=layer.mlp_ratio, backward_ratio=layer.mlp_ratio)
+            ratios = {"forward_ratio": layer.mlp_ratio, "backward_ratio": layer.mlp_ratio}
+            chosen = select(self.layout, scores_K, **ratios, ratio_of=self.plan.ratio_of)
         self.mlp_selections[index] = chosen.forward
         return chosen.forward
 

@@ -230,9 +230,28 @@ def _offered_keys(step: _Step, rows: RowSet) -> Keys:
     )
 
 
+def _other_keys(step: _Step, rows: RowSet, range_: RowRange, own_N: Tensor, among: RowSet | None) -> Keys:
+    """Keys of all rows of a range, computed with gradient, for the queries `rows` of it.
+
+    `among` are the rows of the range; None for the batch's.
+    """
+    if among is None:
+        others_S = places_S = rows.skipped_S
+    else:
+        own = torch.zeros(among.capacity, dtype=torch.uint8, device=own_N.device)
+        own[own_N] = 1
+        places_S = torch.argsort(own, stable=True)[: among.capacity - rows.capacity]
+        others_S = among.rows_N[places_S]
+    if not len(others_S):
+        return Keys(range=range_, own_N=own_N)
+    hidden = gather_rows(step.x_NM, others_S).unsqueeze(0)
+    return Keys(range=range_, own_N=own_N, offered=(hidden, step.gathered(others_S)), offered_S=places_S)
+
+
 def _exact(step: _Step, selection: Selection) -> Tensor:
     """Forward rows run without gradient, then backward rows again with it, against the recorded pass."""
-    layout, pairs = step.context.layout, step.context.plan.gradient == "pairs"
+    layout, gradient = step.context.layout, step.context.plan.gradient
+    pairs = gradient == "pairs"
     forward, backward = selection.forward, selection.backward
     assert backward is not None
     recorder = Recorder(want_lse=pairs)
@@ -250,13 +269,21 @@ def _exact(step: _Step, selection: Selection) -> Tensor:
             else:
                 own_N, key_range = value_places, call.queries
 
+    second = LayerCall(queries=RowRange.of_rows(layout, backward))
+    if gradient == "keys":
+        _refuse_reentrant(step.dense_call.__self__)
+        among = None if key_range is not call.queries else constant_rows
+        second = replace(second, keys=_other_keys(step, backward, key_range, own_N, among))
+
     def complete() -> dict[str, Any]:
+        if gradient == "keys":
+            return {}
         if pairs:
             return {"dense": (recorder.output_HND[:, value_places], recorder.lse_HN[:, value_places])}
         return {"keys": Keys(key_range, own_N, constant=(recorder.key_GND, recorder.value_GND))}
 
     exact = ExactPass(hidden, kwargs, call, complete)
-    values_NM = step.call_rows(backward, LayerCall(queries=RowRange.of_rows(layout, backward), exact=exact))
+    values_NM = step.call_rows(backward, replace(second, exact=exact))
     passed_NM = exact.take_output()
     values_NM = _ReplaceValue.apply(values_NM, passed_NM[value_places])
     if constant_rows is None:

@@ -176,4 +176,4 @@ def project_back(
 
 def select_heads(heads: State, places: State) -> State:
     """Heads (heads, rows, D) of some rows, by name, laid out as projections are."""
-    return {n: torch.index_select(h.transpose(0, 1), 0, places[n]).transpose(0, 1) for n, h in heads.items()}
+    return {n: torch.index_select(heads[n].transpose(0, 1), 0, p).transpose(0, 1) for n, p in places.items()}

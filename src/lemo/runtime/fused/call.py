@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor
@@ -27,14 +27,16 @@ class ExactRows:
         range: their documents and positions.
         valid_n: (n,) bool, rows that do pass gradient; None for all.
         pairs: gradient through kept pairs only, instead of over all keys.
+        keys: gradient also into the keys and values of every row of the frame.
     """
 
     places_n: Tensor
     ran_n: Tensor
     rows_n: Tensor
-    range: RowRange
+    range: Rows
     valid_n: Tensor | None
     pairs: bool
+    keys: bool
 
 
 @dataclass(frozen=True)
@@ -80,4 +82,21 @@ class FusedCall:
         """The recompute level in force: exact forward cannot keep what only backward rows have, nor redo its pass."""
         if self.exact is None:
             return self.recompute
+        if self.exact.keys:
+            return "mlp" if self.recompute == "none" else self.recompute
         return {"none": "mlp", "layer": "lin"}.get(self.recompute, self.recompute)
+
+    def for_backward(self) -> FusedCall:
+        """The call as backward sees it: with gradient into all keys, exact forward is rows that skip and offer keys."""
+        if self.exact is None or not self.exact.keys:
+            return self
+        exact = self.exact
+        return replace(
+            self,
+            exact=None,
+            places_n=exact.places_n,
+            rows_n=exact.rows_n,
+            queries=exact.range,
+            valid_n=exact.valid_n,
+            recompute=self.keeps,
+        )

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from lemo.core.layout import Layout
-from lemo.core.plan import Plan
 from lemo.core.selection import RowSet, Selection
 from lemo.ops import plan_rows, writable
+from lemo.ops.attend_rows.reference import Rows
 from lemo.runtime.batch import BatchContext
 from lemo.runtime.fused.call import ExactRows, FusedCall
 from lemo.runtime.rows import MlpRows, RowRange, all_rows, inverse
@@ -50,10 +50,7 @@ def make_call(
         places, queries = None, keys
     else:
         places = ran.rows_N if whole else inverse(frame_rows, layout.batch * layout.tokens)[ran.rows_N]
-        queries = RowRange.of_rows(layout, ran)
-        if x_BTM.is_cuda and x_BTM.dtype in (torch.bfloat16, torch.float16):
-            # The ends of its rectangles travel to the host while norm and projections run.
-            queries = plan_rows(queries, keys)
+        queries = _planned(RowRange.of_rows(layout, ran), keys, x_BTM)
     bypass = None if wanted is not None else plan.layers[index].bypass
     tables = _rope(kwargs, x_BTM)
     return FusedCall(
@@ -65,7 +62,7 @@ def make_call(
         valid_n=None if ran is None else ran.valid_N,
         skipped_s=None if runs is None or wanted is not None else runs.skipped_S,
         bypass=None if bypass is None else bypass.on(x_BTM.device, x_BTM.dtype),
-        exact=None if exact is None else _exact_rows(layout, plan, runs, exact, frame_rows),
+        exact=None if exact is None else _exact_rows(context, runs, exact, (frame_rows, keys, x_BTM)),
         mlp=mlp,
         cosine_PR=tables[0],
         sine_PR=tables[1],
@@ -75,14 +72,25 @@ def make_call(
     )
 
 
-def _exact_rows(
-    layout: Layout, plan: Plan, runs: RowSet | None, passes: RowSet, frame_rows: Tensor | None
-) -> ExactRows:
+def _exact_rows(context: BatchContext, runs: RowSet | None, passes: RowSet, call: tuple) -> ExactRows:
+    """`call`: flat rows of the frame, their documents and positions, and the residual stream."""
+    layout, plan = context.layout, context.plan
+    frame_rows, keys, x_BTM = call
     size = layout.batch * layout.tokens
     ran = passes.rows_N if runs is None else inverse(runs.rows_N, size)[passes.rows_N]
     places = passes.rows_N if frame_rows is None else ran
     span = RowRange.of_rows(layout, passes)
-    return ExactRows(places, ran, passes.rows_N, span, passes.valid_N, plan.gradient == "pairs")
+    if plan.gradient == "keys":
+        span = _planned(span, keys, x_BTM)
+    gradient = plan.gradient
+    return ExactRows(places, ran, passes.rows_N, span, passes.valid_N, gradient == "pairs", gradient == "keys")
+
+
+def _planned(queries: RowRange, keys: RowRange, x_BTM: Tensor) -> Rows:
+    """Queries of attention on all keys; the ends of its rectangles travel to the host while norm and maps run."""
+    if x_BTM.is_cuda and x_BTM.dtype in (torch.bfloat16, torch.float16):
+        return plan_rows(queries, keys)
+    return queries
 
 
 def loss_rows(layout: Layout) -> RowSet:

@@ -55,7 +55,7 @@ class _FusedLayer(torch.autograd.Function):
         saved = _Forward(parts, call, output.view(-1, output.shape[-1]), needs_grad).run()
         if call.in_place:
             ctx.mark_dirty(stream)
-        ctx.names, ctx.parts, ctx.call, ctx.spent = tuple(saved), parts, call, False
+        ctx.names, ctx.parts, ctx.call, ctx.spent = tuple(saved), parts, call.for_backward(), False
         if needs_grad:
             ctx.save_for_backward(*saved.values())
         return output
@@ -133,15 +133,18 @@ class _Forward:
         call, saved = self.call, self.saved
         exact = call.exact
         if exact is not None:
-            if not exact.pairs:
-                saved |= {"all_key": heads["key"], "all_value": heads["value"]}
-            places = {"query": exact.ran_n, "key": exact.places_n, "value": exact.places_n}
-            frame, rstd = frame.index_select(0, exact.places_n), rstd.index_select(0, exact.places_n)
-            mean = None if mean is None else mean.index_select(0, exact.places_n)
+            places = {"query": exact.ran_n}
+            if not exact.keys:
+                places |= {"key": exact.places_n, "value": exact.places_n}
+                frame, rstd = frame.index_select(0, exact.places_n), rstd.index_select(0, exact.places_n)
+                mean = None if mean is None else mean.index_select(0, exact.places_n)
+                if not exact.pairs:
+                    saved |= {"all_key": heads["key"], "all_value": heads["value"]}
             output, middle = output.index_select(0, exact.ran_n), middle.index_select(0, exact.ran_n)
-            lse, heads = lse.index_select(1, exact.ran_n), select_heads(heads, places)
-            before = {name: t.index_select(0, places[name]) for name, t in before.items()}
-        saved["frame"] = frame.clone() if call.frame_rows is None and exact is None else frame
+            lse, heads = lse.index_select(1, exact.ran_n), heads | select_heads(heads, places)
+            before = before | {n: before[n].index_select(0, p) for n, p in places.items() if n in before}
+        copies = call.frame_rows is None and (exact is None or exact.keys)
+        saved["frame"] = frame.clone() if copies else frame
         saved["rstd"] = rstd
         if mean is not None:
             saved["mean"] = mean
