@@ -184,12 +184,12 @@ class Grid:
 
 
 def at_kept(method: Method, shares: Sequence[tuple[float, float]]) -> Method:
-    """The method with the share of rows that its threshold kept, mean over layers that skip, for its FLOPs."""
-    if method.plan is None or method.plan.threshold is None or not shares:
+    """The method with the share of rows that its layers kept, mean over those that may skip, for its FLOPs."""
+    if method.plan is None or not method.plan.ratios_follow or not shares:
         return method
-    skipping = [forward for forward, _ in shares if forward < 1] or [1.0]
-    share = fmean(skipping)
-    return replace(method, plan=replace(method.plan, forward_ratio=share, backward_ratio=share))
+    skipping = len(shares) - len(method.plan.dense_layers)
+    forward, backward = (1 - sum(1 - pair[i] for pair in shares) / skipping for i in (0, 1))
+    return replace(method, plan=replace(method.plan, forward_ratio=forward, backward_ratio=min(backward, forward)))
 
 
 def by_domain(record: Record) -> str:

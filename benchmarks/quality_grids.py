@@ -115,6 +115,7 @@ GRIDS: dict[str, list[Cell]] = {
     "oracle": _cells(["oracle_mass"], range(5)),
     "break_point": _cells(["dense_rows_10", *THRESHOLDS], range(2), 100),
     "loss_rows": _cells(["balanced", "spread", *_PLACED], range(2), 100),
+    "allocate": _cells(["balanced", "allocated", "step_backward", "allocated_exact"], range(2), 100),
     "refit": _cells(["balanced", "refit_10", "refit_50"], range(3)),
     "long": _cells([*_MAIN[:1], *_MAIN[2:]], range(3)),
     "instruct": [

@@ -25,6 +25,7 @@ class PlanSpec:
         strip_bypass: rows that skip a layer pass it unchanged.
         threshold: one for all layers, in standard deviations of the target's logarithm; blocks that score less are
             skipped, whatever the ratios, at which the bypass was fitted.
+        allocate: calibration chooses each layer's ratio at the cost of these.
     """
 
     forward_ratio: float = 0.3
@@ -41,6 +42,12 @@ class PlanSpec:
     oracle: str | None = None
     strip_bypass: bool = False
     threshold: float | None = None
+    allocate: bool = False
+
+    @property
+    def ratios_follow(self) -> bool:
+        """Whether the share of rows that layers keep is known only afterwards."""
+        return self.threshold is not None or self.allocate
 
     @property
     def needs_fit(self) -> bool:
@@ -52,7 +59,9 @@ class PlanSpec:
     def fit(self) -> dict[str, Any]:
         """What the calibrated plan depends on: cells that agree in it share one plan."""
         names = ("forward_ratio", "kv", "dense_layers", "block_size", "bypass_rank", "bypass_target", "target")
-        return {name: getattr(self, name) for name in (*names, "fitted_scorer")}
+        found = {name: getattr(self, name) for name in (*names, "fitted_scorer")}
+        # A choice that came later: plans that do not make it keep their folder.
+        return found | ({"allocate": self.backward_ratio} if self.allocate else {})
 
 
 @dataclass(frozen=True)
@@ -114,8 +123,9 @@ class Method:
         for name, default in (("reweight", False), ("refit_every", None)):
             if found[name] == default:
                 del found[name]
-        if self.plan is not None and self.plan.threshold is None:
-            del found["plan"]["threshold"]
+        for name, default in (("threshold", None), ("allocate", False)):
+            if self.plan is not None and found["plan"][name] == default:
+                del found["plan"][name]
         return found
 
 
@@ -227,6 +237,11 @@ ABLATIONS = {
         lemo("loss rows drawn in proportion to the base model's loss, weighted", placement="hardest"), reweight=True
     ),
     **{f"refit_{n}": replace(lemo(f"bypass fitted anew every {n} steps"), refit_every=n) for n in (10, 50)},
+    # The cost of 28 layers at 30 % and two dense ones, on 30 layers that may all skip.
+    "allocated": lemo("ratios and dense layers under one budget", dense_layers=(), allocate=True, **_both(0.347)),
+    "allocated_exact": lemo(
+        "the same for exact forward", dense_layers=(), allocate=True, forward_ratio=1.0, backward_ratio=0.347
+    ),
     "interaction": lemo("predictors of the paper's score", target="interaction"),
     "dense_at_end": replace(lemo("the last 15 % of the steps dense"), ramp=Ramp(0.85, 0.85)),
     "ramp_end": replace(lemo("ratio rises to 1 over the last 30 %"), ramp=Ramp(0.7, 1.0)),
@@ -349,9 +364,9 @@ def equal_steps(method: Method, other: Method, steps: int, shape: DecoderShape, 
 def gain_at_64k(method: Method, recompute: str = "lin") -> dict[str, float]:
     """Ideal gain over dense + recompute with loss on all rows at 64K, for the two shapes that bars name.
 
-    Empty for methods of others, for ramps, for thresholds, whose ratios follow from the data, and for dense ones.
+    Empty for methods of others, for ramps, for dense ones, and where ratios follow from the data.
     """
-    if method.plan is None or not method.forced or method.ramp is not None or method.plan.threshold is not None:
+    if method.plan is None or not method.forced or method.ramp is not None or method.plan.ratios_follow:
         return {}
     work = sparse_work(at_least(method.plan, method.loss_share), 16, recompute)
     shapes = {"llama-3-8b": LLAMA_3_8B, "llama-2-7b": LLAMA_2_7B}

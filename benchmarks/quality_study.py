@@ -31,6 +31,7 @@ from lemo.measure.record import config_hash
 from lemo.runtime.attach import Handle
 from lemo.runtime.model import causal_model
 from lemo.train.block_losses import BlockLosses
+from lemo.train.costs import layer_cost
 from lemo.train.data import LossRows, WindowCollator, WindowDataset, load_windows
 from lemo.train.lora import add_adapter
 from lemo.train.model import load_model
@@ -233,6 +234,9 @@ class QualityStudy:
                 if not layer.is_dense:
                     bypass = None if spec.strip_bypass else fitted.layers[i].bypass
                     plan = plan.replace_layer(i, predictor=fitted.layers[i].predictor, bypass=bypass)
+                    if spec.allocate:
+                        names = ("forward_ratio", "backward_ratio")
+                        plan = plan.replace_layer(i, **{n: getattr(fitted.layers[i], n) for n in names})
                     if spec.threshold is not None:
                         ratios = dict.fromkeys(("forward_ratio", "backward_ratio"), MOST_KEPT)
                         plan = plan.replace_layer(i, threshold=spec.threshold, **ratios)
@@ -265,7 +269,7 @@ class QualityStudy:
 
     def _calibrate(self, spec: PlanSpec, method: Method, folder: Path) -> None:
         protocol = self.protocol
-        backward = spec.forward_ratio if spec.forward_ratio < 1 else 0.5
+        backward = spec.forward_ratio if spec.forward_ratio < 1 else spec.backward_ratio if spec.allocate else 0.5
         skeleton = Plan.uniform(
             causal_model(self.model()),
             forward_ratio=spec.forward_ratio,
@@ -282,8 +286,10 @@ class QualityStudy:
             bypass_rank=spec.bypass_rank,
             bypass_target=spec.bypass_target,  # type: ignore[arg-type]
             compare_dense_fit=False,
+            allocate="budget" if spec.allocate else "none",
             memory_limit_gib=16.0,
         )
+        cost = layer_cost(causal_model(self.model()), skeleton, protocol.window, protocol.rank)
         collator = self.collator(method, 0)
         fitted, held = [], []
         for number, domain in enumerate(protocol.domains):
@@ -293,7 +299,8 @@ class QualityStudy:
             if number < protocol.held_out_windows:
                 held += found[protocol.calibration_windows :][:1]
         with _without_adapter(self.model()) as model:
-            lemo.calibrate(model, fitted, config, plan=skeleton, held_out=held, output_dir=folder, progress=False)
+            options = {"held_out": held, "output_dir": folder, "progress": False, "cost": cost}
+            lemo.calibrate(model, fitted, config, plan=skeleton, **options)
 
     def validation(self, method: Method) -> list[tuple[str, dict[str, Tensor], Tensor]]:
         """(domain, batch with all labels, (1, T) rows that the method's draw supervises) of every validation window."""

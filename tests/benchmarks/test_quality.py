@@ -97,6 +97,7 @@ def test_a_grid_needs_a_swept_rate(inputs: Path, tmp_path: Path, capsys):
         "hardest_weighted",
         "refit_10",
         "threshold_+0.5",
+        "allocated",
         "predict_mass_loss_rows",
     ],
 )
