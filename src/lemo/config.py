@@ -79,8 +79,7 @@ class LossRowsConfig:
         share: share of blocks of plain text drawn as loss rows; 1.0 for all. `data.answer_only` samples are not
             drawn from: their answers always carry loss.
         placement: how blocks are drawn; `hardest` takes those of the highest loss under the base model.
-        reweight: weigh the drawn rows so that their loss estimates that of all rows without bias; `hardest` then draws
-            blocks in proportion to their loss.
+        reweight: weigh drawn rows so that their loss estimates that of all; `hardest` then draws in proportion to loss.
     """
 
     share: float = 0.4
@@ -90,7 +89,7 @@ class LossRowsConfig:
 
 @dataclass(frozen=True)
 class SparsityConfig:
-    """How layers skip rows. Ratios count guards and supervised rows.
+    """How layers skip rows.
 
     Attributes:
         enabled: false trains densely.
@@ -98,6 +97,7 @@ class SparsityConfig:
         block_size: rows per block.
         forward_ratio: share of rows that run a layer.
         backward_ratio: share of rows that keep activations and pass gradient.
+        ratio_of: shares are of `all` rows, guards and supervised ones included, or of `context`, rows without loss.
         gradient: gradient of exact forward: `rows` takes the keys of other rows as constants, `pairs` also their
             scores; `keys` passes gradient through the keys and values of all rows.
         kv: whether skipped rows still offer keys and values.
@@ -113,6 +113,7 @@ class SparsityConfig:
     block_size: int = 64
     forward_ratio: float = 0.5
     backward_ratio: float = 0.5
+    ratio_of: Literal["all", "context"] = "all"
     gradient: Literal["rows", "pairs", "keys"] = "rows"
     kv: Literal["kept", "all"] = "all"
     mlp: Literal["shared", "own"] = "shared"
@@ -144,8 +145,7 @@ class CalibrationConfig:
             the row to where the `dense_stream` is after the layer, which also undoes what earlier layers left out.
         bypass_ridge: ridge strength, relative to the mean diagonal of the input's second moments.
         tune_steps: steps of Algorithm 1 (threshold policy).
-        allocate: `budget` chooses each layer's ratio for the least loss on held-out windows at the FLOPs of uniform
-            ratios; it may make layers dense.
+        allocate: `budget` chooses each layer's ratio, for the least held-out loss at the FLOPs of uniform ratios.
         memory_limit_gib: most host memory that collected statistics may take before they go to disk.
         seed: of everything drawn.
     """

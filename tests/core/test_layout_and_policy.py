@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -112,3 +114,22 @@ def test_bucket_rounds_the_budget_up_and_never_past_the_document():
     layout = Layout.build(torch.zeros(1, 40, dtype=torch.int64), None, block_size=4)
     assert document_budgets(layout, 0.5, bucket=4).tolist() == [8]
     assert document_budgets(layout, 0.95, bucket=16).tolist() == [10]
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.15, 0.5, 1.0])
+def test_a_ratio_of_the_context_leaves_supervised_blocks_out(ratio):
+    supervised = torch.zeros(1, 200, dtype=torch.bool)
+    supervised[0, 80:160] = True  # blocks 8 to 15 of 20
+    layout = Layout.build(torch.zeros(1, 200, dtype=torch.int64), supervised, block_size=10)
+    scores = torch.arange(20.0)
+    rows = select(layout, scores, forward_ratio=ratio, backward_ratio=ratio, ratio_of="context").forward
+    kept = set(range(20)) if rows is None else set((rows.rows_N // 10).tolist())
+    # Of the twelve blocks of context the two guards are always kept.
+    assert set(range(8, 16)) | {0, 19} <= kept
+    assert len(kept) == 8 + max(2, math.ceil(ratio * 12 - 1e-9))
+    assert document_budgets(layout, ratio, 1, "context").tolist() == [len(kept)]
+    assert int(document_budgets(layout, ratio)) <= len(kept)
+    bare = Layout.build(torch.zeros(1, 200, dtype=torch.int64), None, block_size=10)
+    assert torch.equal(document_budgets(bare, ratio, 1, "context"), document_budgets(bare, ratio))
+    with pytest.raises(ConfigError, match="ratio_of"):
+        select(layout, scores, forward_ratio=ratio, backward_ratio=ratio, ratio_of="rows")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -104,3 +105,14 @@ def test_uniform_names_a_dense_layer_that_does_not_exist():
     assert [x.is_dense for x in Plan.uniform(4, dense_layers=(0, -1)).layers] == [True, False, False, True]
     with pytest.raises(ConfigError, match="names layer 4"):
         Plan.uniform(4, dense_layers=(4,))
+
+
+def test_a_plan_of_an_earlier_version_counts_all_rows(tmp_path):
+    plan = Plan.uniform(2, forward_ratio=1.0, backward_ratio=0.5, ratio_of="context")
+    plan.save(tmp_path)
+    assert Plan.load(tmp_path).ratio_of == "context"
+    path = tmp_path / "plan.json"
+    stored = json.loads(path.read_text())
+    del stored["ratio_of"]
+    path.write_text(json.dumps(stored))
+    assert Plan.load(tmp_path).ratio_of == "all"

@@ -141,8 +141,8 @@ def allocate(
     chosen = [i for i, layer in enumerate(plan.layers) if not layer.is_dense]
     if not windows:
         raise ConfigError("calibration.allocate needs held-out windows; set calibration.tune_windows above 0")
-    if not chosen or plan.policy == "threshold":
-        raise ConfigError("calibration.allocate needs layers that skip rows, and the topk policy")
+    if not chosen or plan.policy == "threshold" or plan.ratio_of != "all":
+        raise ConfigError("calibration.allocate needs layers that skip rows, the topk policy, and ratios of all rows")
     quality = _quality(model, windows, exact=all(plan.layers[i].forward_ratio == 1 for i in chosen))
     blocks = max(int(torch.bincount(layout.block_document_K).max()) for layout in layouts)
     forced = fmean(float(layout.forced_K.float().mean()) for layout in layouts)

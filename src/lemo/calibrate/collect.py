@@ -237,12 +237,12 @@ def block_target(trace: LayerTrace, layout: Layout, config: CalibrationConfig) -
     return target_scores(config.target, inputs, config.query_stride)
 
 
-def skip_weights(layout: Layout, target_K: Tensor, ratio: float) -> Tensor:
+def skip_weights(layout: Layout, target_K: Tensor, ratio: float, ratio_of: str = "all") -> Tensor:
     """Weight of rows in the bypass fit: 1 where the oracle skips, little where it keeps, 0 where rows always run."""
     competing_K = (~layout.forced_K).to(target_K.device)
     weight_N = torch.where(layout.block_of_row_N >= 0, competing_K[layout.block_of_row_N.clamp_min(0)], False)
     weight_N = weight_N.float() * EDGE_WEIGHT
-    chosen = select(layout, target_K, forward_ratio=ratio, backward_ratio=ratio).forward
+    chosen = select(layout, target_K, forward_ratio=ratio, backward_ratio=ratio, ratio_of=ratio_of).forward
     if chosen is not None:
         weight_N[chosen.skipped_S] = 1.0
     return weight_N
@@ -313,7 +313,7 @@ class LayerCollector:
     ) -> None:
         """Target, row scores and the update that the bypass learns, of one window."""
         target = block_target(trace, layout, self.config)
-        part = parts.setdefault("rows", _Part(x_NM.shape[1], target.row_NH.shape[1], x_NM.device))
+        part = parts.setdefault("rows", _Part(x_NM.shape[1], target.row_NH.shape[1], x_NM.device, self.plan.ratio_of))
         ratio = self.plan.layers[layer].forward_ratio
         part.add(layout, window, target, x_NM, (x_NM, update_NM) if ratio < 1 else None, ratio)
 
@@ -324,7 +324,7 @@ class LayerCollector:
         if trace.mlp_norm_N is None or trace.mlp_input_NM is None or trace.mlp_output_NM is None:
             raise ConfigError("mlp 'own' needs a family that names its MLP, so that its activation can be recorded")
         target_K = mlp_scores(trace.mlp_norm_N, layout)
-        part = parts.setdefault("mlp", _Part(x_NM.shape[1], 1, x_NM.device))
+        part = parts.setdefault("mlp", _Part(x_NM.shape[1], 1, x_NM.device, self.plan.ratio_of))
         score_NH = torch.log(trace.mlp_norm_N.float() + LOG_FLOOR)[:, None]
         target = TargetScores(target_K, score_NH, layout.block_of_row_N >= 0)
         ratio = mlp_ratio_of(self.plan.layers[layer])
@@ -354,7 +354,8 @@ def blank_predictor(projection_MF: Tensor, config: CalibrationConfig) -> Pattern
 class _Part:
     """Sums of one part of a layer while windows pass by."""
 
-    def __init__(self, width: int, outputs: int, device: torch.device) -> None:
+    def __init__(self, width: int, outputs: int, device: torch.device, ratio_of: str) -> None:
+        self.ratio_of = ratio_of
         self.projection = ProjectionFit(width, outputs, device)
         self.moments = BypassFit(width, device)
         self.targets: list[Tensor] = []
@@ -375,7 +376,7 @@ class _Part:
         known_rows = target.known_N.nonzero().squeeze(-1)
         self.projection.add(x_NM[known_rows], target.row_NH[known_rows])
         if update is not None:
-            self.moments.add(*update, skip_weights(layout, target.block_K, ratio))
+            self.moments.add(*update, skip_weights(layout, target.block_K, ratio, self.ratio_of))
 
     def finish(self, features: int) -> PartStatistics:
         """Statistics with their projection; features follow in a second pass over the streams."""

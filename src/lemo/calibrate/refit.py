@@ -63,7 +63,7 @@ def refit_bypass(
                 for place, (stream, x_BTM) in enumerate(zip(streams, sparse, strict=True)):
                     reached = stream.dense(index, x_BTM).output_BTM if dense is None else dense[place]
                     scores_K = _scores(plan, index, x_BTM.flatten(0, 1), stream)
-                    weight_N = skip_weights(stream.layout, scores_K, layer.forward_ratio)
+                    weight_N = skip_weights(stream.layout, scores_K, layer.forward_ratio, plan.ratio_of)
                     fit.add(x_BTM.flatten(0, 1), (reached.float() - x_BTM.float()).flatten(0, 1), weight_N)
                 if float(fit.weight) > 0:
                     bypass = fit.solve(layer.bypass.rank, ridge, layer.bypass)

@@ -178,6 +178,8 @@ class Calibration:
         sparse = [i for i in self._layers(plan) if plan.layers[i].forward_ratio < 1]
         if not sparse:
             raise ConfigError("thresholds cannot be tuned on exact forward (forward_ratio 1): its loss ignores them")
+        if plan.ratio_of != "all":
+            raise ConfigError("thresholds are tuned to a ratio of all rows; set sparsity.ratio_of to all")
         if not held:
             raise ConfigError("thresholds are tuned on held-out windows; give held_out, or tune_windows above 0")
         scores = {i: [torch.tensor(x) for x in stage["scores"][i]] for i in sparse}

@@ -80,7 +80,7 @@ class Plan:
         seed: of the `random` scorer.
         fingerprint: of the base model that the plan was made for; None matches any model of as many layers.
         provenance: how the plan came about: configuration, data, report.
-        ratio_of: what ratios are shares of: `all` blocks, or those of the `context`, to which supervised ones are added.
+        ratio_of: what ratios are shares of: `all` blocks, or those of the `context`; supervised ones then come on top.
     """
 
     layers: tuple[LayerPlan, ...]

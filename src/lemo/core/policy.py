@@ -14,6 +14,7 @@ from lemo.ops import rank_blocks, select_rows
 from lemo.ops.select_rows.reference import BlockTable
 
 POLICIES = ("topk", "threshold")
+RATIOS_OF = ("all", "context")
 
 
 def check_ratios(forward_ratio: float, backward_ratio: float) -> None:
@@ -28,21 +29,25 @@ def check_ratios(forward_ratio: float, backward_ratio: float) -> None:
         )
 
 
-def document_budgets(layout: Layout, ratio: float, bucket: int = 1) -> Tensor:
+def document_budgets(layout: Layout, ratio: float, bucket: int = 1, ratio_of: str = "all") -> Tensor:
     """Blocks to keep of each document: (D,) int64 on the CPU.
 
     max(ceil(ratio · blocks), forced blocks), rounded up to a multiple of `bucket`, at most all blocks. Guards and
-    supervised blocks count towards the ratio; where they exceed it they are all kept.
+    supervised blocks count towards the ratio; where they exceed it they are all kept. With `ratio_of` "context" the
+    ratio is that of the blocks without a supervised row, and supervised blocks come on top; guards still count.
     """
-    return layout.once(("budgets", ratio, bucket), lambda: _budgets(layout, ratio, bucket))
+    return layout.once(("budgets", ratio, bucket, ratio_of), lambda: _budgets(layout, ratio, bucket, ratio_of))
 
 
-def _budgets(layout: Layout, ratio: float, bucket: int) -> Tensor:
+def _budgets(layout: Layout, ratio: float, bucket: int, ratio_of: str) -> Tensor:
     documents = len(layout.document_start_D)
     blocks = torch.bincount(layout.block_document_K, minlength=documents)
     forced = torch.bincount(layout.block_document_K[layout.forced_K], minlength=documents)
-    wanted = torch.tensor([math.ceil(ratio * k - 1e-9) for k in blocks.tolist()], dtype=torch.int64)
-    budget = torch.maximum(wanted, forced)
+    extra = torch.zeros_like(blocks)
+    if ratio_of == "context":
+        extra = torch.bincount(layout.block_document_K[layout.supervised_K], minlength=documents)
+    wanted = torch.tensor([math.ceil(ratio * k - 1e-9) for k in (blocks - extra).tolist()], dtype=torch.int64)
+    budget = torch.maximum(wanted + extra, forced)
     return torch.minimum((budget + bucket - 1) // bucket * bucket, blocks)
 
 
@@ -55,6 +60,7 @@ def select(
     policy: str = "topk",
     threshold: float | None = None,
     bucket: int = 1,
+    ratio_of: str = "all",
 ) -> Selection:
     """Rows of one layer from the scores of its blocks.
 
@@ -69,13 +75,17 @@ def select(
             set (and from the forward set where the two ratios are equal), forced ones excepted.
         threshold: least score of a block that is kept, `threshold` policy only.
         bucket: budgets are rounded up to a multiple of this many blocks.
+        ratio_of: what ratios are shares of: `all` blocks, or those of the `context`, which hold no supervised row.
 
     Raises:
-        ConfigError: ratios outside 0 < backward <= forward <= 1, an unknown policy, or `threshold` without a value.
+        ConfigError: ratios outside 0 < backward <= forward <= 1, an unknown policy or `ratio_of`, or `threshold`
+            without a value.
     """
     check_ratios(forward_ratio, backward_ratio)
     if policy not in POLICIES:
         raise ConfigError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}")
+    if ratio_of not in RATIOS_OF:
+        raise ConfigError(f"ratio_of must be one of {', '.join(RATIOS_OF)}, got {ratio_of!r}")
     keep_K = None
     if policy == "threshold":
         if threshold is None:
@@ -85,16 +95,20 @@ def select(
         keep_K = (scores_K >= threshold) | forced_K
     rank_K = rank_blocks(scores_K, block_table(layout))
     if backward_ratio == forward_ratio:
-        both = _row_set(layout, rank_K, forward_ratio, bucket, keep_K if forward_ratio < 1 else None)
+        share = (forward_ratio, bucket, ratio_of)
+        both = _row_set(layout, rank_K, share, keep_K if forward_ratio < 1 else None)
         return Selection(both, both)
-    forward = _row_set(layout, rank_K, forward_ratio, bucket, None)
-    return Selection(forward, _row_set(layout, rank_K, backward_ratio, bucket, keep_K))
+    forward = _row_set(layout, rank_K, (forward_ratio, bucket, ratio_of), None)
+    return Selection(forward, _row_set(layout, rank_K, (backward_ratio, bucket, ratio_of), keep_K))
 
 
-def _row_set(layout: Layout, rank_K: Tensor, ratio: float, bucket: int, keep_K: Tensor | None) -> RowSet | None:
-    """Rows of the best-ranked blocks; None when that is every row of the batch and nothing may be dropped."""
-    budget_D = document_budgets(layout, ratio, bucket)
-    everything = layout.once(("everything", ratio, bucket), lambda: int(budget_D.sum()) == len(layout.block_start_K))
+def _row_set(layout: Layout, rank_K: Tensor, share: tuple[float, int, str], keep_K: Tensor | None) -> RowSet | None:
+    """Rows of the best-ranked blocks; None when that is every row of the batch and nothing may be dropped.
+
+    `share` is the ratio, the bucket and what the ratio is of.
+    """
+    budget_D = document_budgets(layout, *share)
+    everything = layout.once(("everything", *share), lambda: int(budget_D.sum()) == len(layout.block_start_K))
     if everything and keep_K is None:
         return None
     selected = select_rows(rank_K, budget_D, block_table(layout), keep_K=keep_K)

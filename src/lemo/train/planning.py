@@ -43,6 +43,7 @@ def skeleton_plan(model: Any, run: RunConfig) -> Plan:
         kv=sparsity.kv,
         gradient=sparsity.gradient,
         mlp=sparsity.mlp,
+        ratio_of=sparsity.ratio_of,
         seed=run.training.seed,
     )
     if len(always_dense) == len(plan.layers):
