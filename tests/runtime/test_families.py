@@ -9,7 +9,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lemo import attach
-from lemo.config import RunConfig, SparsityConfig
+from lemo.calibrate.session import calibrate
+from lemo.config import CalibrationConfig, RunConfig, SparsityConfig
 from lemo.core.plan import Plan
 from lemo.errors import UnsupportedModelError
 from lemo.families import all_families, find_family
@@ -110,6 +111,22 @@ def test_the_stream_of_a_hybrid_is_the_models():
     wanted = model.base_model(inputs["input_ids"], output_hidden_states=False, use_cache=False).last_hidden_state
     final = getattr(model.base_model, "embedding_norm", None)
     assert relative(final(x), wanted) <= 1e-5
+
+
+def test_a_hybrid_is_calibrated_in_its_attention_layers():
+    model = made("lfm2", **HYBRIDS["lfm2"]).eval()
+    ratios = {"forward_ratio": 0.5, "backward_ratio": 0.5}
+    skeleton = Plan.uniform(model, block_size=8, scorer="predictor", dense_layers=dense_only(model), **ratios)
+    supervised = torch.arange(96)[None] > 80
+    batches = [{"input_ids": batch(96, seed=i)["input_ids"], "supervised": supervised} for i in range(3)]
+    nets = {"predictor_steps": 5, "predictor_width": 8, "predictor_rank": 4, "bypass_rank": 4}
+    settings = CalibrationConfig(windows=2, tune_windows=1, compare_dense_fit=False, **nets)
+    plan = calibrate(model, batches, settings, plan=skeleton, progress=False)
+    fitted = [layer.bypass is not None and layer.predictor is not None for layer in plan.layers]
+    assert fitted == [False, True, False, True]
+    with attach(model.train(), plan) as handle:
+        run(model, batch(96, supervised_from=80))
+        assert set(handle.selections) == {1, 3}
 
 
 def test_alibi_is_refused_with_its_reason():
