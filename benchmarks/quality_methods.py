@@ -26,6 +26,7 @@ class PlanSpec:
         threshold: one for all layers, in standard deviations of the target's logarithm; blocks that score less are
             skipped, whatever the ratios, at which the bypass was fitted.
         allocate: calibration chooses each layer's ratio at the cost of these.
+        ratio_of: `all` rows, or rows of the `context`, to which loss rows are added.
     """
 
     forward_ratio: float = 0.3
@@ -43,6 +44,7 @@ class PlanSpec:
     strip_bypass: bool = False
     threshold: float | None = None
     allocate: bool = False
+    ratio_of: str = "all"
 
     @property
     def ratios_follow(self) -> bool:
@@ -61,7 +63,8 @@ class PlanSpec:
         names = ("forward_ratio", "kv", "dense_layers", "block_size", "bypass_rank", "bypass_target", "target")
         found = {name: getattr(self, name) for name in (*names, "fitted_scorer")}
         # A choice that came later: plans that do not make it keep their folder.
-        return found | ({"allocate": self.backward_ratio} if self.allocate else {})
+        found |= {"allocate": self.backward_ratio} if self.allocate else {}
+        return found | ({"ratio_of": self.ratio_of} if self.ratio_of != "all" else {})
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,7 @@ class Method:
         for name, default in (("reweight", False), ("refit_every", None)):
             if found[name] == default:
                 del found[name]
-        for name, default in (("threshold", None), ("allocate", False)):
+        for name, default in (("threshold", None), ("allocate", False), ("ratio_of", "all")):
             if self.plan is not None and found["plan"][name] == default:
                 del found["plan"][name]
         return found
@@ -264,23 +267,24 @@ INSTRUCT = {
     "instruct_no_document": Method("dense LoRA, questions and answers alone", documents=False),
     "instruct_skip": lemo("20 % of rows, answers included", **_CONTEXT),
     "instruct_skip_kept": lemo("20 % of rows, answers included, skipped rows offer nothing", kv="kept", **_CONTEXT),
+    **{
+        f"instruct_context_{round(100 * k)}": lemo(
+            f"{k:.0%} of the context, all answers", ANSWER_SHARE, ratio_of="context", **_both(k)
+        )
+        for k in (0.08, 0.15)
+    },
     "instruct_exact": lemo("exact forward, gradient through 20 %", ANSWER_SHARE, forward_ratio=1.0, backward_ratio=0.2),
     "instruct_random": lemo("20 % of rows, answers included, random", scorer="random", **_CONTEXT),
 }
-METHODS: dict[str, Method] = {
-    **NULLS,
-    **PRESETS,
-    **RIVALS,
-    **ABLATIONS,
-    **TARGETS,
-    **PREDICTED,
-    **THRESHOLDS,
-    **INSTRUCT,
-}
+METHODS: dict[str, Method]
+METHODS = NULLS | PRESETS | RIVALS | ABLATIONS | TARGETS | PREDICTED | THRESHOLDS | INSTRUCT
 
 
 def at_least(spec: PlanSpec, share: float) -> PlanSpec:
-    """The spec with the ratios that keeping a share of forced rows leaves."""
+    """The spec with ratios of all rows, as keeping a share of forced rows leaves them."""
+    if spec.ratio_of == "context":
+        forward, backward = (share + (1 - share) * r for r in (spec.forward_ratio, spec.backward_ratio))
+        return replace(spec, forward_ratio=forward, backward_ratio=backward, ratio_of="all")
     backward, forward = max(spec.backward_ratio, share), max(spec.forward_ratio, share)
     return replace(spec, backward_ratio=backward, forward_ratio=forward)
 

@@ -227,6 +227,7 @@ class QualityStudy:
             kv=spec.kv,
             gradient=spec.gradient,
             scorer=spec.scorer,
+            ratio_of=spec.ratio_of,
         )
         if spec.needs_fit:
             fitted = self._fit(spec, method)
@@ -278,6 +279,7 @@ class QualityStudy:
             block_size=spec.block_size,
             kv=spec.kv,
             scorer="predictor",
+            ratio_of=spec.ratio_of,
         )
         config = CalibrationConfig(
             predictor_steps=protocol.predictor_steps,

@@ -204,9 +204,10 @@ def test_answers_are_scored_with_and_without_documents(inputs: Path, tmp_path: P
     save_tiny_model(tmp_path / "model")
     options = _options(tmp_path, tmp_path / "r.jsonl", "instruct", "--learning-rate", "1e-3")
     options[options.index("books,code")] = "answers"
-    cells = [Cell(n, 0, 1) for n in ("instruct_dense", "instruct_no_document", "instruct_skip")]
+    cells = [Cell(n, 0, 1) for n in ("instruct_dense", "instruct_no_document", "instruct_skip", "instruct_context_15")]
     monkeypatch.setitem(GRIDS, "instruct", cells)
     assert quality.main(options) == 0
     found = {r.name: r for r in read_records(tmp_path / "r.jsonl")}
     assert found["quality/instruct_no_document/dense"].value != found["quality/instruct_dense/dense"].value
-    assert found["quality/instruct_skip/forward_share"].value < 1
+    for name in ("instruct_skip", "instruct_context_15"):
+        assert found[f"quality/{name}/forward_share"].value < 1
