@@ -112,9 +112,11 @@ def read_sizes(
         config: a Transformers configuration.
         rank: of the adapter.
         targets: names of linear maps, or `all-linear`, as PEFT takes them.
-        modules_to_save: names of modules that are trained whole.
+        modules_to_save: ends of names of modules that are trained whole.
         dtype: of the base model.
         adapter_dtype: of the adapter; the base's when None.
+
+    Adapters on experts that share one weight are not counted; PEFT's own count has them.
 
     *Cost*: builds the modules once, about a second for a model of 32 layers.
     """
@@ -123,14 +125,17 @@ def read_sizes(
     family = find_family(config)
     names = (family.names if family is not None else None) or _USUAL
     head = model.get_output_embeddings()
-    linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
+    linear = {n: m for n, m in model.named_modules() if _is_linear(m) and m is not head}
     chosen = {n: m for n, m in linear.items() if tuple(targets) == ("all-linear",) or _ends_in(n, targets)}
-    trained = sum(rank * (m.in_features + m.out_features) for m in chosen.values())
-    saved = [m for n, m in model.named_modules() if modules_to_save and _ends_in(n, modules_to_save)]
+    trained = sum(rank * sum(m.weight.shape) for m in chosen.values())
+    saved = [m for n, m in model.named_modules() if n.endswith(tuple(modules_to_save))] if modules_to_save else []
     trained += sum(p.numel() for m in saved for p in m.parameters())
 
+    known = any(_ends_in(n, (*names.inputs, names.output, *names.gates, names.down)) for n in linear)
+
     def ranks(*parts: str) -> tuple[int, ...]:
-        return tuple(rank if any(_ends_in(n, (part,)) for n in chosen) else 0 for part in parts)
+        # Maps of other names: where the adapters sit among them is unknown, so they are taken to be on all.
+        return tuple(rank if any(_ends_in(n, (part,)) or not known for n in chosen) else 0 for part in parts)
 
     experts = _experts(text)
     modules = dict(model.named_modules())
@@ -154,6 +159,13 @@ def read_sizes(
         experts=experts,
         softcap=getattr(text, "final_logit_softcapping", None) is not None,
     )
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether LoRA on all linear maps takes it: `nn.Linear`, or GPT-2's transposed one."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, nn.Linear | Conv1D)
 
 
 def _ends_in(name: str, parts: Sequence[str]) -> bool:

@@ -18,12 +18,12 @@ from lemo.measure.card import Card
 from lemo.measure.estimate import gain
 from lemo.measure.memory import track_peak
 from lemo.measure.profile import StepTimer
-from lemo.measure.sizes import ModelSizes, read_sizes
+from lemo.measure.sizes import ModelSizes, meta_model, read_sizes
 from lemo.measure.step_memory import StepSetting
 from lemo.measure.step_time import step_time
 from lemo.train.collate import IGNORE
 from lemo.train.data import load_windows
-from lemo.train.lora import add_adapter, check_targets
+from lemo.train.lora import add_adapter, check_targets, trainable_parameters
 from lemo.train.model import extend_context, load_settings, resolve_path
 from lemo.train.rehearsal import SHAPES, random_batch, random_model, random_plan, shape_config
 
@@ -82,6 +82,9 @@ def forecast(run: RunConfig) -> Forecast:
         modules_to_save=lora.modules_to_save,
         dtype=getattr(torch, run.model.dtype),
     )
+    if sizes.experts is not None:
+        count = trainable_parameters(add_adapter(meta_model(settings), lora))
+        sizes = replace(sizes, adapter=replace(sizes.adapter, parameters=count))
     if not sizes.adapter.parameters:
         raise ConfigError(f"lora.targets: the model has no linear map named {', '.join(lora.targets)}")
     engine = _engine(run, sizes)
