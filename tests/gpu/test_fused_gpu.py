@@ -1,4 +1,4 @@
-"""The fused engine on a GPU: in bf16 no farther from fp32 than the generic executor, and never waiting for the device."""
+"""The fused engine on a GPU: in bf16 as near fp32 as the generic executor, and never waiting for the device."""
 
 from __future__ import annotations
 
