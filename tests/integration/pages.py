@@ -17,4 +17,9 @@ def blocks(page: str, language: str) -> list[str]:
 
 def commands(page: str) -> list[list[str]]:
     """Commands of a page's shell blocks, split into words, in order."""
-    return [shlex.split(line) for block in blocks(page, "sh") for line in block.splitlines() if line]
+    return [shlex.split(line) for block in blocks(page, "sh") for line in whole_lines(block) if line]
+
+
+def whole_lines(block: str) -> list[str]:
+    """Lines of a shell block; one that ends in a backslash goes on in the next."""
+    return block.replace("\\\n", " ").splitlines()
