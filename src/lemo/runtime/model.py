@@ -94,7 +94,12 @@ def window_of(attention: nn.Module | None) -> int | None:
     """Sliding window in rows of an attention module; None for all keys."""
     if attention is None or getattr(attention, "is_sliding", True) is False:
         return None
-    window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
+    config, index = attention.config, getattr(attention, "layer_idx", None)
+    kinds = getattr(config, "layer_types", None)
+    named = getattr(config, "sliding_window", None)
+    if kinds and isinstance(index, int) and "sliding" not in kinds[index]:
+        named = None
+    window = getattr(attention, "sliding_window", named)
     return None if window is None else int(window)  # type: ignore[arg-type]
 
 
