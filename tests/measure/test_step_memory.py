@@ -36,6 +36,7 @@ def rows_of(selections, layer: int, layers: int, mode: str, kv: str, loss: int |
         passes,
         kv_all=kv == "all" and runs < TOKENS,
         pairs=MODES[mode][2] == "pairs",
+        keys=MODES[mode][2] == "keys",
         loss=loss if layer == layers - 1 and runs == passes else None,
     )
 

@@ -43,6 +43,7 @@ class LayerRows:
         passes: rows that pass gradient.
         kv_all: rows that skip still offer keys and values.
         pairs: exact forward sends gradient through kept pairs only.
+        keys: exact forward sends gradient into the keys of all rows.
         loss: rows of the last layer where it works on the rows that carry loss alone; None elsewhere.
         bypass: rows that skip take a low-rank update.
     """
@@ -52,6 +53,7 @@ class LayerRows:
     passes: int
     kv_all: bool = False
     pairs: bool = False
+    keys: bool = False
     loss: int | None = None
     bypass: bool = True
 
@@ -93,12 +95,21 @@ class LayerRows:
     @property
     def back_frame(self) -> int:
         """Rows of the frame that the backward pass keeps."""
-        return self.passes if self.exact else self.frame
+        return self.passes if self.exact and not self.keys else self.frame
+
+    @property
+    def offers(self) -> bool:
+        """In the backward pass, some rows of the frame offer keys and nothing else."""
+        return self.keys if self.exact else self.split
 
 
 def level_of(rows: LayerRows, recompute: str) -> str:
     """The recompute level in force, as `FusedCall.keeps` has it."""
-    return {"none": "mlp", "layer": "lin"}.get(recompute, recompute) if rows.exact else recompute
+    if not rows.exact:
+        return recompute
+    if rows.keys:
+        return "mlp" if recompute == "none" else recompute
+    return {"none": "mlp", "layer": "lin"}.get(recompute, recompute)
 
 
 def saved_bytes(sizes: ModelSizes, rows: LayerRows, recompute: str) -> dict[str, float]:
@@ -106,7 +117,7 @@ def saved_bytes(sizes: ModelSizes, rows: LayerRows, recompute: str) -> dict[str,
     e, wide, shape = sizes.element_bytes, max(WIDE, sizes.element_bytes), sizes.shape
     level, n, frame = level_of(rows, recompute), rows.back, rows.back_frame
     found: dict[str, float] = {}
-    if rows.exact and not rows.pairs:
+    if rows.exact and not rows.pairs and not rows.keys:
         found |= {"all_key": rows.frame * sizes.key * e, "all_value": rows.frame * sizes.key * e}
     found |= {"frame": frame * shape.width * e, "rstd": frame * wide}
     if not sizes.wide_norm:
@@ -222,7 +233,7 @@ class FusedLayerMemory:
             work.add(copies=n * (1 + self.sizes.shape.heads) * self.wide)
             if self.sizes.head_norms:
                 work.add(copies=n * (self.sizes.query + 2 * self.sizes.key) * e)
-        elif rows.whole:
+        if rows.whole and (rows.keys or not rows.exact):
             work.add(clone=rows.frame * width * e)
         # Henceforth only what is saved, and the rows on their way into the MLP.
         work.clear()
@@ -277,7 +288,7 @@ class FusedLayerMemory:
         if self.level in ("none", "mlp"):
             self._turn(work, n, frame)
             return
-        split = rows.split and not rows.exact
+        split = rows.offers
         work.add(low=frame * sum(sizes.adapter.inputs) * e)
         if split:
             work.touch(n * width * e)
@@ -310,7 +321,7 @@ class FusedLayerMemory:
         query = n * sizes.query * e
         work.add(grad_output=query)
         work.touch(2 * n * sizes.adapter.output * e)
-        if rows.split and not rows.exact:
+        if rows.offers:
             work.add(sums=n * sizes.query * 4, pair=2 * rows.frame * sizes.key * e)
             with self.ledger.scope("attention workspace") as vendor:
                 vendor.add(part=query + 2 * min(STRIPE, rows.frame) * sizes.key * e, space=self._space(n, STRIPE))
@@ -338,7 +349,7 @@ class FusedLayerMemory:
         ranks = sizes.adapter.inputs
         n, frame = rows.back, rows.back_frame
         low = 2 * sum(ranks) * e
-        if not (rows.split and not rows.exact):
+        if not rows.offers:
             work.add(grad_normed=n * self.width * e)
             work.touch(n * low)
             return

@@ -50,7 +50,7 @@ class StepSetting:
         forward_ratio: share of rows that run a layer that skips.
         backward_ratio: share that passes gradient.
         kv: `kept` or `all`.
-        gradient: `rows` or `pairs`, of exact forward.
+        gradient: `rows`, `pairs` or `keys`, of exact forward.
         dense_layers: how many layers never skip; the last is one of them unless it is 0.
         block_size: C.
         engine: `fused`; `generic`, Transformers' layers on rows; `plain`, without lemo.
@@ -69,7 +69,7 @@ class StepSetting:
     forward_ratio: float = 0.5
     backward_ratio: float = 0.5
     kv: Literal["kept", "all"] = "kept"
-    gradient: Literal["rows", "pairs"] = "rows"
+    gradient: Literal["rows", "pairs", "keys"] = "rows"
     dense_layers: int = 2
     block_size: int = 64
     engine: Engine = "fused"
@@ -132,6 +132,7 @@ def layer_rows(sizes: ModelSizes, setting: StepSetting) -> list[LayerRows]:
             passes,
             kv_all=setting.kv == "all" and runs < stream,
             pairs=setting.gradient == "pairs",
+            keys=setting.gradient == "keys",
             bypass=setting.bypass_rank > 0,
         )
         many = min(setting.dense_layers, layers)
