@@ -126,9 +126,9 @@ class RefitCallback(TrainerCallback):
         ids = kwargs.get("input_ids", args[0] if args else None)
         if self.refit_steps is None or not module.training or not torch.is_grad_enabled() or ids is None:
             return
-        masks = {name: _first(kwargs.get(name), ids) for name in ("attention_mask", "position_ids")}
+        mask, positions = (_first(kwargs.get(name), ids) for name in ("attention_mask", "position_ids"))
         supervised = supervised_rows(kwargs)
-        self._batch = Window(ids[:1], None if supervised is None else supervised[:1], *masks.values(), "train", False)
+        self._batch = Window(ids[:1], None if supervised is None else supervised[:1], mask, positions, "train", False)
 
 
 def refitting(
