@@ -77,6 +77,31 @@ def _study_table(study: str, columns: dict[str, tuple[str, str]]) -> Callable[[S
     return table
 
 
+def training_table(records: Sequence[Record]) -> str:
+    """Step time and peak memory by method and length, LoRA on q, k, v and o; times over the strongest baseline.
+
+    Records are named `training/SHAPE/TOKENS/ADAPTERS/METHOD/WHAT`; a `speedup` holds its baseline's samples.
+    """
+    cells: dict[tuple[str, int, str], dict[str, Record]] = {}
+    for record in sorted(records, key=lambda r: r.time):
+        parts = record.name.split("/")
+        if parts[0] == "training" and len(parts) == 6 and parts[3] == "qkvo":
+            cells.setdefault((parts[1], int(parts[2]), parts[4]), {})[parts[5]] = record
+    rows, newest = [], None
+    for (shape, tokens, method), found in sorted(cells.items(), key=lambda item: item[0][:2]):
+        if "step_time" not in found or "peak_memory" not in found:
+            continue
+        times = f"{found['speedup'].value:.2f}" if "speedup" in found else "–"
+        cost = [f"{1000 * found['step_time'].value:,.0f}", f"{found['peak_memory'].value:.1f}", times]
+        rows.append([shape, f"{tokens:,}", f"`{method}`", *cost])
+        newest = max((newest, found["step_time"]), key=lambda r: r.time if r else "")
+    if newest is None:
+        return NOT_MEASURED
+    heading = ["shape", "tokens", "method", "ms a step", "peak GiB", "times as fast as the strongest baseline"]
+    software = f"torch {newest.versions.get('torch', '?')}"
+    return f"{markdown(heading, rows)}\n\n{newest.device}, {software}, {newest.time[:10]}, `{newest.script}`."
+
+
 def bar_table(records: Sequence[Record]) -> str:
     """Newest value of every Record that answers a bar."""
     newest = {r.bar: r for r in sorted(records, key=lambda r: r.time) if r.bar}
@@ -91,6 +116,7 @@ def bar_table(records: Sequence[Record]) -> str:
 
 TABLES: dict[str, Callable[[Sequence[Record]], str]] = {
     "bars": bar_table,
+    "training": training_table,
     "demo": _study_table(
         "demo",
         {

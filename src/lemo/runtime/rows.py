@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from lemo.runtime.fused.call import FusedCall
 
 
+CALL = "lemo_call"  # keyword of a layer's forward that carries the LayerCall
+
+
 @dataclass(frozen=True)
 class RowRange:
     """Rows of a packed tensor, document by document, as attention sees them.

@@ -18,10 +18,10 @@ from lemo.errors import UnsupportedModelError
 from lemo.families import find_family
 from lemo.runtime.attention import attention_module
 from lemo.runtime.batch import BatchContext, document_keys, read_layout
-from lemo.runtime.layer import CALL, LayerState, install, remove
+from lemo.runtime.layer import LayerState, install, remove
 from lemo.runtime.mlp import MlpTrace
 from lemo.runtime.model import causal_model, decoder_layers, mlp_names
-from lemo.runtime.rows import ACTIVE, LayerCall, Recorder, hidden_of
+from lemo.runtime.rows import ACTIVE, CALL, LayerCall, Recorder, hidden_of
 
 
 @dataclass
