@@ -234,7 +234,7 @@ def test_compiled_model_has_the_same_loss_and_gradients(plan, how):
             for name, gradient in wanted[1].items():
                 assert torch.allclose(got[1][name], gradient, rtol=1e-3, atol=1e-5), name
         said = any("layer.compile()" in note for note in handle.notes)
-        assert said == (how == "whole" and plan is not keep_all)
+        assert said == (how == "whole")
 
 
 def test_layers_keep_the_names_that_wrappers_look_for():

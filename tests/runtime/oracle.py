@@ -22,7 +22,10 @@ def tiny_model(family: str = "llama", *, dtype: torch.dtype = torch.float32, see
     """A random model of a family, in training mode, with weights large enough that every path matters."""
     torch.manual_seed(seed)
     entry = all_families()[family]
-    model = AutoModelForCausalLM.from_config(entry.tiny_config(**overrides), attn_implementation=entry.attention)
+    options = {"attn_implementation": entry.attention}
+    if dtype == torch.float64 and hasattr(torch, "_grouped_mm"):
+        options["experts_implementation"] = "eager"  # grouped products of experts take no fp64
+    model = AutoModelForCausalLM.from_config(entry.tiny_config(**overrides), **options)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
