@@ -75,23 +75,10 @@ def test_shapes_of_real_models(name):
 
 @pytest.mark.parametrize("rank", [64, 128])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_every_tiling_gives_the_same_bypass(rank, dtype):
-    from lemo.ops.stream_rows import kernel
-
-    case = Case("tilings", _stream(shape=(400, 1000), rows=333, rank=rank).bypass)
-    results = []
-    for tiling in kernel.tilings(rank, dtype):
-        given = case.inputs(0, dtype, "cuda")
-        maps = given["down_MR"], given["up_RM"]
-        rstd = kernel.bypass(given["stream_NM"], given["rows_s"], *maps, 1e-6, None, tiling)
-        grad = torch.ones_like(given["stream_NM"])
-        kernel.bypass_backward(grad, given["rows_s"], rstd, *maps, tiling)
-        results.append((given["stream_NM"].float(), rstd, grad.float()))
-    assert len(results) >= 2
-    resolution = torch.finfo(dtype).eps
-    for other in results[1:]:
-        for found, wanted in zip(other, results[0], strict=True):
-            torch.testing.assert_close(found, wanted, rtol=8 * resolution, atol=32 * resolution)
+@pytest.mark.parametrize("rows", [1, 63, 65, 333])
+def test_last_tile_of_the_bypass_may_be_short(rank, dtype, rows):
+    case = Case("short tile", _stream(shape=(400, 1000), rows=rows, rank=rank).bypass, ulps=TENSOR_CORE_ULPS)
+    check_case(SPECS["bypass_rows_"], case, dtype, "cuda")
 
 
 def test_repeated_runs_agree_bit_for_bit():

@@ -50,22 +50,9 @@ class Tiling:
         return f"{self.rows}x{self.columns} w{self.warps} s{self.stages}{' cs' * self.streaming}"
 
 
-# By the padded rank up to which they are meant; the first that fits is in use, the benchmark times all.
-CANDIDATES = {
-    64: (
-        Tiling(64, 128, 8, 3),
-        Tiling(64, 128, 8, 3, streaming=True),
-        Tiling(64, 128, 8, 5, streaming=True),
-        Tiling(64, 256, 8, 3, streaming=True),
-        Tiling(64, 128, 4, 3),
-        Tiling(64, 64, 4, 4),
-        Tiling(64, 256, 8, 2),
-        Tiling(32, 128, 4, 3),
-        Tiling(128, 64, 8, 3),
-        Tiling(128, 128, 8, 3),
-    ),
-    128: (Tiling(64, 64, 8, 3), Tiling(64, 128, 8, 2), Tiling(64, 64, 4, 3), Tiling(128, 64, 8, 3)),
-}
+# By the padded rank up to which they are meant. Only tilings that met the budget of 4 units on a GPU stand here: others
+# were faster by 3 % at most, and some left wrong rows in a last tile that was not full.
+CANDIDATES = {64: (Tiling(64, 128, 8, 3),), 128: (Tiling(64, 64, 8, 3),)}
 # The product of fp32 operands runs on the ordinary units: small tiles, or the accumulators spill.
 CANDIDATES_FP32 = (Tiling(32, 32, 4, 2), Tiling(16, 32, 4, 1), Tiling(16, 16, 4, 1))
 INTERPRETED = Tiling(32, 64, 1, 1)
