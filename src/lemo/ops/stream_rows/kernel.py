@@ -37,17 +37,15 @@ class Tiling:
         warps: warps of a program.
         stages: steps whose operands are in flight. Many of them leave room for one program on a multiprocessor, whose
             rows then last longer in the second-level cache.
-        streaming: what is written leaves that cache first.
     """
 
     rows: int
     columns: int
     warps: int
     stages: int
-    streaming: bool = False
 
     def __str__(self) -> str:
-        return f"{self.rows}x{self.columns} w{self.warps} s{self.stages}{' cs' * self.streaming}"
+        return f"{self.rows}x{self.columns} w{self.warps} s{self.stages}"
 
 
 # By the padded rank up to which they are meant. Only tilings that met the budget of 4 units on a GPU stand here: others
@@ -148,7 +146,6 @@ def _walk(
             len(rows), float(eps),
             WIDTH=width, RANK=rank, PADDED_RANK=padded(rank), ROWS=tiling.rows, COLUMNS=tiling.columns,
             STEPS=triton.cdiv(width, tiling.columns), BACKWARD=backward, STAGES=tiling.stages,
-            STREAMING=tiling.streaming,
             num_warps=tiling.warps, num_stages=tiling.stages,
         )  # fmt: skip
 
@@ -200,7 +197,6 @@ def _bypass_kernel(
     stream_ptr, rows_ptr, apply_ptr, rstd_ptr, first_ptr, second_ptr, first_stride_m, first_stride_r, second_stride_r,
     second_stride_m, count, eps, WIDTH: tl.constexpr, RANK: tl.constexpr, PADDED_RANK: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEPS: tl.constexpr, BACKWARD: tl.constexpr, STAGES: tl.constexpr,
-    STREAMING: tl.constexpr,
 ):  # fmt: skip
     line = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     acts = line < count
@@ -246,4 +242,4 @@ def _bypass_kernel(
         update = tl.dot(between, second, input_precision="ieee")
         y = x.to(tl.float32) + update
         y = y.to(stream_ptr.dtype.element_ty)
-        tl.store(row_ptrs + column[None, :], y, mask=mask, cache_modifier=".cs" if STREAMING else "")
+        tl.store(row_ptrs + column[None, :], y, mask=mask)
