@@ -8,6 +8,7 @@ Nothing on that page is typed by hand: run it again after measuring.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -220,13 +221,23 @@ def _colours(methods: Methods) -> dict[str, str]:
 
 
 def _draw_lengths(axes: list[Any], methods: Methods) -> bool:
-    """Time and peak memory against length, of methods that ran at two lengths or more."""
+    """Time and peak memory against length, of methods that ran at two lengths or more.
+
+    What is recomputed follows the length, so a line takes the fastest level that a method ran at each length.
+    """
     colours, any_line = _colours(methods), False
+    levels: dict[str, dict[int, str]] = {}
+    for method in methods.found:
+        line = levels.setdefault(re.sub(r"[:,]recompute=\w+", "", method), {})
+        for tokens, seconds in methods.series(method, "step_time").items():
+            if tokens not in line or seconds < methods.series(line[tokens], "step_time")[tokens]:
+                line[tokens] = method
     for axis, what, label in ((axes[0], "step_time", "s a step"), (axes[1], "peak_memory", "peak GiB")):
-        for method in methods.found:
-            series = methods.series(method, what)
+        for name, line in levels.items():
+            series = {tokens: methods.series(method, what)[tokens] for tokens, method in sorted(line.items())}
             if len(series) > 1:
-                axis.plot(list(series), list(series.values()), marker="o", ms=3, color=colours[method], label=method)
+                colour = colours[next(iter(line.values()))]
+                axis.plot(list(series), list(series.values()), marker="o", ms=3, color=colour, label=name)
                 any_line = True
         axis.set(xlabel="tokens", ylabel=label, xscale="log", yscale="log" if what == "step_time" else "linear")
         axis.set_xticks(methods.lengths(), [f"{tokens // 1024}K" for tokens in methods.lengths()], minor=False)
