@@ -14,8 +14,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from benchmarks.quality_costs import gain_at_64k
 from benchmarks.quality_grids import STEPS
-from benchmarks.quality_methods import METHODS, gain_at_64k
+from benchmarks.quality_methods import METHODS
 from lemo.measure.record import Record, read_records
 from lemo.measure.statistics import value_of
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from benchmarks.quality_costs import equal_steps, sequence_flops
 from benchmarks.quality_methods import (
     ABLATIONS,
     INSTRUCT,
@@ -17,8 +18,6 @@ from benchmarks.quality_methods import (
     TARGETS,
     THRESHOLDS,
     Method,
-    equal_steps,
-    sequence_flops,
 )
 from benchmarks.quality_study import RATES, Protocol
 from lemo.measure.flops import DecoderShape

@@ -16,8 +16,9 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.quality_compare import Cells, domain_means, void_domains
+from benchmarks.quality_costs import gain_at_64k
 from benchmarks.quality_grids import STEPS
-from benchmarks.quality_methods import METHODS, gain_at_64k
+from benchmarks.quality_methods import METHODS
 from lemo.measure.record import Record, read_records
 from lemo.measure.statistics import paired_standard_error
 from lemo.report.tables import markdown

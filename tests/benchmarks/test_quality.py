@@ -13,8 +13,9 @@ import torch
 
 from benchmarks import check_bars, quality, quality_answers, quality_grids
 from benchmarks.quality_compare import Cells, domain_means
+from benchmarks.quality_costs import equal_steps, gain_at_64k, sequence_flops
 from benchmarks.quality_grids import GRIDS, Cell
-from benchmarks.quality_methods import METHODS, equal_steps, gain_at_64k, sequence_flops
+from benchmarks.quality_methods import METHODS
 from benchmarks.quality_study import Protocol, QualityStudy
 from lemo.measure.record import read_records
 from lemo.train.data import write_npz
