@@ -94,10 +94,8 @@ class _Forward:
         """Writes the layer's rows into the stream; returns what backward needs."""
         parts, call = self.parts, self.call
         norm = parts.norms[0]
-        # The whole stream is about to be written over: its rows are copied where a gradient will need them.
-        source = self.stream
         normed, frame, rstd, mean = norm_rows(
-            source,
+            self.stream,
             norm.weight_M,
             bias_M=norm.bias_M,
             rows_n=call.frame_rows,
@@ -143,6 +141,7 @@ class _Forward:
             output, middle = output.index_select(0, exact.ran_n), middle.index_select(0, exact.ran_n)
             lse, heads = lse.index_select(1, exact.ran_n), heads | select_heads(heads, places)
             before = before | {n: before[n].index_select(0, p) for n, p in places.items() if n in before}
+        # A frame that is the whole stream is the stream itself, which is about to be written over.
         copies = call.frame_rows is None and (exact is None or exact.keys)
         saved["frame"] = frame.clone() if copies else frame
         saved["rstd"] = rstd
