@@ -92,6 +92,7 @@ class Method:
         documents: instruction data: whether samples keep their document.
         reweight: loss rows are weighed so that they estimate the loss of all rows without bias.
         refit_every: steps between fits of the bypass to the weights as they are.
+        loss_block: rows of a drawn block of loss rows; None for the plan's blocks.
     """
 
     about: str
@@ -106,10 +107,13 @@ class Method:
     documents: bool = True
     reweight: bool = False
     refit_every: int | None = None
+    loss_block: int | None = None
 
     @property
     def loss_block_size(self) -> int:
         """Rows of a drawn block."""
+        if self.loss_block is not None:
+            return self.loss_block
         return self.plan.block_size if self.plan is not None else 64
 
     def setting(self) -> dict[str, Any]:
@@ -117,7 +121,7 @@ class Method:
         found = asdict(self)
         del found["about"]
         # Choices that came later: a cell that does not make them keeps its hash.
-        for name, default in (("reweight", False), ("refit_every", None)):
+        for name, default in (("reweight", False), ("refit_every", None), ("loss_block", None)):
             if found[name] == default:
                 del found[name]
         for name, default in (("threshold", None), ("allocate", False), ("ratio_of", "all")):
@@ -149,6 +153,15 @@ _EXACT_20: dict[str, Any] = {
     "kv": "kept",
     "dense_layers": (),
 }
+
+
+def _keys(share: float, backward: float, **changes: Any) -> Method:
+    """Exact forward with gradient into all keys."""
+    about = f"exact forward, loss on {share:.0%}, gradient of {backward:.0%} into all keys"
+    chosen = _EXACT_20 | {"gradient": "keys", "backward_ratio": backward, "scorer": "random"} | changes
+    return lemo(about, share, **chosen)
+
+
 PRESETS = {
     "balanced": lemo("default for grouped-query models: 30 % of rows, all offer keys"),
     "balanced_mha": lemo("default for multi-head models: 40 % of rows, others offer no keys", kv="kept", **_both(0.4)),
@@ -215,6 +228,29 @@ ABLATIONS = {
         0.1,
         scorer="random",
         **(_EXACT_20 | {"gradient": "keys", "backward_ratio": 0.1}),
+    ),
+    **{
+        f"dense_10_blocks_{n}": Method(f"dense LoRA, loss on 10 %, in blocks of {n}", loss_share=0.1, loss_block=n)
+        for n in (16, 256, 1024)
+    },
+    **{f"keys_10_blocks_{n}": replace(_keys(0.1, 0.1), loss_block=n) for n in (256, 1024)},
+    "keys_10_blocks_16": _keys(0.1, 0.1, block_size=16),
+    "keys_10_before": _keys(0.1, 0.2, scorer="predictor", oracle="before_loss"),
+    "keys_10_before_blocks_256": replace(_keys(0.1, 0.15, scorer="predictor", oracle="before_loss"), loss_block=256),
+    "keys_20_before": _keys(0.2, 0.35, scorer="predictor", oracle="before_loss"),
+    "keys_10_random": _keys(0.1, 0.2),
+    "rows_10_blocks_256": replace(_keys(0.1, 0.1, gradient="rows"), loss_block=256),
+    "skip_20_blocks_256": replace(lemo("20 % of rows, loss on 10 %", 0.1, **_both(0.2)), loss_block=256),
+    "skip_30_blocks_256": replace(lemo("30 % of rows, loss on 10 %", 0.1, **_both(0.3)), loss_block=256),
+    "keys_60_blocks_256": replace(
+        lemo(
+            "forward 60 %, gradient of 12 % into all keys, loss on 10 %",
+            0.1,
+            forward_ratio=0.6,
+            backward_ratio=0.12,
+            gradient="keys",
+        ),
+        loss_block=256,
     ),
     "both_20": lemo(
         "forward 60 %, `pairs` gradient through 20 %, loss on 10 %", 0.1, **(_EXACT_20 | {"forward_ratio": 0.6})
