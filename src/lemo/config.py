@@ -6,8 +6,6 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from lemo.errors import ConfigError
-
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -79,11 +77,13 @@ class LossRowsConfig:
         share: share of blocks of plain text drawn as loss rows; 1.0 for all. `data.answer_only` samples are not
             drawn from: their answers always carry loss.
         placement: how blocks are drawn; `hardest` takes those of the highest loss under the base model.
+        span: rows of a run of drawn blocks; None draws single blocks.
         reweight: weigh drawn rows so that their loss estimates that of all; `hardest` then draws in proportion to loss.
     """
 
     share: float = 0.4
     placement: Literal["random", "spread", "tail", "hardest"] = "random"
+    span: int | None = None
     reweight: bool = False
 
 
@@ -104,7 +104,7 @@ class SparsityConfig:
         mlp: whether the MLP has rows of its own.
         mlp_ratio: share of rows that run the MLP when it has rows of its own.
         policy: what turns scores into rows.
-        scorer: what ranks blocks while training.
+        scorer: what ranks blocks while training; `recent` prefers those that a block with loss follows closely.
         dense_layers: layers that never skip; negative numbers count from the end.
     """
 
@@ -119,7 +119,7 @@ class SparsityConfig:
     mlp: Literal["shared", "own"] = "shared"
     mlp_ratio: float | None = None
     policy: Literal["topk", "threshold"] = "topk"
-    scorer: Literal["predictor", "random"] = "predictor"
+    scorer: Literal["predictor", "random", "recent"] = "predictor"
     dense_layers: tuple[int, ...] = (0, -1)
 
 
@@ -157,7 +157,7 @@ class CalibrationConfig:
         "attention_mass", "mass_loss_rows", "mass_detrended", "mass_times_value", "mass_peak", "interaction"
     ] = "attention_mass"
     query_stride: int = 4
-    scorer: Literal["predictor", "random"] = "predictor"
+    scorer: Literal["predictor", "random", "recent"] = "predictor"
     compare_dense_fit: bool = True
     pooled_features: int = 128
     predictor_width: int = 64
@@ -252,149 +252,3 @@ def resolved(run: RunConfig) -> dict[str, Any]:
     if run.sparsity.plan:
         values["sparsity"] = {name: values["sparsity"][name] for name in ("enabled", "plan")}
     return json.loads(json.dumps(values))
-
-
-def check_run(run: RunConfig) -> None:
-    """Checks ranges and combinations of a run; types are the recipe reader's business.
-
-    Raises:
-        ConfigError: a value is out of range or two values contradict each other; the message names the key.
-    """
-    if not run.model.path:
-        raise ConfigError("model.path is empty: name a model folder, a hub name or package:NAME")
-    for key in _POSITIVE:
-        value = _lookup(run, key)
-        if value is not None and not value > 0:
-            raise ConfigError(f"{key} must be positive, got {value!r}")
-    for key in _NOT_NEGATIVE:
-        if not _lookup(run, key) >= 0:
-            raise ConfigError(f"{key} must not be negative, got {_lookup(run, key)!r}")
-    for key in _SHARES:
-        value = _lookup(run, key)
-        if value is not None and not 0 < value <= 1:
-            raise ConfigError(f"{key} must lie in (0, 1], got {value!r}")
-    if not 0 <= run.data.held_out_share < 1:
-        raise ConfigError(f"data.held_out_share must lie in [0, 1), got {run.data.held_out_share!r}")
-    if run.data.validation and run.data.held_out_share:
-        raise ConfigError("data.held_out_share has no effect beside data.validation; remove one of them")
-    _check_stopping(run)
-    if not 0 <= run.lora.dropout < 1:
-        raise ConfigError(f"lora.dropout must lie in [0, 1), got {run.lora.dropout!r}")
-    if run.data.window_tokens < 2:
-        raise ConfigError(f"data.window_tokens must be at least 2, got {run.data.window_tokens}")
-    if run.training.max_steps == 0 or run.training.max_steps < -1:
-        raise ConfigError(f"training.max_steps must be positive, or -1 for epochs, got {run.training.max_steps}")
-    if not run.lora.targets:
-        raise ConfigError("lora.targets is empty: name modules, or all-linear")
-    if run.model.context_length is not None and run.data.window_tokens > run.model.context_length:
-        raise ConfigError(
-            f"data.window_tokens ({run.data.window_tokens}) exceeds model.context_length ({run.model.context_length})"
-        )
-    if run.calibration.scorer == "random" and run.sparsity.scorer != "random":
-        raise ConfigError("calibration.scorer is random, but sparsity.scorer is not; a run has one scorer")
-    if run.calibration.allocate == "budget" and (run.sparsity.policy == "threshold" or run.calibration.tune_steps):
-        raise ConfigError("calibration.allocate gives layers ratios, thresholds do too: drop tune_steps and threshold")
-    _check_loss_rows(run)
-    _check_sparsity(run)
-
-
-def _check_loss_rows(run: RunConfig) -> None:
-    """Weights of loss rows need draws that leave no block out, and a loss that knows them."""
-    if not run.loss_rows.reweight:
-        return
-    if run.loss_rows.placement == "tail":
-        raise ConfigError("loss_rows.reweight cannot be had with placement tail: it never draws the blocks before")
-    if run.training.loss == "model":
-        raise ConfigError("loss_rows.reweight needs training.loss=segmented; the model's own loss knows no weights")
-
-
-def _check_stopping(run: RunConfig) -> None:
-    """Early stopping compares evaluations, and keeps the checkpoint of the best."""
-    training = run.training
-    if training.early_stopping_evals is None:
-        return
-    if not run.data.validation_sources or not training.eval_steps:
-        raise ConfigError("training.early_stopping_evals needs validation data and training.eval_steps")
-    if training.save_steps not in (None, training.eval_steps):
-        raise ConfigError("training.early_stopping_evals saves at each evaluation: set training.save_steps to null")
-
-
-def _check_sparsity(run: RunConfig) -> None:
-    """Combinations of ratios, bypass and MLP rows."""
-    sparsity = run.sparsity
-    if sparsity.backward_ratio > sparsity.forward_ratio:
-        raise ConfigError(
-            f"sparsity.backward_ratio ({sparsity.backward_ratio}) must not exceed sparsity.forward_ratio "
-            f"({sparsity.forward_ratio}): a row passes gradient only through layers that it ran"
-        )
-    calibrates = sparsity.enabled and sparsity.plan is None and sparsity.forward_ratio < 1
-    if calibrates and run.calibration.bypass_rank == 0:
-        raise ConfigError(
-            f"sparsity.forward_ratio is {sparsity.forward_ratio} and calibration.bypass_rank is 0: rows that skip "
-            "layers without a bypass ruin the model; set a rank, or forward_ratio to 1"
-        )
-    if sparsity.mlp_ratio is not None and sparsity.mlp == "shared":
-        raise ConfigError("sparsity.mlp_ratio needs sparsity.mlp=own; with shared rows it would have no effect")
-    if sparsity.mlp == "own" and sparsity.mlp_ratio is None:
-        raise ConfigError("sparsity.mlp is own: set sparsity.mlp_ratio, the share of rows that run the MLP")
-
-
-_POSITIVE = (
-    "model.context_length",
-    "data.max_windows",
-    "data.validation_windows",
-    "sparsity.block_size",
-    "calibration.window_tokens",
-    "calibration.windows",
-    "calibration.query_stride",
-    "calibration.pooled_features",
-    "calibration.predictor_width",
-    "calibration.predictor_rank",
-    "calibration.predictor_steps",
-    "calibration.tune_windows",
-    "calibration.memory_limit_gib",
-    "lora.rank",
-    "lora.alpha",
-    "training.learning_rate",
-    "training.epochs",
-    "training.batch_size",
-    "training.gradient_accumulation_steps",
-    "training.segment_rows",
-    "training.logging_steps",
-    "training.eval_steps",
-    "training.save_steps",
-    "training.refit_steps",
-    "training.recall_steps",
-    "training.early_stopping_evals",
-)
-_NOT_NEGATIVE = (
-    "calibration.bypass_rank",
-    "calibration.bypass_ridge",
-    "calibration.tune_steps",
-    "training.warmup_steps",
-    "training.weight_decay",
-    "training.max_grad_norm",
-)
-_SHARES = (
-    "loss_rows.share",
-    "sparsity.forward_ratio",
-    "sparsity.backward_ratio",
-    "sparsity.mlp_ratio",
-    "calibration.prune_to",
-)
-
-
-# Ranges as JSON Schema has them.
-RANGES: tuple[tuple[dict[str, float], tuple[str, ...]], ...] = (
-    ({"exclusiveMinimum": 0}, _POSITIVE),
-    ({"minimum": 0}, _NOT_NEGATIVE),
-    ({"exclusiveMinimum": 0, "maximum": 1}, _SHARES),
-)
-
-
-def _lookup(run: RunConfig, key: str) -> Any:
-    """Value of a dotted key."""
-    value: Any = run
-    for part in key.split("."):
-        value = getattr(value, part)
-    return value

@@ -183,10 +183,10 @@ def test_unreadable_recipes_are_named(tmp_path):
 
 
 def test_every_range_key_exists_and_is_checked():
-    from lemo import config
+    from lemo.train import checks
 
     good = {"output": "o", "model": {"path": "m"}}
-    for names, bad in ((config._POSITIVE, -1), (config._NOT_NEGATIVE, -1), (config._SHARES, 1.5)):
+    for names, bad in ((checks._POSITIVE, -1), (checks._NOT_NEGATIVE, -1), (checks._SHARES, 1.5)):
         for key in names:
             section, name = key.split(".")
             values = {**good, section: {**good.get(section, {}), name: bad}}

@@ -10,6 +10,7 @@ from lemo.core.score import (
     Fixed,
     Interaction,
     Random,
+    Recent,
     ScoreInputs,
     UpdateNorm,
     mlp_scores,
@@ -147,3 +148,16 @@ def test_names_and_missing_inputs():
         scorer_named("atention_mass")
     with pytest.raises(ConfigError, match="query_HND"):
         AttentionMass().scores(ScoreInputs(inputs.layout))
+
+
+def test_recent_counts_blocks_to_the_next_loss_of_the_same_document():
+    ids = torch.cat([torch.zeros(40), torch.ones(24)])[None].long()
+    supervised = torch.zeros(1, 64, dtype=torch.bool)
+    supervised[0, [17, 25]] = True  # blocks 2 and 3 of the first document, none of the second
+    layout = Layout.build(ids, supervised, block_size=8)
+    scores_K = Recent().scores(ScoreInputs(layout))
+    assert scores_K.dtype == torch.float32
+    assert scores_K[:4].tolist() == [-2, -1, 0, 0]
+    assert scores_K[4] < -2, "nothing with loss follows: last"
+    assert scores_K[5:].diff().gt(0).all(), "without loss later blocks come first"
+    assert scorer_named("recent") == Recent()

@@ -326,3 +326,26 @@ def test_an_attached_model_weighs_rows():
         pytest.raises(ConfigError, match="segmented"),
     ):
         model(**batch)
+
+
+@pytest.mark.parametrize("placement", ["random", "spread"])
+@pytest.mark.parametrize("total, share, span", [(32, 0.25, 4), (32, 0.25, 8), (33, 0.3, 4), (32, 0.1, 16), (8, 1 / 8, 8)])
+def test_spans_are_whole_runs_on_a_circle(placement, total, share, span):
+    rows = LossRows(WindowCollator(), share, placement, block_size=8, span=8 * span)
+    count, seen = round(share * total), torch.zeros(total)
+    for epoch in range(400):
+        rows.set_epoch(epoch)
+        drawn = supervised_blocks(rows([sample("a", 8 * total)]), 8)[1]
+        assert drawn.sum() == count
+        starts = (drawn & ~drawn.roll(1)).sum()
+        assert starts <= -(-count // span), "no more runs than the count needs"
+        seen += drawn
+    # Every block has the same chance: within five standard deviations of a binomial count.
+    chance = count / total
+    assert (seen / 400 - chance).abs().max() < 5 * (chance * (1 - chance) / 400) ** 0.5
+
+
+def test_span_must_fit_blocks_and_placement():
+    for wrong in ({"span": 12}, {"span": 0}, {"span": 16, "placement": "tail"}):
+        with pytest.raises(ConfigError, match="span"):
+            LossRows(WindowCollator(), 0.5, block_size=8, **wrong)

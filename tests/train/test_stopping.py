@@ -9,9 +9,10 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from lemo.config import DataConfig, LoraConfig, ModelConfig, RunConfig, SparsityConfig, TrainingConfig, check_run
+from lemo.config import DataConfig, LoraConfig, ModelConfig, RunConfig, SparsityConfig, TrainingConfig
 from lemo.errors import ConfigError
 from lemo.eval.perplexity import evaluate_loss
+from lemo.train.checks import check_run
 from lemo.train.run import train
 from tests.train.tiny import save_tiny_model, words
 

@@ -16,7 +16,7 @@ from lemo.config import CalibrationConfig
 from lemo.core.bypass import BypassFit
 from lemo.core.layout import Layout
 from lemo.core.plan import Plan
-from lemo.core.score import Random, ScoreInputs
+from lemo.core.score import Random, Recent, ScoreInputs
 from lemo.runtime.batch import document_keys
 from lemo.runtime.stream import LayerStream
 
@@ -121,6 +121,8 @@ def _scores(plan: Plan, index: int, x_NM: Tensor, stream: LayerStream) -> Tensor
     predictor = plan.layers[index].predictor
     if plan.scorer == "predictor" and predictor is not None:
         return predictor.scores(x_NM, layout)
+    if plan.scorer == "recent":
+        return Recent().scores(ScoreInputs(layout))
     keys = document_keys(layout, stream.input_ids_BT)
     scores_K = Random(plan.seed).scores(ScoreInputs(layout, layer=index, document_keys_D=keys))
     return scores_K.to(x_NM.device, torch.float32)

@@ -18,8 +18,9 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import pydantic
 import yaml
 
-from lemo.config import RunConfig, check_run, resolved
+from lemo.config import RunConfig, resolved
 from lemo.errors import ConfigError
+from lemo.train.checks import check_run
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

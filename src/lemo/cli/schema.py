@@ -25,7 +25,8 @@ def schema(
 def recipe_schema() -> dict[str, Any]:
     """JSON Schema of recipes with what the configuration says of each key: meaning and range."""
     from lemo.cli.recipe import json_schema
-    from lemo.config import RANGES, RunConfig
+    from lemo.config import RunConfig
+    from lemo.train.checks import RANGES
 
     made = json_schema()
     made["title"] = "lemo recipe"

@@ -20,7 +20,7 @@ FORMAT = 1
 _JSON, _TENSORS = "plan.json", "plan.safetensors"
 _CHOICES = {
     "policy": POLICIES,
-    "scorer": ("predictor", "random"),
+    "scorer": ("predictor", "random", "recent"),
     "kv": ("kept", "all"),
     "gradient": ("rows", "pairs", "keys"),
     "mlp": ("shared", "own"),
@@ -73,7 +73,7 @@ class Plan:
         layers: one entry per decoder layer.
         block_size: rows per block.
         policy: `topk` or `threshold`; the other's numbers in `layers` are informative.
-        scorer: `predictor` or `random`.
+        scorer: `predictor`, `random` or `recent`.
         kv: whether rows that skip a layer still offer keys and values (`all`) or not (`kept`).
         gradient: gradient of exact forward, `rows` or `pairs`.
         mlp: whether the MLP shares the layer's rows or has its `own`.

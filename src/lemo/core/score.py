@@ -1,4 +1,4 @@
-"""Scorers: what ranks the blocks of a layer. `predictor` and `random` run in training, the others in calibration."""
+"""Scorers: what ranks the blocks of a layer. Some run in training, the others in calibration and studies."""
 
 from __future__ import annotations
 
@@ -173,6 +173,32 @@ class Position:
 
 
 @dataclass(frozen=True)
+class Recent:
+    """Minus the number of blocks to the next block with loss of the same document, itself 0.
+
+    Rows with loss attend most to the rows shortly before them. Blocks after the last one with loss come last; where a
+    document has no loss (as when only a forward is run), later blocks come first.
+    """
+
+    def scores(self, inputs: ScoreInputs) -> Tensor:
+        """(K,) fp32. Needs nothing of the layer, so it is made once per batch."""
+        layout = inputs.layout
+        return layout.once("recent", lambda: to_device(_recent(layout), layout.device))
+
+
+def _recent(layout: Layout) -> Tensor:
+    document_K, supervised_K = layout.block_document_K.tolist(), layout.supervised_K.tolist()
+    blocks = len(document_K)
+    found, distance = [0.0] * blocks, 0
+    for k in reversed(range(blocks)):
+        if k + 1 == blocks or document_K[k + 1] != document_K[k]:
+            distance = blocks
+        distance = 0 if supervised_K[k] else distance + 1
+        found[k] = -float(distance)
+    return torch.tensor(found)
+
+
+@dataclass(frozen=True)
 class Fixed:
     """Scores given beforehand, for oracle runs."""
 
@@ -183,7 +209,7 @@ class Fixed:
         return self.scores_K
 
 
-TRAINING_SCORERS = ("predictor", "random")
+TRAINING_SCORERS = ("predictor", "random", "recent")
 STUDY_SCORERS: dict[str, Callable[[], Scorer]] = {
     "interaction": Interaction,
     "attention_mass": AttentionMass,
@@ -204,6 +230,8 @@ def scorer_named(name: str, *, predictor: PatternPredictor | None = None, seed: 
         return Predicted(predictor)
     if name == "random":
         return Random(seed)
+    if name == "recent":
+        return Recent()
     if name in STUDY_SCORERS:
         return STUDY_SCORERS[name]()
     raise ConfigError(f"scorer must be one of {', '.join((*TRAINING_SCORERS, *STUDY_SCORERS))}, got {name!r}")

@@ -12,10 +12,11 @@ from torch import Tensor
 from lemo.core.layout import Layout
 from lemo.core.plan import LayerPlan, Plan
 from lemo.core.policy import select
-from lemo.core.score import Random, ScoreInputs
+from lemo.core.score import Random, Recent, ScoreInputs
 from lemo.core.selection import RowSet, Selection
 from lemo.runtime.fused.call import Recompute
 from lemo.runtime.fused.factors import AdapterFactors
+from lemo.runtime.fused.offload import Convoy
 
 _IGNORED = -100
 
@@ -37,6 +38,7 @@ class BatchContext:
         document_keys_D: (D,) what tells documents apart for the `random` scorer.
         fused: layers that the fused engine runs.
         recompute: what it computes again in backward.
+        offload: takes what it saves for keys alone to the host; None leaves it on the device.
         loss_rows_only: nothing but the rows that carry loss is read behind the last layer.
         defers_norm: the norm before the head is left to the loss, which runs it on its rows.
         adapters: factors of the fused layers' adapters.
@@ -52,6 +54,7 @@ class BatchContext:
     document_keys_D: Tensor | None = None
     fused: frozenset[int] = frozenset()
     recompute: Recompute = "none"
+    offload: Convoy | None = None
     loss_rows_only: bool = False
     defers_norm: bool = False
     adapters: AdapterFactors = field(default_factory=AdapterFactors)
@@ -84,7 +87,7 @@ class BatchContext:
         if self.plan.mlp != "own" or layer.mlp_ratio is None or layer.mlp_ratio >= layer.forward_ratio:
             return None
         with torch.no_grad():
-            if layer.mlp_predictor is None or self.plan.scorer == "random":
+            if layer.mlp_predictor is None or self.plan.scorer != "predictor":
                 scores_K = self._random(index, self.plan.seed + 1)
             else:
                 scores_K = layer.mlp_predictor.scores(x_NM, self.layout)
@@ -100,6 +103,8 @@ class BatchContext:
     def _scores(self, index: int, layer: LayerPlan, x_NM: Tensor) -> Tensor:
         if self.plan.scorer == "random":
             return self._random(index, self.plan.seed)
+        if self.plan.scorer == "recent":
+            return Recent().scores(ScoreInputs(self.layout))
         return layer.predictor.scores(x_NM, self.layout)
 
     def _random(self, index: int, seed: int) -> Tensor:

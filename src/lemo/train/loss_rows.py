@@ -34,6 +34,11 @@ class LossRows:
     least one. The draw depends on (seed, sample id, epoch) only, not on batch size, order or worker. Samples without a
     `sample_id` are named by a hash of their tokens.
 
+    With a `span` drawn blocks come in runs of so many rows, so that rows with loss have rows with loss before them:
+    under exact forward nothing of the gradient is lost between rows of a run. Runs lie on a circle, at drawn distances
+    and from a drawn start, and one that reaches the end goes on at the beginning: every block has the same chance. The
+    last run is shorter where the share says so.
+
     With `reweight` the batch has `loss_weights` (B, T): rows of a block that is drawn with probability p weigh 1/p,
     times the batch's share of rows that are left. Divided by the rows that are left, as the Trainer does, the weighted
     loss is then an unbiased estimate of the mean loss of all rows; exactly so for steps of one batch, and where the
@@ -52,6 +57,7 @@ class LossRows:
         seed: int = 0,
         block_size: int = 64,
         *,
+        span: int | None = None,
         reweight: bool = False,
         block_losses: Callable[[Any], Tensor] | None = None,
     ) -> None:
@@ -64,11 +70,12 @@ class LossRows:
                 `hardest`, those with the highest loss.
             seed: of the draw.
             block_size: rows per block; the plan's.
+            span: rows of a run of drawn blocks, a multiple of `block_size`; None draws single blocks.
             reweight: weigh rows so that the loss estimates that of all rows without bias.
             block_losses: loss of each block of a sample, (blocks,), for `hardest`; `train.block_losses.BlockLosses`.
 
         Raises:
-            ConfigError: a value is out of range, `hardest` without losses, or `tail` with weights.
+            ConfigError: a value is out of range, `hardest` without losses, `tail` with weights, or a span with either.
         """
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
             raise ConfigError(f"share of loss rows must lie in (0, 1], got {share!r}")
@@ -80,7 +87,12 @@ class LossRows:
             raise ConfigError("placement 'hardest' needs block_losses, an estimate of the loss of each block")
         if placement == "tail" and reweight:
             raise ConfigError("placement 'tail' cannot be reweighted: it never draws the blocks before")
+        if span is not None and (isinstance(span, bool) or not isinstance(span, int) or span < 1 or span % block_size):
+            raise ConfigError(f"span of loss rows must be a multiple of the block size {block_size}, got {span!r}")
+        if span is not None and placement not in ("random", "spread"):
+            raise ConfigError(f"span of loss rows goes with placement random or spread, not with {placement!r}")
         self.collator = collator
+        self.span_blocks = 1 if span is None else span // block_size
         self.share = float(share)
         self.placement = placement
         self.seed = seed
@@ -184,10 +196,38 @@ class LossRows:
             return draw_by_chance(chance, generator), chance
         if losses is not None:
             return losses.argsort(descending=True, stable=True)[:count].sort().values, even
+        if self.span_blocks > 1:
+            return draw_runs(total, count, self.span_blocks, self.placement == "spread", generator), even
         if self.placement == "spread":
             steps = np.floor((np.arange(count) + generator.random()) * total / count).astype(np.int64)
             return torch.from_numpy(steps), even
         return torch.from_numpy(np.sort(generator.permutation(total)[:count])), even
+
+
+def draw_runs(total: int, count: int, span: int, spread: bool, generator: np.random.Generator) -> Tensor:
+    """Ascending indices of `count` of `total` blocks on a circle, in runs of `span` and one that is shorter.
+
+    Args:
+        total: blocks.
+        count: of them that are drawn.
+        span: blocks of a run.
+        spread: runs lie at even distances instead of drawn ones.
+        generator: of the draw.
+    """
+    runs = -(-count // span)
+    lengths = np.full(runs, span)
+    lengths[-1] = count - span * (runs - 1)
+    lengths, free = generator.permutation(lengths), total - count
+    if spread:
+        ends = np.floor(np.arange(1, runs + 1) * free / runs).astype(np.int64)
+        gaps = np.diff(ends, prepend=0)
+    else:
+        # Every way to part the free blocks among the runs is equally likely.
+        bars = np.sort(generator.choice(free + runs - 1, runs - 1, replace=False))
+        gaps = np.diff(bars, prepend=-1, append=free + runs - 1) - 1
+    starts = np.cumsum(lengths + gaps) - lengths
+    places = np.concatenate([start + np.arange(length) for start, length in zip(starts, lengths, strict=True)])
+    return torch.from_numpy(np.sort((places + generator.integers(total)) % total))
 
 
 def draw_chances(losses_N: Tensor, count: int) -> Tensor:

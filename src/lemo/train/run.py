@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lemo.config import RunConfig, TrainingConfig, check_run, resolved
+from lemo.config import RunConfig, TrainingConfig, resolved
 from lemo.core.plan import Plan
 from lemo.errors import ConfigError
 from lemo.measure.memory import GIB
 from lemo.measure.record import config_hash, device_name, versions
 from lemo.runtime.attach import Handle, attach
 from lemo.train.checkpoint import RunFolder, SaveOnRequest
+from lemo.train.checks import check_run
 from lemo.train.data import DataReport, WindowDataset, load_windows
 from lemo.train.distributed import Processes
 from lemo.train.lora import add_adapter, check_targets, save_adapter, trainable_parameters
