@@ -91,15 +91,17 @@ def _sweep(steps: int) -> list[Cell]:
     return [Cell("dense_all", 0, steps, rate) for rate in RATES]
 
 
-_MAIN = ["dense_all", "dense_rows", "balanced", "random"]
-_PLACED = ["random_weighted", "spread_weighted", "hardest", "hardest_weighted"]
+_MAIN = ["dense_all", "dense_rows", "balanced"]
+_OTHERS = ["dense_rows_10", "dense_rows_30", "balanced_mha", "quality", "fast"]
+_RANKED = ["skip_30_all_recent", "skip_30_all_predictor", "skip_30_all_random"]
 GRIDS: dict[str, list[Cell]] = {
-    "pilot": [*_sweep(100), *_cells(["before", "balanced", "random", "dense_rows"], [0], 100)],
+    "pilot": [*_sweep(100), *_cells(["before", "dense_rows", "balanced", *_RANKED], [0], 100)],
     "sweep": _sweep(STEPS),
     "main": [Cell("before", 0), *_cells(_MAIN, range(5))],
-    "presets": _cells(["balanced_mha", "quality", "fast", "dense_rows_10"], range(3)),
-    "nulls": _cells(["dense_4k", "dense_8k", "no_context", "random_refit"], range(3)),
+    "presets": _cells(_OTHERS, range(3)),
+    "nulls": _cells(["dense_4k", "dense_8k", "no_context"], range(3)),
     "rivals": _cells(list(RIVALS), range(3)),
+    "ranked": _cells(_RANKED, range(5)),
     "equal_compute": [
         cell
         for seed in range(3)
@@ -108,15 +110,15 @@ GRIDS: dict[str, list[Cell]] = {
         + [Cell("balanced", seed, flops_steps=points)]
     ],
     "ablations": _cells(list(ABLATIONS), [0]),
-    "explore": _cells(["dense_all", "dense_rows", "dense_rows_10", "balanced", *PRESETS, *ABLATIONS], [0], 60),
-    "targets": _cells(["balanced", "random", *TARGETS], range(2), 100),
-    "predictors": _cells(["balanced", "random", "interaction", *PREDICTED], range(2), 100),
+    "explore": _cells([*NULLS, *PRESETS, *ABLATIONS], [0], 100),
+    "targets": _cells([*_RANKED, *TARGETS], range(2), 100),
+    "predictors": _cells([*_RANKED, "interaction", *PREDICTED], range(2), 100),
     "oracle": _cells(["oracle_mass"], range(5)),
     "break_point": _cells(["dense_rows_10", *THRESHOLDS], range(2), 100),
-    "loss_rows": _cells(["balanced", "spread", *_PLACED], range(2), 100),
-    "allocate": _cells(["balanced", "allocated", "step_backward", "allocated_exact"], range(2), 100),
-    "refit": _cells(["balanced", "refit_10", "refit_50"], range(3)),
-    "long": _cells([*_MAIN[:1], *_MAIN[2:]], range(3)),
+    "loss_rows": _cells(["balanced", "blocks", "spread_runs", "hardest_weighted"], range(2)),
+    "allocate": _cells(["skip_30_all_predictor", "allocated"], range(2), 100),
+    "refit": _cells(["skip_30_all_predictor", "refit_10", "refit_50"], range(3)),
+    "long": _cells(_MAIN, range(3)),
     "instruct": [
         *(Cell("instruct_dense", 0, STEPS, rate) for rate in RATES),
         *_cells(list(INSTRUCT)[:1], [0]),
@@ -125,7 +127,6 @@ GRIDS: dict[str, list[Cell]] = {
 }
 # A grid may need another protocol than the published one.
 WINDOWS = {"long": 32768}
-GRIDS["explore"] = list(dict.fromkeys(GRIDS["explore"]))
 PUBLISHED = (*NULLS, *PRESETS, *RIVALS, *ABLATIONS)
 
 # Seconds on one H200 for one million tokens of training at 16,384 tokens, from the Records of benchmarks/extension.py;

@@ -92,7 +92,7 @@ class Method:
         documents: instruction data: whether samples keep their document.
         reweight: loss rows are weighed so that they estimate the loss of all rows without bias.
         refit_every: steps between fits of the bypass to the weights as they are.
-        loss_block: rows of a drawn block of loss rows; None for the plan's blocks.
+        span: rows of a run of drawn blocks of loss rows; None draws single blocks.
     """
 
     about: str
@@ -107,13 +107,11 @@ class Method:
     documents: bool = True
     reweight: bool = False
     refit_every: int | None = None
-    loss_block: int | None = None
+    span: int | None = None
 
     @property
     def loss_block_size(self) -> int:
         """Rows of a drawn block."""
-        if self.loss_block is not None:
-            return self.loss_block
         return self.plan.block_size if self.plan is not None else 64
 
     def setting(self) -> dict[str, Any]:
@@ -121,7 +119,7 @@ class Method:
         found = asdict(self)
         del found["about"]
         # Choices that came later: a cell that does not make them keeps its hash.
-        for name, default in (("reweight", False), ("refit_every", None), ("loss_block", None)):
+        for name, default in (("reweight", False), ("refit_every", None), ("span", None)):
             if found[name] == default:
                 del found[name]
         for name, default in (("threshold", None), ("allocate", False), ("ratio_of", "all")):
@@ -130,55 +128,54 @@ class Method:
         return found
 
 
-LOSS_SHARE = 0.2
-BALANCED = PlanSpec()
+LOSS_SHARE, SPAN = 0.12, 1024
+EXACT = PlanSpec(1.0, LOSS_SHARE, gradient="keys", scorer="random", dense_layers=())
+SKIP = PlanSpec(0.3, 0.3)
 _PLAIN = PlanSpec(0.5, 0.5, kv="kept", strip_bypass=True)
 _BARE = PlanSpec(1e-6, 1e-6, kv="kept", scorer="random", dense_layers=(), strip_bypass=True)
 
 
-def lemo(about: str, loss_share: float = LOSS_SHARE, placement: str = "random", **changes: Any) -> Method:
-    """A method of this library: the default with some choices changed."""
-    return Method(about, replace(BALANCED, **changes), loss_share, placement)
+def exact(about: str, loss_share: float = LOSS_SHARE, span: int | None = SPAN, **changes: Any) -> Method:
+    """The default, exact forward with gradient through the loss rows, with some choices changed."""
+    changes = {"backward_ratio": loss_share} | changes
+    return Method(about, replace(EXACT, **changes), loss_share, span=span)
+
+
+def skip(
+    about: str, loss_share: float = 0.1, span: int | None = SPAN, placement: str = "random", **changes: Any
+) -> Method:
+    """Rows skip layers in forward too; a bypass stands in for them."""
+    if changes.get("scorer") == "recent":
+        changes = {"fitted_scorer": "recent"} | changes
+    return Method(about, replace(SKIP, **changes), loss_share, placement, span=span)
 
 
 def _both(ratio: float) -> dict[str, float]:
     return {"forward_ratio": ratio, "backward_ratio": ratio}
 
 
-# No layer needs to stay dense where every row runs it.
-_EXACT_20: dict[str, Any] = {
-    "forward_ratio": 1.0,
-    "backward_ratio": 0.2,
-    "gradient": "pairs",
-    "kv": "kept",
-    "dense_layers": (),
-}
-
-
-def _keys(share: float, backward: float, **changes: Any) -> Method:
-    """Exact forward with gradient into all keys."""
-    about = f"exact forward, loss on {share:.0%}, gradient of {backward:.0%} into all keys"
-    chosen = _EXACT_20 | {"gradient": "keys", "backward_ratio": backward, "scorer": "random"} | changes
-    return lemo(about, share, **chosen)
-
-
 PRESETS = {
-    "balanced": lemo("default for grouped-query models: 30 % of rows, all offer keys"),
-    "balanced_mha": lemo("default for multi-head models: 40 % of rows, others offer no keys", kv="kept", **_both(0.4)),
-    "quality": lemo("exact forward, gradient through 35 % of rows", forward_ratio=1.0, backward_ratio=0.35),
-    "fast": lemo("20 % of rows, skipped rows offer nothing, loss on 10 %", 0.1, kv="kept", **_both(0.2)),
+    "balanced": exact("default: exact forward, gradient through 12 % of rows, which carry the loss in runs of 1,024"),
+    "balanced_mha": skip(
+        "for multi-head models: 60 % of rows forward, 11 % backward",
+        forward_ratio=0.6,
+        backward_ratio=0.11,
+        gradient="keys",
+        scorer="recent",
+    ),
+    "quality": exact("the default with 30 % of rows", 0.3),
+    "fast": skip("18 % of rows forward and backward, loss on 10 %", scorer="recent", **_both(0.18)),
 }
 NULLS = {
     "before": Method("the model before any training"),
     "dense_all": Method("dense LoRA, loss on all rows"),
-    "dense_rows": Method("dense LoRA, loss on the default's rows", loss_share=LOSS_SHARE),
-    "dense_rows_10": Method("dense LoRA, loss on 10 % of rows", loss_share=0.1),
-    "dense_rows_40": Method("dense LoRA, loss on 40 % of rows", loss_share=0.4),
+    "dense_rows": Method("dense LoRA, loss on the default's rows", loss_share=LOSS_SHARE, span=SPAN),
+    "dense_rows_22": Method("dense LoRA, loss on 22 % of rows, in runs", loss_share=0.22, span=SPAN),
+    "dense_rows_30": Method("dense LoRA, loss on 30 % of rows, in runs", loss_share=0.3, span=SPAN),
+    "dense_rows_10": Method("dense LoRA, loss on 10 % of rows, in runs", loss_share=0.1, span=SPAN),
     "dense_4k": Method("dense LoRA on 4K windows, FLOPs of the default", pieces=4, flops_of="balanced"),
     "dense_8k": Method("dense LoRA on 8K windows, FLOPs of the default", pieces=2, flops_of="balanced"),
-    "no_context": Method("loss rows with all other context removed", _BARE, LOSS_SHARE),
-    "random": lemo("the default with blocks drawn at random", scorer="random"),
-    "random_refit": lemo("the same, bypass fitted on random blocks too", scorer="random", fitted_scorer="random"),
+    "no_context": Method("loss rows with all other context removed", _BARE, LOSS_SHARE, span=SPAN),
 }
 RIVALS = {
     "random_ltd": Method(
@@ -207,116 +204,108 @@ RIVALS = {
     ),
 }
 ABLATIONS = {
-    # one step at a time from dense towards the default
-    "step_backward": lemo("exact forward, gradient through 30 %", forward_ratio=1.0),
-    "step_backward_random": lemo("the same, random blocks", forward_ratio=1.0, scorer="random"),
-    "pairs": lemo("exact forward, `pairs` gradient through 30 %", forward_ratio=1.0, gradient="pairs"),
-    "exact_20": lemo("exact forward, `pairs` gradient through 20 %, loss on 10 %", 0.1, **_EXACT_20),
-    "exact_20_random": lemo("the same, random blocks", 0.1, scorer="random", **_EXACT_20),
-    "exact_20_rows_random": lemo(
-        "the same, random blocks, `rows` gradient", 0.1, scorer="random", **(_EXACT_20 | {"gradient": "rows"})
-    ),
-    "exact_loss_rows": lemo("exact forward, gradient through loss rows alone", scorer="random", **_EXACT_20),
-    "rows_loss_rows": lemo(
-        "exact forward, `rows` gradient through loss rows alone", scorer="random", **(_EXACT_20 | {"gradient": "rows"})
-    ),
-    "keys_loss_rows": lemo(
-        "the same, gradient also into all keys and values", scorer="random", **(_EXACT_20 | {"gradient": "keys"})
-    ),
-    "keys_loss_rows_10": lemo(
-        "the same, loss on 10 %",
-        0.1,
-        scorer="random",
-        **(_EXACT_20 | {"gradient": "keys", "backward_ratio": 0.1}),
-    ),
+    # one step at a time from dense to the default, and past it
+    "dense_blocks": Method("dense LoRA, loss on 12 % of rows, in single blocks", loss_share=LOSS_SHARE),
+    "blocks": exact("the default with single blocks of loss rows", span=None),
+    "spread_runs": replace(exact("the default with runs spread evenly"), placement="spread"),
+    **{f"span_{n}": exact(f"the default with runs of {n} rows", span=n) for n in (256, 512, 2048)},
+    "rows": exact("the default, keys of other rows constant", gradient="rows"),
+    "pairs": exact("the default, scores with other rows constant", gradient="pairs"),
     **{
-        f"dense_10_blocks_{n}": Method(f"dense LoRA, loss on 10 %, in blocks of {n}", loss_share=0.1, loss_block=n)
-        for n in (16, 256, 1024)
+        f"pairs_{round(100 * s)}_span_{n}": exact(
+            f"exact forward, pairs through {s:.0%} of rows, in runs of {n}", s, n, gradient="pairs"
+        )
+        for s, n in ((0.1, 1024), (0.22, 1024), (0.22, 2048))
     },
-    **{f"keys_10_blocks_{n}": replace(_keys(0.1, 0.1), loss_block=n) for n in (256, 1024)},
-    "keys_10_blocks_16": _keys(0.1, 0.1, block_size=16),
-    "keys_10_before": _keys(0.1, 0.2, scorer="predictor", oracle="before_loss"),
-    "keys_10_before_blocks_256": replace(_keys(0.1, 0.15, scorer="predictor", oracle="before_loss"), loss_block=256),
-    "keys_20_before": _keys(0.2, 0.35, scorer="predictor", oracle="before_loss"),
-    "keys_10_random": _keys(0.1, 0.2),
-    "rows_10_blocks_256": replace(_keys(0.1, 0.1, gradient="rows"), loss_block=256),
-    "skip_20_blocks_256": replace(lemo("20 % of rows, loss on 10 %", 0.1, **_both(0.2)), loss_block=256),
-    "skip_30_blocks_256": replace(lemo("30 % of rows, loss on 10 %", 0.1, **_both(0.3)), loss_block=256),
-    "keys_60_blocks_256": replace(
-        lemo(
-            "forward 60 %, gradient of 12 % into all keys, loss on 10 %",
-            0.1,
-            forward_ratio=0.6,
-            backward_ratio=0.12,
+    **{f"loss_{round(100 * s)}": exact(f"the default with {s:.0%} of rows", s) for s in (0.06, 0.2)},
+    "recent_context": exact(
+        "loss on 9 %, gradient also through 3 % of rows before them", 0.09, backward_ratio=0.12, scorer="recent"
+    ),
+    "random_context": exact("loss on 9 %, gradient also through 3 % of random rows", 0.09, backward_ratio=0.12),
+    # skipping in forward as well
+    **{
+        f"both_{round(100 * f)}_{kv}": skip(
+            f"forward {f:.0%}, backward 11 %, kv {kv}",
+            forward_ratio=f,
+            backward_ratio=0.11,
             gradient="keys",
-        ),
-        loss_block=256,
-    ),
-    "both_20": lemo(
-        "forward 60 %, `pairs` gradient through 20 %, loss on 10 %", 0.1, **(_EXACT_20 | {"forward_ratio": 0.6})
-    ),
-    "both_budgets": lemo("forward 50 %, backward 30 %", forward_ratio=0.5),
-    "both_budgets_low": lemo("forward 30 %, backward 22 %", backward_ratio=0.22),
-    **{f"keep_{round(100 * k)}": lemo(f"{k:.0%} of rows", **_both(k)) for k in (0.22, 0.25, 0.4, 0.5, 0.7)},
-    **{
-        f"kept_{round(100 * k)}": lemo(f"{k:.0%} of rows, skipped rows offer nothing", kv="kept", **_both(k))
-        for k in (0.22, 0.3, 0.5)
+            scorer="recent",
+            kv=kv,
+        )
+        for f, kv in ((0.6, "all"), (0.7, "all"), (0.6, "kept"), (0.7, "kept"))
     },
-    "no_bypass": lemo("no bypass", strip_bypass=True),
-    **{f"bypass_{r}": lemo(f"bypass of rank {r}", bypass_rank=r) for r in (16, 256)},
-    "bypass_update": lemo("bypass fitted on the layer's own update", bypass_target="update"),
-    **{f"block_{c}": lemo(f"blocks of {c} rows", block_size=c) for c in (16, 32, 128)},
-    "dense_none": lemo("no dense layers", dense_layers=()),
-    "dense_four": lemo("two dense layers at each end", dense_layers=(0, 1, -2, -1)),
-    "dense_first_two": lemo("two dense layers at the start, none at the end", dense_layers=(0, 1)),
     **{
-        f"loss_{round(100 * s)}": lemo(f"loss on {s:.0%} of rows, context kept alike", s, **_both(round(s + 0.1, 2)))
-        for s in (0.1, 0.4)
+        f"skip_{round(100 * k)}_{kv}_{scorer}": skip(
+            f"{k:.0%} of rows, kv {kv}, {scorer}", kv=kv, scorer=scorer, **_both(k)
+        )
+        for k, kv, scorer in (
+            (0.3, "all", "recent"),
+            (0.3, "all", "predictor"),
+            (0.3, "all", "random"),
+            (0.2, "all", "recent"),
+            (0.2, "all", "predictor"),
+            (0.2, "all", "random"),
+            (0.3, "kept", "recent"),
+            (0.3, "kept", "predictor"),
+            (0.2, "kept", "recent"),
+        )
     },
-    "spread": lemo("loss rows spread evenly", placement="spread"),
-    "tail": lemo("loss rows at the end", placement="tail"),
-    "spread_weighted": replace(lemo("spread, weighted", placement="spread"), reweight=True),
-    "random_weighted": replace(lemo("loss rows weighted by their block's chance"), reweight=True),
-    "hardest": lemo("loss rows where the base model's loss is highest", placement="hardest"),
+    "skip_blocks": skip("30 % of rows, loss on 20 % in single blocks", 0.2, span=None),
+    "no_bypass": skip("30 % of rows, no bypass", strip_bypass=True),
+    **{f"bypass_{r}": skip(f"30 % of rows, bypass of rank {r}", bypass_rank=r) for r in (16, 256)},
+    "bypass_update": skip("30 % of rows, bypass fitted on the layer's own update", bypass_target="update"),
+    **{f"block_{c}": skip(f"30 % of rows, blocks of {c} rows", block_size=c) for c in (16, 128)},
+    "dense_none": skip("30 % of rows, no dense layers", dense_layers=()),
+    "dense_four": skip("30 % of rows, two dense layers at each end", dense_layers=(0, 1, -2, -1)),
+    **{
+        f"refit_{n}": replace(skip(f"30 % of rows, bypass fitted anew every {n} steps"), refit_every=n)
+        for n in (10, 50)
+    },
     "hardest_weighted": replace(
-        lemo("loss rows drawn in proportion to the base model's loss, weighted", placement="hardest"), reweight=True
+        exact("the default, single blocks drawn in proportion to the base model's loss, weighted", span=None),
+        placement="hardest",
+        reweight=True,
     ),
-    **{f"refit_{n}": replace(lemo(f"bypass fitted anew every {n} steps"), refit_every=n) for n in (10, 50)},
     # The cost of 28 layers at 30 % and two dense ones, on 30 layers that may all skip.
-    "allocated": lemo("ratios and dense layers under one budget", dense_layers=(), allocate=True, **_both(0.347)),
-    "allocated_exact": lemo(
-        "the same for exact forward", dense_layers=(), allocate=True, forward_ratio=1.0, backward_ratio=0.347
-    ),
-    "interaction": lemo("predictors of the paper's score", target="interaction"),
-    "dense_at_end": replace(lemo("the last 15 % of the steps dense"), ramp=Ramp(0.85, 0.85)),
-    "ramp_end": replace(lemo("ratio rises to 1 over the last 30 %"), ramp=Ramp(0.7, 1.0)),
+    "allocated": skip("ratios and dense layers under one budget", dense_layers=(), allocate=True, **_both(0.347)),
+    "interaction": skip("30 % of rows, predictors of the paper's score", target="interaction"),
+    "dense_at_end": replace(exact("the default, the last 15 % of the steps dense"), ramp=Ramp(0.85, 0.85)),
+    "ramp_end": replace(exact("the default, ratio rises to 1 over the last 30 %"), ramp=Ramp(0.7, 1.0)),
 }
 ANSWER_SHARE = 0.08  # of rows of an instruction sample, for FLOPs only: the data decides which rows carry loss
 ORACLES = ("mass", "mass_loss_rows", "mass_detrended", "mass_times_value", "mass_peak", "interaction")
-TARGETS = {f"oracle_{name}": lemo(f"oracle, {name.replace('_', ' ')}", oracle=name) for name in ORACLES}
+TARGETS = {f"oracle_{name}": skip(f"30 % of rows, oracle, {name.replace('_', ' ')}", oracle=name) for name in ORACLES}
 PREDICTED = {
-    f"predict_{name}": lemo(f"predictors of {name.replace('_', ' ')}", target=name)
+    f"predict_{name}": skip(f"30 % of rows, predictors of {name.replace('_', ' ')}", target=name)
     for name in ("mass_loss_rows", "mass_detrended", "mass_times_value", "mass_peak")
 }
 THRESHOLDS = {
-    f"threshold_{t:+.1f}": lemo(f"blocks above {t:+.1f} standard deviations", 0.1, threshold=t)
+    f"threshold_{t:+.1f}": skip(f"blocks above {t:+.1f} standard deviations", threshold=t)
     for t in (-1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
 }
-_CONTEXT = {"loss_share": ANSWER_SHARE, **_both(0.2)}
+
+
+def _answers(about: str, backward: float, **changes: Any) -> Method:
+    """Exact forward on instruction data: answers carry the loss, some of the context passes gradient too."""
+    return exact(about, ANSWER_SHARE, None, backward_ratio=backward, **changes)
+
+
+_CONTEXT: dict[str, Any] = {"loss_share": ANSWER_SHARE, "span": None}
 INSTRUCT = {
     "instruct_before": Method("before any training"),
     "instruct_dense": Method("dense LoRA, answers supervised"),
     "instruct_no_document": Method("dense LoRA, questions and answers alone", documents=False),
-    "instruct_skip": lemo("20 % of rows, answers included", **_CONTEXT),
-    "instruct_skip_kept": lemo("20 % of rows, answers included, skipped rows offer nothing", kv="kept", **_CONTEXT),
+    "instruct_exact": _answers("exact forward, gradient through the answers", ANSWER_SHARE),
+    "instruct_exact_recent": _answers("and through 15 % of the rows, those before them", 0.15, scorer="recent"),
+    "instruct_skip": skip("20 % of rows, those before the answers", scorer="recent", **_CONTEXT, **_both(0.2)),
+    "instruct_skip_predictor": skip("20 % of rows, predictors", **_CONTEXT, **_both(0.2)),
+    "instruct_skip_random": skip("20 % of rows, random", scorer="random", **_CONTEXT, **_both(0.2)),
     **{
-        f"instruct_context_{round(100 * k)}": lemo(
-            f"{k:.0%} of the context, all answers", ANSWER_SHARE, ratio_of="context", **_both(k)
+        f"instruct_context_{round(100 * k)}": skip(
+            f"{k:.0%} of the context, all answers", ratio_of="context", **_CONTEXT, **_both(k)
         )
         for k in (0.08, 0.15)
     },
-    "instruct_exact": lemo("exact forward, gradient through 20 %", ANSWER_SHARE, forward_ratio=1.0, backward_ratio=0.2),
-    "instruct_random": lemo("20 % of rows, answers included, random", scorer="random", **_CONTEXT),
 }
 METHODS: dict[str, Method]
 METHODS = NULLS | PRESETS | RIVALS | ABLATIONS | TARGETS | PREDICTED | THRESHOLDS | INSTRUCT

@@ -209,7 +209,14 @@ class QualityStudy:
         if method.placement == "hardest":
             losses = self._block_losses.setdefault(size, BlockLosses(self.model(), plain, size))
         return LossRows(
-            plain, method.loss_share, method.placement, seed, size, reweight=method.reweight, block_losses=losses
+            plain,
+            method.loss_share,
+            method.placement,
+            seed,
+            size,
+            span=method.span,
+            reweight=method.reweight,
+            block_losses=losses,
         )
 
     def plan(self, method: Method) -> Plan | None:
@@ -256,7 +263,12 @@ class QualityStudy:
     def _fit_setting(self, spec: PlanSpec, method: Method) -> dict[str, Any]:
         protocol = {k: v for k, v in asdict(self.protocol).items() if k not in ("batch", "rank", "validation_windows")}
         # An exact forward skips nothing: its loss rows weigh nothing in the fit.
-        return {**protocol, **spec.fit, "model": self.folder.name, "loss": [method.loss_share, method.placement]}
+        return {
+            **protocol,
+            **spec.fit,
+            "model": self.folder.name,
+            "loss": [method.loss_share, method.placement, method.span],
+        }
 
     def _fit(self, spec: PlanSpec, method: Method) -> Plan:
         folder = self.plan_folder(spec, method)
@@ -306,7 +318,7 @@ class QualityStudy:
 
     def validation(self, method: Method) -> list[tuple[str, dict[str, Tensor], Tensor]]:
         """(domain, batch with all labels, (1, T) rows that the method's draw supervises) of every validation window."""
-        key = (method.loss_share, method.placement, method.loss_block_size, method.documents)
+        key = (method.loss_share, method.placement, method.span, method.loss_block_size, method.documents)
         if key not in self._validation:
             everything, drawn = WindowCollator(), self.collator(method, 0)
             made = []
@@ -327,7 +339,7 @@ class QualityStudy:
         order: list[str] = []
         model.eval()
         handle.sparse_batches = 0  # random draws are the same in every evaluation
-        sparse = method.plan is not None and method.plan.forward_ratio < 1 and method.rival is None
+        sparse = method.plan is not None and method.rival is None
         for domain, batch, drawn_1T in self.validation(method):
             inputs = {k: v.to(self.device) for k, v in batch.items()}
             labelled_1T, drawn_1T = _supervised(inputs["labels"]), drawn_1T.to(self.device)

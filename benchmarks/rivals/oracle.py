@@ -53,31 +53,11 @@ class Oracle:
         return query[0], key[0], value[0], float(attention.scaling)
 
 
-@dataclass(frozen=True)
-class BeforeLoss:
-    """Ranks blocks by how closely a block with loss follows in their document."""
-
-    def scores(self, x_NM: Tensor, layout: Layout) -> Tensor:
-        """(K,) fp32 scores of blocks."""
-        return layout.once("before loss", lambda: self._scores(layout).to(layout.device))
-
-    def _scores(self, layout: Layout) -> Tensor:
-        document, supervised = layout.block_document_K.tolist(), layout.supervised_K.tolist()
-        found, distance = [0.0] * len(document), 1e6
-        for k in reversed(range(len(document))):
-            if k + 1 < len(document) and document[k + 1] != document[k]:
-                distance = 1e6
-            distance = 0.0 if supervised[k] else distance + 1
-            found[k] = -distance
-        return torch.tensor(found)
-
-
 def with_oracle(plan: Plan, model: Any, target: str) -> Plan:
     """The plan with an oracle in the place of every predictor."""
     layers = decoder_layers(model)
-
-    def oracle(index: int) -> Any:
-        return BeforeLoss() if target == "before_loss" else Oracle(model, layers[index], target)
-
-    changed = [x if x.is_dense else replace(x, predictor=oracle(i)) for i, x in enumerate(plan.layers)]
+    changed = [
+        x if x.is_dense else replace(x, predictor=Oracle(model, layers[i], target))  # type: ignore[arg-type]
+        for i, x in enumerate(plan.layers)
+    ]
     return replace(plan, layers=tuple(changed))

@@ -37,7 +37,9 @@ def records(tmp_path: Path) -> Path:
         _cell(path, "dense_rows", seed, dense)
         _cell(path, "dense_all", seed, [x - 0.005 for x in dense])
         _cell(path, "balanced", seed, [x + 0.006 + 0.001 * seed for x in dense])
-        _cell(path, "random", seed, [x + 0.03 for x in dense])
+        _cell(path, "skip_30_all_recent", seed, [x + 0.006 + 0.001 * seed for x in dense])
+        _cell(path, "skip_30_all_predictor", seed, [x + 0.006 + 0.001 * seed for x in dense])
+        _cell(path, "skip_30_all_random", seed, [x + 0.03 for x in dense])
         _cell(path, "balanced", seed, [x - 0.03 for x in dense], flops_steps=200, steps=570)
         _cell(path, "dense_8k", seed, [x + 0.1 for x in dense], "last_quarter", steps=113)
         _cell(path, "balanced", seed, dense, "last_quarter")
@@ -68,8 +70,8 @@ def test_shares_of_the_oracle_and_of_recall(records: Path, capsys):
     for seed in range(3):
         dense = [2.0 + 0.01 * seed, 2.2 + 0.01 * seed, 2.0, 2.0]
         _cell(records, "oracle_mass", seed, [x + 0.002 * (seed + 1) / 2 for x in dense])
-        _cell(records, "balanced", seed, [0.5, 0.6, 0.4, 0.4], "recall_start")
-        _cell(records, "balanced", seed, [0.475, 0.57, 0.38, 0.38], "recall_end")
+        _cell(records, "skip_30_all_predictor", seed, [0.5, 0.6, 0.4, 0.4], "recall_start")
+        _cell(records, "skip_30_all_predictor", seed, [0.475, 0.57, 0.38, 0.38], "recall_end")
     write_comparisons(records)
     found = {r.bar: r for r in read_records(records) if r.bar}
     assert found["B.recall_drift"].value == pytest.approx(0.95)
@@ -81,8 +83,8 @@ def test_shares_of_the_oracle_and_of_recall(records: Path, capsys):
     for seed in range(3):
         dense = [2.0 + 0.01 * seed, 2.2 + 0.01 * seed, 2.0, 2.0]
         _cell(records, "oracle_mass", seed, [x + 0.03 - 0.01 * (seed % 2) for x in dense], asked=100)
-        _cell(records, "balanced", seed, [x + 0.02 for x in dense], asked=100)
-        _cell(records, "random", seed, [x + 0.03 + 0.001 * seed for x in dense], asked=100)
+        _cell(records, "skip_30_all_predictor", seed, [x + 0.02 for x in dense], asked=100)
+        _cell(records, "skip_30_all_random", seed, [x + 0.03 + 0.001 * seed for x in dense], asked=100)
     capsys.readouterr()
     write_comparisons(records)
     assert "standard errors better" in capsys.readouterr().out, "an oracle that hardly wins is no yardstick"
