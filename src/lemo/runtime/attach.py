@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lemo.core.plan import Plan
 from lemo.core.selection import Selection
-from lemo.errors import ConfigError, LabelsError, PlanError, UnsupportedModelError
+from lemo.errors import ConfigError, LabelsError, UnsupportedModelError
 from lemo.runtime.attention import NAME, register_mask
 from lemo.runtime.batch import BatchContext, RunDense, document_keys, read_layout
 from lemo.runtime.fused.attachment import Engine, FusedEngine
@@ -23,8 +23,8 @@ from lemo.runtime.model import (
     causal_model,
     check_no_dropout,
     check_not_wrapped,
+    check_plan,
     decoder_layers,
-    fingerprint,
     mlp_names,
     why_dense,
 )
@@ -59,7 +59,7 @@ class Handle:
         self._loss_only = False
         self._real_rows = 0
         self._attached = self._running_forward = False
-        self._fused = FusedEngine(self, options["engine"], options["recompute"])
+        self._fused = FusedEngine(self, options["engine"], options["recompute"], options["offload"])
 
     def __enter__(self) -> Handle:
         """The handle itself."""
@@ -245,6 +245,7 @@ class Handle:
             document_keys_D=document_keys(layout, arguments.get("input_ids")) if self.plan.scorer == "random" else None,
             fused=self.fused_layers(),
             recompute=self._fused.recompute(),
+            offload=self._fused.offload(),
         )
         return self._fused.prepare(context)
 
@@ -304,6 +305,7 @@ def attach(
     segment_rows: int = 2048,
     engine: Engine = "auto",
     recompute: Recompute | None = None,
+    offload: bool = False,
 ) -> Handle:
     """Makes a model's decoder layers skip rows as `plan` says, in training forwards.
 
@@ -324,6 +326,8 @@ def attach(
             where it can, on a GPU, and says why where it cannot.
         recompute: what the fused engine computes again in backward: `none`; `mlp`, the maps into the MLP; `lin`, all
             linear maps; `layer`, everything. None is `lin` under gradient checkpointing, else `none`.
+        offload: what the fused engine saves for keys alone, the inputs of rows that offer keys but do not run or pass
+            gradient, waits for backward in host memory. Costs no time where layers take longer than the copies.
 
     Returns:
         The handle; `with attach(...) as handle:` detaches at the end.
@@ -331,16 +335,16 @@ def attach(
     Raises:
         PlanError: a plan for another model, or one that skips rows without bypass.
         UnsupportedModelError: a layer that cannot skip rows; the message says which and why.
-        ConfigError: an unknown `loss`, `engine` or `recompute`.
+        ConfigError: an unknown `loss`, `engine` or `recompute`, or `offload` with the generic engine.
     """
     if loss not in ("segmented", "model"):
         raise ConfigError(f"loss must be 'segmented' or 'model', got {loss!r}")
     options = {"loss": loss, "logits": logits, "sparse_eval": sparse_eval, "segment_rows": segment_rows}
-    options |= {"engine": engine, "recompute": recompute}
+    options |= {"engine": engine, "recompute": recompute, "offload": offload}
     handle = Handle(model, plan, options)
     layers = decoder_layers(model)
     check_not_wrapped(layers)
-    _check_plan(handle.model, plan, layers, unsafe_no_bypass)
+    check_plan(handle.model, plan, layers, unsafe_no_bypass)
     if "forward" in handle.model.__dict__ and loss == "segmented":
         handle.note("the model's forward was replaced by another library; its own loss stays in force")
     names = mlp_names(model)
@@ -372,29 +376,3 @@ def _original_class(model: Any) -> type:
     """The model's class below what `attach` put on top."""
     mro = type(model).__mro__
     return mro[mro.index(LemoModel) + 1]
-
-
-def _check_plan(model: Any, plan: Plan, layers: nn.ModuleList, unsafe_no_bypass: bool) -> None:
-    """Raises PlanError unless the plan is for this model and safe; UnsupportedModelError when already attached."""
-    if "_lemo_handle" in model.__dict__ and model.__dict__["_lemo_handle"] is not None:
-        raise UnsupportedModelError("the model has a plan attached already; detach it first")
-    if len(plan.layers) != len(layers):
-        raise PlanError(f"the plan has {len(plan.layers)} layers, the model {len(layers)}")
-    if plan.fingerprint is not None:
-        found = fingerprint(model)
-        if found is not None and found != plan.fingerprint:
-            raise PlanError(
-                f"the plan was made for another base model (fingerprint {plan.fingerprint[:12]}, this one is "
-                f"{found[:12]}); calibrate a plan for this one"
-            )
-    if plan.needs_bypass and not unsafe_no_bypass:
-        raise PlanError(
-            "the plan lets rows skip layers (forward_ratio < 1) without a bypass, which ruins models; calibrate a "
-            "plan, use forward_ratio=1, or pass unsafe_no_bypass=True"
-        )
-    if plan.scorer == "predictor":
-        missing = [i for i, x in enumerate(plan.layers) if not x.is_dense and x.predictor is None]
-        if missing:
-            raise PlanError(f"scorer 'predictor' but layer {missing[0]} has no predictor; calibrate, or use 'random'")
-    if plan.policy == "threshold" and any(x.threshold is None and not x.is_dense for x in plan.layers):
-        raise PlanError("policy 'threshold' but some layers have no threshold; calibrate with tune_steps > 0")

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lemo.core.plan import fingerprint_tensors
-from lemo.errors import UnsupportedModelError
+from lemo.core.plan import Plan, fingerprint_tensors
+from lemo.errors import PlanError, UnsupportedModelError
 from lemo.families import find_family
 from lemo.runtime.attention import attention_module
 
@@ -157,3 +157,29 @@ def fingerprint(model: nn.Module) -> str | None:
     if any(t.is_meta or hasattr(t, "full_tensor") for t in tensors):
         return None
     return fingerprint_tensors(described, tensors)
+
+
+def check_plan(model: Any, plan: Plan, layers: nn.ModuleList, unsafe_no_bypass: bool) -> None:
+    """Raises PlanError unless the plan is for this model and safe; UnsupportedModelError when already attached."""
+    if "_lemo_handle" in model.__dict__ and model.__dict__["_lemo_handle"] is not None:
+        raise UnsupportedModelError("the model has a plan attached already; detach it first")
+    if len(plan.layers) != len(layers):
+        raise PlanError(f"the plan has {len(plan.layers)} layers, the model {len(layers)}")
+    if plan.fingerprint is not None:
+        found = fingerprint(model)
+        if found is not None and found != plan.fingerprint:
+            raise PlanError(
+                f"the plan was made for another base model (fingerprint {plan.fingerprint[:12]}, this one is "
+                f"{found[:12]}); calibrate a plan for this one"
+            )
+    if plan.needs_bypass and not unsafe_no_bypass:
+        raise PlanError(
+            "the plan lets rows skip layers (forward_ratio < 1) without a bypass, which ruins models; calibrate a "
+            "plan, use forward_ratio=1, or pass unsafe_no_bypass=True"
+        )
+    if plan.scorer == "predictor":
+        missing = [i for i, x in enumerate(plan.layers) if not x.is_dense and x.predictor is None]
+        if missing:
+            raise PlanError(f"scorer 'predictor' but layer {missing[0]} has no predictor; calibrate, or use 'random'")
+    if plan.policy == "threshold" and any(x.threshold is None and not x.is_dense for x in plan.layers):
+        raise PlanError("policy 'threshold' but some layers have no threshold; calibrate with tune_steps > 0")

@@ -38,6 +38,8 @@ def check_run(run: RunConfig) -> None:
         raise ConfigError(f"data.window_tokens must be at least 2, got {run.data.window_tokens}")
     if run.training.max_steps == 0 or run.training.max_steps < -1:
         raise ConfigError(f"training.max_steps must be positive, or -1 for epochs, got {run.training.max_steps}")
+    if run.training.offload and run.training.engine == "generic":
+        raise ConfigError("training.offload moves what the fused engine saves; training.engine is generic")
     if not run.lora.targets:
         raise ConfigError("lora.targets is empty: name modules, or all-linear")
     if run.model.context_length is not None and run.data.window_tokens > run.model.context_length:

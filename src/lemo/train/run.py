@@ -162,7 +162,8 @@ class _Session:
         plan = self._plan(model)
         model = add_adapter(model, run.lora)
         self._say(f"adapter: {trainable_parameters(model):,} trainable parameters")
-        options = {name: getattr(run.training, name) for name in ("loss", "segment_rows", "engine", "recompute")}
+        names = ("loss", "segment_rows", "engine", "recompute", "offload")
+        options = {name: getattr(run.training, name) for name in names}
         handle = stack.enter_context(attach(model, plan, **options))
         trainer = self._trainer(model, handle)
         self._before(model, handle)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from lemo.errors import ConfigError, UnsupportedModelError
@@ -12,11 +13,16 @@ from lemo.runtime.batch import BatchContext
 from lemo.runtime.fused.call import LEVELS, Recompute
 from lemo.runtime.fused.engine import loss_rows
 from lemo.runtime.fused.final import install_norm, remove_norm
+from lemo.runtime.fused.offload import Convoy, HostMemory
 from lemo.runtime.fused.parts import Norm, read_norm
 from lemo.runtime.model import decoder_layers
 
 Engine = Literal["auto", "fused", "generic"]
 ENGINES = ("auto", "fused", "generic")
+NO_OFFLOAD = (
+    "offload moves what the fused engine saves; for Transformers' own layers take the offloading of activations that "
+    "Transformers and TRL have (`activation_offloading` in TRL's configurations)"
+)
 
 
 class FusedEngine:
@@ -26,22 +32,26 @@ class FusedEngine:
         names: where the parts of the model's layers are; None when no family file says.
     """
 
-    def __init__(self, handle: Any, engine: Engine, level: Recompute | None) -> None:
+    def __init__(self, handle: Any, engine: Engine, level: Recompute | None, offload: bool = False) -> None:
         """Nothing is installed yet.
 
         Args:
             handle: has `model`, `plan`, `context` and `note`.
             engine: which engine was asked for.
             level: what backward computes again; None to follow gradient checkpointing.
+            offload: what only keys need waits for backward in host memory.
 
         Raises:
-            ConfigError: an unknown engine or level.
+            ConfigError: an unknown engine or level, or an engine that cannot offload.
         """
         if engine not in ENGINES:
             raise ConfigError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}")
         if level is not None and level not in LEVELS:
             raise ConfigError(f"recompute must be one of {', '.join(LEVELS)} or None, got {level!r}")
+        if offload and engine == "generic":
+            raise ConfigError(NO_OFFLOAD)
         self._handle, self._engine, self._level = handle, engine, level
+        self._host = HostMemory() if offload else None
         family = find_family(handle.model.config)
         self.names = None if family is None else family.names
         self._norm: nn.Module | None = None
@@ -54,7 +64,12 @@ class FusedEngine:
         install_norm(self._norm, self._handle)
 
     def remove(self) -> None:
-        """Undoes `install`."""
+        """Undoes `install`, and lets host memory go."""
+        if self._host is not None:
+            self._host.close()
+        self._remove_norm()
+
+    def _remove_norm(self) -> None:
         if self._norm is not None:
             remove_norm(self._norm)
             self._norm = None
@@ -67,6 +82,8 @@ class FusedEngine:
         """
         model = self._handle.model
         if self._engine == "generic" or (self._engine == "auto" and not next(model.parameters()).is_cuda):
+            if self._host is not None:
+                self._handle.note(NO_OFFLOAD)
             return frozenset()
         found = set()
         for index, layer in enumerate(decoder_layers(model)):
@@ -80,6 +97,8 @@ class FusedEngine:
                 raise UnsupportedModelError(f"engine 'fused' cannot run layer {index}: {reason}")
             else:
                 self._handle.note(f"layers run in the generic engine (first: layer {index}): {reason}")
+        if self._host is not None and len(found) < len(self._handle.plan.layers):
+            self._handle.note(f"{len(self._handle.plan.layers) - len(found)} layers keep their inputs: {NO_OFFLOAD}")
         return frozenset(found)
 
     def prepare(self, context: BatchContext) -> BatchContext:
@@ -98,6 +117,10 @@ class FusedEngine:
         checkpoints = any(getattr(x, "gradient_checkpointing", False) for x in decoder_layers(self._handle.model))
         return "lin" if checkpoints else "none"
 
+    def offload(self) -> Convoy | None:
+        """For one forward: takes what only keys need to the host; None where it stays, or nothing is saved."""
+        return self._host.convoy() if self._host is not None and torch.is_grad_enabled() else None
+
     def defer(self, context: BatchContext | None) -> tuple[Norm, Tensor] | None:
         """Lets the last layer and the norm behind it work on loss rows only: the segmented loss reads no others.
 
@@ -109,7 +132,7 @@ class FusedEngine:
         assert self.names is not None and self.names.final_norm is not None
         if self._handle.model.base_model.get_submodule(self.names.final_norm) is not self._norm:
             # PEFT came after `attach` and wrapped the norm (`modules_to_save`).
-            self.remove()
+            self._remove_norm()
             self.install()
             assert self._norm is not None
         context.loss_rows_only = context.defers_norm = True

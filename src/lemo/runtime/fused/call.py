@@ -10,6 +10,7 @@ from torch import Tensor
 from lemo.core.bypass import Bypass
 from lemo.ops.attend_rows.reference import Rows
 from lemo.runtime.fused.factors import AdapterFactors
+from lemo.runtime.fused.offload import Convoy
 from lemo.runtime.rows import MlpRows, RowRange
 
 Recompute = Literal["none", "mlp", "lin", "layer"]
@@ -59,6 +60,8 @@ class FusedCall:
         recompute: what backward computes again instead of finding it saved.
         in_place: write into the residual stream itself.
         adapters: factors of the adapters in this forward.
+        offload: takes to the host what backward needs only for keys of rows that do not run or pass gradient; None
+            leaves it on the device.
     """
 
     frame_rows: Tensor | None
@@ -76,6 +79,7 @@ class FusedCall:
     recompute: Recompute
     in_place: bool
     adapters: AdapterFactors
+    offload: Convoy | None = None
 
     @property
     def keeps(self) -> str:
@@ -85,6 +89,16 @@ class FusedCall:
         if self.exact.keys:
             return "mlp" if self.recompute == "none" else self.recompute
         return {"none": "mlp", "layer": "lin"}.get(self.recompute, self.recompute)
+
+    @property
+    def offloaded(self) -> tuple[str, ...]:
+        """Names of the saved tensors that go to the host, those that are there."""
+        if self.offload is None:
+            return ()
+        if self.exact is not None and not self.exact.keys:
+            return ("all_key", "all_value")
+        offers = self.exact is not None or self.places_n is not None
+        return ("frame", "head_key", "head_value", "pre_key", "pre_value") if offers else ()
 
     def for_backward(self) -> FusedCall:
         """The call as backward sees it: with gradient into all keys, exact forward is rows that skip and offer keys."""

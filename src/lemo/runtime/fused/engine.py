@@ -40,8 +40,11 @@ def make_call(
     runs, passes = runs or _everything(layout), passes or _everything(layout)
     exact = None if selection.forward is selection.backward else passes
     wanted = None
-    if exact is None and mlp is None and context.loss_rows_only and index == len(plan.layers) - 1:
-        wanted = loss_rows(layout)
+    if mlp is None and context.loss_rows_only and index == len(plan.layers) - 1:
+        # Behind this layer nobody reads the other rows. With gradient into all keys that is all there is to it; where
+        # keys of rows that pass no gradient are constants, rows that do pass some have to be told apart: they run.
+        wanted = loss_rows(layout) if exact is None or plan.gradient == "keys" else exact
+        exact = None if wanted is not exact else exact
     whole = runs is None or (plan.kv == "all" and len(runs.skipped_S) > 0)
     frame_rows = None if whole else runs.rows_N
     keys = RowRange.of_batch(layout) if whole else RowRange.of_rows(layout, runs)
@@ -62,28 +65,32 @@ def make_call(
         valid_n=None if ran is None else ran.valid_N,
         skipped_s=None if runs is None or wanted is not None else runs.skipped_S,
         bypass=None if bypass is None else bypass.on(x_BTM.device, x_BTM.dtype),
-        exact=None if exact is None else _exact_rows(context, runs, exact, (frame_rows, keys, x_BTM)),
+        exact=None if exact is None else _exact_rows(context, ran, exact, (places, frame_rows, keys, x_BTM)),
         mlp=mlp,
         cosine_PR=tables[0],
         sine_PR=tables[1],
         recompute=context.recompute,
         in_place=context.in_place and writable(x_BTM, True),
         adapters=context.adapters,
+        offload=context.offload,
     )
 
 
-def _exact_rows(context: BatchContext, runs: RowSet | None, passes: RowSet, call: tuple) -> ExactRows:
-    """`call`: flat rows of the frame, their documents and positions, and the residual stream."""
+def _exact_rows(context: BatchContext, ran: RowSet | None, passes: RowSet, call: tuple) -> ExactRows:
+    """`call`: places in the frame and flat rows of it, their documents and positions, and the residual stream."""
     layout, plan = context.layout, context.plan
-    frame_rows, keys, x_BTM = call
+    places, frame_rows, keys, x_BTM = call
     size = layout.batch * layout.tokens
-    ran = passes.rows_N if runs is None else inverse(runs.rows_N, size)[passes.rows_N]
-    places = passes.rows_N if frame_rows is None else ran
+    if ran is passes:
+        ran_n = torch.arange(passes.capacity, device=passes.rows_N.device)
+    else:
+        ran_n = passes.rows_N if ran is None else inverse(ran.rows_N, size)[passes.rows_N]
+        places = passes.rows_N if frame_rows is None else ran_n
     span = RowRange.of_rows(layout, passes)
     if plan.gradient == "keys":
         span = _planned(span, keys, x_BTM)
     gradient = plan.gradient
-    return ExactRows(places, ran, passes.rows_N, span, passes.valid_N, gradient == "pairs", gradient == "keys")
+    return ExactRows(places, ran_n, passes.rows_N, span, passes.valid_N, gradient == "pairs", gradient == "keys")
 
 
 def _planned(queries: RowRange, keys: RowRange, x_BTM: Tensor) -> Rows:

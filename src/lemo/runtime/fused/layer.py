@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +24,7 @@ from lemo.runtime.fused.attention import (
 from lemo.runtime.fused.call import FusedCall
 from lemo.runtime.fused.maps import Gradients
 from lemo.runtime.fused.mlp import mlp_backward, mlp_bypass, mlp_bypass_backward, norm_backward, run_mlp
+from lemo.runtime.fused.offload import Parked
 from lemo.runtime.fused.parts import LayerParts
 from lemo.runtime.rows import MlpRows
 
@@ -41,7 +43,8 @@ def run_fused(stream_BTM: Tensor, parts: LayerParts, call: FusedCall) -> Tensor:
         UnsupportedModelError: in backward, when it runs a second time: saved activations were used up by the first.
 
     *Cost*: saves, per backward row, its input (M numbers) and, at recompute level `lin`, the attention's output; at
-    `mlp` also queries, keys, values and the rows between attention and MLP; at `none` also the maps into the MLP.
+    `mlp` also queries, keys, values and the rows between attention and MLP; at `none` also the maps into the MLP. Rows
+    that only offer keys leave their inputs too, on the host where `call.offload` is there.
     *Numerics*: the adapters run in the layer's dtype; gradients of the bypass hold 1/rms constant.
     """
     return _FusedLayer.apply(stream_BTM, parts, call, *parts.tensors)
@@ -52,12 +55,14 @@ class _FusedLayer(torch.autograd.Function):
     def forward(ctx: Any, stream: Tensor, parts: LayerParts, call: FusedCall, *tensors: Tensor) -> Tensor:
         output = stream if call.in_place else stream.clone(memory_format=torch.contiguous_format)
         needs_grad = any(ctx.needs_input_grad)
-        saved = _Forward(parts, call, output.view(-1, output.shape[-1]), needs_grad).run()
+        work = _Forward(parts, call, output.view(-1, output.shape[-1]), needs_grad)
+        saved = work.run()
         if call.in_place:
             ctx.mark_dirty(stream)
         ctx.names, ctx.parts, ctx.call, ctx.spent = tuple(saved), parts, call.for_backward(), False
         if needs_grad:
             ctx.save_for_backward(*saved.values())
+            ctx.parked = work.parked
         return output
 
     @staticmethod
@@ -75,7 +80,8 @@ class _FusedLayer(torch.autograd.Function):
             grad = grad.clone(memory_format=torch.contiguous_format)
         gradients = Gradients(tuple(ctx.needs_input_grad[3:]))
         flat = grad.view(-1, grad.shape[-1])
-        _Backward(ctx.parts, ctx.call, flat, saved, gradients, wants_stream).run()
+        with nullcontext({}) if ctx.parked is None else ctx.parked.fetched() as fetched:
+            _Backward(ctx.parts, ctx.call, flat, saved | fetched, gradients, wants_stream).run()
         if wants_stream:
             setattr(grad, OWNED, True)
         return (grad if wants_stream else None, None, None, *gradients.finish())
@@ -89,6 +95,7 @@ class _Forward:
         self.level = call.keeps if needs_grad else "layer"
         self.needs_grad = needs_grad
         self.saved: State = {}
+        self.parked: Parked | None = None
 
     def run(self) -> State:
         """Writes the layer's rows into the stream; returns what backward needs."""
@@ -141,10 +148,7 @@ class _Forward:
             output, middle = output.index_select(0, exact.ran_n), middle.index_select(0, exact.ran_n)
             lse, heads = lse.index_select(1, exact.ran_n), heads | select_heads(heads, places)
             before = before | {n: before[n].index_select(0, p) for n, p in places.items() if n in before}
-        # A frame that is the whole stream is the stream itself, which is about to be written over.
-        copies = call.frame_rows is None and (exact is None or exact.keys)
-        saved["frame"] = frame.clone() if copies else frame
-        saved["rstd"] = rstd
+        saved |= {"frame": frame, "rstd": rstd}
         if mean is not None:
             saved["mean"] = mean
         if self.level != "layer":
@@ -153,6 +157,17 @@ class _Forward:
             # Where heads are normed, the projections are kept and their norm and rotation made again.
             names = {f"pre_{k}": t for k, t in before.items()} or {f"head_{k}": t for k, t in heads.items()}
             saved |= {"middle": middle} | names
+        self._offload()
+        if "frame" in saved and call.frame_rows is None and (exact is None or exact.keys):
+            # A frame that is the whole stream is the stream itself, which is about to be written over.
+            saved["frame"] = frame.clone()
+
+    def _offload(self) -> None:
+        """Sends what only keys need on its way to the host."""
+        names = [name for name in self.call.offloaded if name in self.saved]
+        if names:
+            assert self.call.offload is not None
+            self.parked = self.call.offload.park({name: self.saved.pop(name) for name in names})
 
     def _finish(self, middle: Tensor) -> None:
         """MLP, then the rows, the bypass and the update go into the stream."""

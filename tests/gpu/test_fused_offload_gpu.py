@@ -1,0 +1,121 @@
+"""Offload on a GPU: the same gradients however late the copies are, most of the frames' memory saved, and no waiting."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from lemo.measure.memory import track_peak
+from lemo.runtime.attach import attach
+from lemo.runtime.fused.offload import Lane
+from tests.runtime.oracle import batch, gradients, tiny_model
+from tests.runtime.test_fused import plan_of
+
+pytestmark = pytest.mark.gpu
+LAYERS, WIDTH, TOKENS = 12, 512, 4096
+CASES = [("exact keys", "kept"), ("both keys", "kept"), ("both keys", "all"), ("exact rows", "kept"), ("skip", "all")]
+
+
+def adapted(layers: int = LAYERS, width: int = WIDTH, tokens: int = TOKENS):
+    """A bf16 model of many layers with adapters that matter."""
+    torch.manual_seed(0)
+    model = tiny_model(
+        "llama",
+        num_hidden_layers=layers,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        max_position_embeddings=tokens,
+    )
+    model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj", "down_proj"]))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.05 if "lora_B" in name else 0.03)
+    return model.to(torch.bfloat16).cuda()
+
+
+def inputs_of(tokens: int = TOKENS, seed: int = 1):
+    return {name: t.cuda() for name, t in batch(tokens, supervised_from=7 * tokens // 8, seed=seed).items()}
+
+
+def grads_of(model, plan, batches, **options):
+    """Gradients of two forwards that are both there before the first backward, in fp32."""
+    model.zero_grad(set_to_none=True)
+    with attach(model, plan, engine="fused", self_test=False, unsafe_no_bypass=True, **options) as handle:
+        for _ in range(2):
+            losses = [model(**inputs).loss for inputs in batches]
+            for loss in losses:
+                loss.backward()
+        assert handle.notes == []
+    return torch.cat([g.float().flatten() for g in gradients(model).values()])
+
+
+@pytest.mark.parametrize("late", ["copies", "computation", "neither"])
+@pytest.mark.parametrize("recompute", ["mlp", "lin"])
+@pytest.mark.parametrize(("mode", "kv"), CASES)
+def test_offload_keeps_the_gradients(mode, kv, recompute, late, monkeypatch):
+    """As near as a repetition is; also when every copy starts 2 ms late, or everything else does."""
+    model = adapted()
+    plan = replace(plan_of(model, mode, kv, dense=(1,)), block_size=64)
+    batches = [inputs_of(seed=1), inputs_of(3 * TOKENS // 4, seed=2)]
+    wanted, again = (grads_of(model, plan, batches, recompute=recompute) for _ in range(2))
+    inner = Lane._copy
+
+    def delayed(lane, *args, **options):
+        stream = {"copies": lane.stream, "computation": torch.cuda.current_stream()}[late]
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(4_000_000)
+        inner(lane, *args, **options)
+
+    if late != "neither":
+        monkeypatch.setattr(Lane, "_copy", delayed)
+    got = grads_of(model, plan, batches, recompute=recompute, offload=True)
+    noise, error = (float((x - wanted).norm() / wanted.norm()) for x in (again, got))
+    print(f"{mode} {kv} {recompute} {late}: {error:.1e}, repetition {noise:.1e}")
+    assert torch.isfinite(got).all() and error <= 4 * noise + 1e-4
+
+
+def test_most_of_the_frames_memory_is_saved():
+    """At least 80 % of the frames' bytes at the peak of a step: all but the two slots, of 24 layers."""
+    layers, width, tokens = 24, 512, 16384
+    model = adapted(layers, width, tokens)
+    plan, inputs, peaks = replace(plan_of(model, "exact keys"), block_size=64), inputs_of(tokens), {}
+    for offload in (False, True):
+        with attach(model, plan, engine="fused", self_test=False, recompute="lin", offload=offload):
+            for _ in range(2):
+                model.zero_grad(set_to_none=True)
+                with track_peak("cuda") as peak:
+                    model(**inputs).loss.backward()
+        peaks[offload] = peak.peak_bytes
+    frames = layers * width * tokens * 2
+    print(f"{peaks[False] / 2**20:.0f} MiB, offloaded {peaks[True] / 2**20:.0f} MiB; frames {frames / 2**20:.0f} MiB")
+    assert peaks[False] - peaks[True] >= 0.8 * frames
+
+
+@pytest.mark.parametrize("recompute", ["mlp", "lin"])
+def test_offload_never_waits(recompute):
+    """From the first layer to the end of backward the host asks the device for nothing, once memory is pinned."""
+    model, inputs = adapted(), inputs_of()
+    plan = replace(plan_of(model, "exact keys"), block_size=64)
+    with attach(model, plan, engine="fused", self_test=False, recompute=recompute, offload=True) as handle:
+        model(**inputs).loss.backward()
+        context = handle._open(inputs | {"use_cache": False}, True, False)
+        base = model.get_base_model().model
+        hidden = base.embed_tokens(inputs["input_ids"])
+        tables = base.rotary_emb(hidden, torch.arange(TOKENS, device="cuda")[None])
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            with handle._running(context):
+                for layer in base.layers:
+                    hidden = layer(hidden, position_embeddings=tables)
+            hidden.sum().backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        (lane,) = handle._fused._host.lanes.values()
+        assert lane.fetches and not lane.slots
