@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import lemo
+from lemo.core.plan import Plan
 from lemo.errors import ConfigError, DataError
 from lemo.eval.perplexity import evaluate_loss
 from lemo.families import all_families
@@ -128,3 +129,42 @@ def test_what_cannot_be_evaluated_is_refused():
     with pytest.raises(DataError, match="no token"):
         evaluate_loss(model, batches)
     assert model.training
+
+
+def with_labels(batches, keep):
+    """The batches with the labels of some positions only."""
+    found = []
+    for batch in batches:
+        labels = batch["labels"].clone()
+        labels[:, [i for i in range(labels.shape[1]) if not keep(i)]] = -100
+        found.append({**batch, "labels": labels})
+    return found
+
+
+def test_a_subset_of_the_labels_is_measured_in_the_same_forward():
+    model = tiny_llama(layers=2).eval()
+    batches = batches_of(40, 24, 33)
+    some = with_labels(batches, lambda i: i % 8 < 3)
+    calls = []
+    hook = model.register_forward_pre_hook(lambda *_: calls.append(1))
+    report = evaluate_loss(model, batches, subset=some)
+    hook.remove()
+    assert len(calls) == len(batches)
+    alone = evaluate_loss(model, some)
+    assert 0 < alone.tokens < report.tokens
+    assert report.subset.to_dict() == alone.to_dict()
+    assert report.to_dict() == evaluate_loss(model, batches).to_dict()
+
+
+def test_a_subset_must_be_one():
+    model = tiny_llama(layers=1).eval()
+    batches = batches_of(40, 24)
+    some = with_labels(batches, lambda i: i % 2)
+    with pytest.raises(DataError, match="lacks"):
+        evaluate_loss(model, some, subset=batches)
+    for others in (some[:1], some[::-1], [{"input_ids": b["input_ids"]} for b in batches]):
+        with pytest.raises(DataError, match="same batches"):
+            evaluate_loss(model, batches, subset=others)
+    plan = Plan.uniform(model, forward_ratio=0.5, backward_ratio=0.5)
+    with lemo.attach(model, plan, unsafe_no_bypass=True) as handle, pytest.raises(ConfigError, match="needs its own"):
+        evaluate_loss(model, batches, handle=handle, sparse=True, subset=some)

@@ -19,6 +19,8 @@ from lemo.runtime.batch import read_layout, supervised_rows
 from lemo.runtime.head import forward_parameters, row_losses
 from lemo.runtime.model import causal_model
 
+Combine = Callable[[Tensor, Tensor, list[float]], tuple[Tensor, Tensor, list[float]]]
+
 
 @dataclass(frozen=True)
 class PositionLoss:
@@ -40,6 +42,7 @@ class LossReport:
         tokens: predicted tokens.
         by_position: the same by position in the document, in equal bins.
         by_sequence: mean loss of each sequence, in order, for paired comparisons; NaN where nothing is predicted.
+        subset: the same over the labels of a subset, from the same forward; None where none was asked for.
     """
 
     mode: str
@@ -47,6 +50,7 @@ class LossReport:
     tokens: int
     by_position: tuple[PositionLoss, ...]
     by_sequence: tuple[float, ...]
+    subset: LossReport | None = None
 
     @property
     def perplexity(self) -> float:
@@ -54,8 +58,44 @@ class LossReport:
         return math.exp(self.nats)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {**asdict(self), "perplexity": self.perplexity}
+        """Plain values for JSON, without the subset's."""
+        values = asdict(self)
+        del values["subset"]
+        return {**values, "perplexity": self.perplexity}
+
+
+class _Sums:
+    """Losses added up by position, and by sequence."""
+
+    def __init__(self) -> None:
+        self.nats_T, self.counts_T = (torch.zeros(0, dtype=torch.float64) for _ in range(2))
+        self.sequences: list[float] = []
+
+    def add(self, loss_BT: Tensor, mask_BT: Tensor, position_BT: Tensor) -> None:
+        """Adds the rows of a batch that count."""
+        most = int(position_BT.max()) + 1
+        if most > len(self.nats_T):
+            self.nats_T, self.counts_T = (F.pad(x, (0, most - len(x))) for x in (self.nats_T, self.counts_T))
+        self.nats_T.index_add_(0, position_BT[mask_BT], loss_BT[mask_BT])
+        self.counts_T.index_add_(0, position_BT[mask_BT], torch.ones(int(mask_BT.sum()), dtype=torch.float64))
+        pairs = zip((loss_BT * mask_BT).sum(1).tolist(), mask_BT.sum(1).tolist(), strict=True)
+        self.sequences += [total / count if count else math.nan for total, count in pairs]
+
+    def report(self, mode: str, bins: int, combine: Combine | None, subset: LossReport | None = None) -> LossReport:
+        """The report over what was added, by all processes where several share it."""
+        found = (self.nats_T, self.counts_T, self.sequences)
+        nats_T, counts_T, sequences = found if combine is None else combine(*found)
+        tokens = int(counts_T.sum())
+        if tokens == 0:
+            raise DataError("no token of the evaluation data carries a label")
+        return LossReport(
+            mode=mode,
+            nats=float(nats_T.sum()) / tokens,
+            tokens=tokens,
+            by_position=_bin(nats_T, counts_T, bins),
+            by_sequence=tuple(sequences),
+            subset=subset,
+        )
 
 
 def evaluate_loss(
@@ -67,7 +107,8 @@ def evaluate_loss(
     bins: int = 8,
     segment_rows: int = 2048,
     progress: Callable[[], None] | None = None,
-    combine: Callable[[Tensor, Tensor, list[float]], tuple[Tensor, Tensor, list[float]]] | None = None,
+    combine: Combine | None = None,
+    subset: Iterable[Mapping[str, Any]] | None = None,
 ) -> LossReport:
     """Loss of every labelled token.
 
@@ -82,13 +123,16 @@ def evaluate_loss(
         progress: called after each batch.
         combine: takes sums and counts by position and the sequences' losses of these batches, and returns those of
             all, where several processes share an evaluation.
+        subset: the same batches with some of their labels only; the report then has a second one, over these, that
+            costs no forward of its own. Not for sparse evaluations, whose selection depends on the labels.
 
     Returns:
         LossReport.
 
     Raises:
-        ConfigError: `sparse` without a handle, or with so many labels that no batch had a row to skip.
-        DataError: no token carries a label.
+        ConfigError: `sparse` without a handle, or with so many labels that no batch had a row to skip, or a
+            `subset`.
+        DataError: no token carries a label, or the subset has other batches or labels.
 
     Numerics:
         logits and loss in fp32, sums in fp64. The draws of a `random` scorer are the same in every evaluation, and
@@ -96,35 +140,37 @@ def evaluate_loss(
     """
     if sparse and handle is None:
         raise ConfigError("a sparse evaluation needs the handle of an attached plan")
+    if sparse and subset is not None:
+        raise ConfigError("a sparse evaluation selects rows by their labels, so a subset of them needs its own")
     was_training = model.training
     model.eval()
-    sums, counts, sequences = torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.float64), []
+    every, some = _Sums(), _Sums()
+    parts = itertools.repeat(None) if subset is None else iter(subset)
     try:
         for batch in batches if handle is None else _uncounted(batches, handle, sparse):
-            loss_BT, mask_BT, position_BT = _batch_losses(model, batch, handle, sparse, segment_rows)
-            most = int(position_BT.max()) + 1
-            if most > len(sums):
-                sums, counts = (F.pad(x, (0, most - len(x))) for x in (sums, counts))
-            sums.index_add_(0, position_BT[mask_BT], loss_BT[mask_BT])
-            counts.index_add_(0, position_BT[mask_BT], torch.ones(int(mask_BT.sum()), dtype=torch.float64))
-            totals_B, counts_B = (loss_BT * mask_BT).sum(1), mask_BT.sum(1)
-            sequences += [t / c if c else math.nan for t, c in zip(totals_B.tolist(), counts_B.tolist(), strict=True)]
+            losses = _batch_losses(model, batch, handle, sparse, segment_rows)
+            every.add(*losses)
+            part = next(parts, None)
+            if subset is not None:
+                loss_BT, mask_BT, position_BT = losses
+                some.add(loss_BT, _part_of(mask_BT, batch, part), position_BT)
             if progress is not None:
                 progress()
     finally:
         model.train(was_training)
-    if combine is not None:
-        sums, counts, sequences = combine(sums, counts, sequences)
-    tokens = int(counts.sum())
-    if tokens == 0:
-        raise DataError("no token of the evaluation data carries a label")
-    return LossReport(
-        mode="sparse (look-ahead)" if sparse else "dense",
-        nats=float(sums.sum()) / tokens,
-        tokens=tokens,
-        by_position=_bin(sums, counts, bins),
-        by_sequence=tuple(sequences),
-    )
+    within = None if subset is None else some.report("dense", bins, combine)
+    return every.report("sparse (look-ahead)" if sparse else "dense", bins, combine, within)
+
+
+def _part_of(mask_BT: Tensor, batch: Mapping[str, Any], part: Mapping[str, Any] | None) -> Tensor:
+    """Rows of a batch that carry loss in its subset."""
+    rows_BT = None if part is None else supervised_rows(part)
+    if part is None or rows_BT is None or not torch.equal(part["input_ids"].cpu(), batch["input_ids"].cpu()):
+        raise DataError("the subset of an evaluation needs the same batches, with labels")
+    rows_BT = rows_BT.cpu()
+    if bool((rows_BT & ~mask_BT).any()):
+        raise DataError("the subset of an evaluation has labels that the evaluation itself lacks")
+    return rows_BT
 
 
 def _uncounted(batches: Iterable[Mapping[str, Any]], handle: Handle, sparse: bool) -> Iterator[Mapping[str, Any]]:

@@ -236,17 +236,25 @@ class _Session:
         if self.validation is None:
             return
         everything = validation_batches(self.run, self.tokenizer, self.validation)
-        measured = [("dense", everything, False)]
-        if any(layer.forward_ratio < 1 for layer in handle.plan.layers):
-            drawn = validation_batches(self.run, self.tokenizer, self.validation, loss_rows=True, model=model)
-            measured += [("dense, loss rows", drawn, False), ("sparse, loss rows", drawn, True)]
-        options = {} if self.processes.count == 1 else {"combine": self.processes.combine}
-        for name, batches, sparse in measured:
-            report = self.evaluate(model, self.processes.share(batches), handle=handle, sparse=sparse, **options)
-            self.reports[f"{name} {when}"] = report.to_dict()
-            self.losses[f"{name} {when}"] = report.nats
-            label = "sparse (look-ahead), loss rows" if sparse else name
-            self._say(f"validation loss {when} training, {label}: {report.nats:.4f}")
+        options: dict[str, Any] = {"handle": handle}
+        if self.processes.count > 1:
+            options["combine"] = self.processes.combine
+        everything = self.processes.share(everything)
+        if all(layer.forward_ratio == 1 for layer in handle.plan.layers):
+            self._note(f"dense {when}", "dense", self.evaluate(model, everything, **options))
+            return
+        drawn = validation_batches(self.run, self.tokenizer, self.validation, loss_rows=True, model=model)
+        drawn = self.processes.share(drawn)
+        dense = self.evaluate(model, everything, subset=drawn, **options)  # one forward for both
+        self._note(f"dense {when}", "dense", dense)
+        self._note(f"dense, loss rows {when}", "dense, loss rows", dense.subset)
+        found = self.evaluate(model, drawn, sparse=True, **options)
+        self._note(f"sparse, loss rows {when}", "sparse (look-ahead), loss rows", found)
+
+    def _note(self, name: str, label: str, report: Any) -> None:
+        """Keeps a report and says its loss."""
+        self.reports[name], self.losses[name] = report.to_dict(), report.nats
+        self._say(f"validation loss {name.split()[-1]} training, {label}: {report.nats:.4f}")
 
     def _result(self, trainer: LemoTrainer, handle: Handle, steps: int) -> RunResult:
         log = trainer.log_callback
