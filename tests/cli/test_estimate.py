@@ -58,14 +58,20 @@ def test_the_longest_length_fits_and_the_next_does_not(sizes):
 
 
 def test_fit_keeps_the_ratios_where_it_can(sizes):
-    """Recomputation first; rows only when nothing else fits; None when not even that does."""
+    """Recomputation first, then offload; rows only when nothing else fits; None when not even that does."""
     setting = StepSetting(32768, recompute="none", kv="all")
     needed = {x: make_estimate(sizes, replace(setting, recompute=x), CARDS["l4"]).needed_bytes for x in ("mlp", "lin")}
     card = find_card(f"l4:{1.001 * needed['mlp'] / GIB}")
     found = fit_setting(sizes, setting, card)
     assert found.fits and found.setting == replace(setting, recompute="mlp")
-    small = find_card(f"l4:{0.8 * make_estimate(sizes, replace(setting, recompute='layer'), card).needed_bytes / GIB}")
-    less = fit_setting(sizes, setting, small)
+    layer = replace(setting, recompute="layer")
+    offloaded = make_estimate(sizes, replace(layer, offload=True), card)
+    tight = find_card(f"l4:{1.001 * offloaded.needed_bytes / GIB}")
+    assert not make_estimate(sizes, layer, tight).fits
+    assert fit_setting(sizes, setting, tight).setting == replace(layer, offload=True)
+    few = replace(layer, loss_share=0.05, offload=True)
+    small = find_card(f"l4:{0.99 * make_estimate(sizes, replace(few, segment_rows=512), card).needed_bytes / GIB}")
+    less = fit_setting(sizes, replace(few, offload=False), small)
     assert less is not None and less.fits and less.setting.kv == "kept"
     assert fit_setting(sizes, setting, find_card("l4:0.9")) is None
 

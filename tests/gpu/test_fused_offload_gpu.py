@@ -1,4 +1,4 @@
-"""Offload on a GPU: the same gradients however late the copies are, most of the frames' memory saved, and no waiting."""
+"""Offload on a GPU: the same gradients however late copies are, most of the frames' memory saved, and no waiting."""
 
 from __future__ import annotations
 

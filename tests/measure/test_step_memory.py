@@ -10,9 +10,10 @@ import torch
 import lemo.runtime.layer as executor
 from lemo import attach
 from lemo.config import LoraConfig
-from lemo.measure.fused_memory import LayerRows, Workspace, saved_bytes
+from lemo.measure.fused_memory import LayerRows, Workspace, parked_bytes, saved_bytes
 from lemo.measure.sizes import read_sizes
-from lemo.measure.step_memory import MemoryConstants, StepSetting, step_memory
+from lemo.measure.step_memory import MemoryConstants, StepSetting, last_rows, step_memory
+from lemo.runtime.fused.offload import Convoy
 from lemo.runtime.model import decoder_layers
 from lemo.train.lora import add_adapter
 from tests.measure.tracker import counting
@@ -30,25 +31,27 @@ def adapted(family: str, targets=("all-linear",), **sizes):
 def rows_of(selections, layer: int, layers: int, mode: str, kv: str, loss: int | None) -> LayerRows:
     selection = selections[layer]
     runs, passes = (TOKENS if s is None else s.capacity for s in (selection.forward, selection.backward))
-    return LayerRows(
+    rows = LayerRows(
         TOKENS,
         runs,
         passes,
         kv_all=kv == "all" and runs < TOKENS,
         pairs=MODES[mode][2] == "pairs",
         keys=MODES[mode][2] == "keys",
-        loss=loss if layer == layers - 1 and runs == passes else None,
     )
+    return last_rows(rows, loss) if layer == layers - 1 and loss is not None else rows
 
 
 CASES = [("llama", mode) for mode in MODES] + [(f, mode) for f in ("qwen3", "opt") for mode in ("skip", "both rows")]
 
 
+@pytest.mark.parametrize("offload", [False, True], ids=["", "offload"])
 @pytest.mark.parametrize("recompute", ["none", "mlp", "lin", "layer"])
 @pytest.mark.parametrize("kv", ["kept", "all"])
 @pytest.mark.parametrize(("family", "mode"), CASES)
-def test_saved_bytes_are_exact(family, mode, kv, recompute, monkeypatch):
-    """Every layer's saved tensors, found by autograd's own hooks, sum up to the closed form."""
+def test_saved_bytes_are_exact(family, mode, kv, recompute, offload, monkeypatch):
+    """Every layer's saved tensors, found by autograd's own hooks, sum up to the closed form, offloaded ones too."""
+    parked = {}
     model, sizes = adapted(family)
     kept: dict[int, dict[int, torch.UntypedStorage]] = {}
     current = []
@@ -68,9 +71,16 @@ def test_saved_bytes_are_exact(family, mode, kv, recompute, monkeypatch):
             kept[current[-1]][storage.data_ptr()] = storage
         return tensor
 
+    def park(convoy, tensors):
+        parked[current[-1]] = sum(t.nbytes for t in tensors.values())
+        return moved(convoy, tensors)
+
+    moved = Convoy.park
+    monkeypatch.setattr(Convoy, "park", park)
     monkeypatch.setattr(executor, "run_fused", marked)
+    options = {"engine": "fused", "self_test": False, "unsafe_no_bypass": True, "recompute": recompute}
     plan = plan_of(model, mode, kv, dense=(1,))
-    with attach(model, plan, engine="fused", self_test=False, unsafe_no_bypass=True, recompute=recompute) as handle:
+    with attach(model, plan, **options, offload=offload) as handle:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             loss = model(**batch(TOKENS, supervised_from=FROM)).loss
         selections = handle.selections
@@ -79,10 +89,18 @@ def test_saved_bytes_are_exact(family, mode, kv, recompute, monkeypatch):
     for layer in range(sizes.shape.layers):
         rows = rows_of(selections, layer, sizes.shape.layers, mode, kv, loss_rows)
         found = sum(storage.nbytes() for storage in kept[layer].values())
-        assert found == sum(saved_bytes(sizes, rows, recompute).values()), (layer, rows)
+        away = parked_bytes(sizes, rows, recompute) if offload else 0
+        assert parked.get(layer, 0) == away, (layer, rows)
+        assert found + away == sum(saved_bytes(sizes, rows, recompute).values()), (layer, rows)
 
 
-PEAKS = [("llama", "skip", "kept"), ("llama", "skip", "all"), ("qwen3", "skip", "all"), ("llama", "exact rows", "kept")]
+PEAKS = [
+    ("llama", "skip", "kept"),
+    ("llama", "skip", "all"),
+    ("qwen3", "skip", "all"),
+    ("llama", "exact rows", "kept"),
+    ("llama", "exact keys", "kept"),
+]
 
 
 @pytest.mark.parametrize("recompute", ["none", "mlp", "lin", "layer"])

@@ -172,6 +172,8 @@ def show(report: dict[str, Any], fit: bool) -> None:
             table.add_row(name, f"{size / GIB:.2f}")
     table.add_row("allocated at the peak", f"{now.peak_bytes / GIB:.2f}", style="bold")
     table.add_row("needed of the card", f"{now.needed_bytes / GIB:.2f}", style="bold")
+    if now.host_bytes:
+        table.add_row("pinned host memory", f"{now.host_bytes / GIB:.2f}")
     console.print(table)
     verdict = "fits" if now.fits else "does not fit"
     style = "green" if now.fits else "bold red"
@@ -229,12 +231,14 @@ def fit_keys(before: Estimate, found: Estimate) -> dict[str, Any]:
         keys = {"training.gradient_checkpointing": str(new.recompute == "layer").lower()}
     for key, name in (
         ("training.segment_rows", "segment_rows"),
+        ("training.offload", "offload"),
         ("sparsity.kv", "kv"),
         ("sparsity.forward_ratio", "forward_ratio"),
         ("sparsity.backward_ratio", "backward_ratio"),
     ):
         if getattr(old, name) != getattr(new, name):
-            keys[key] = getattr(new, name)
+            value = getattr(new, name)
+            keys[key] = str(value).lower() if isinstance(value, bool) else value
     return keys
 
 
@@ -247,7 +251,7 @@ def describe(found: Estimate) -> str:
     """The setting on one line."""
     setting = found.setting
     words = {
-        "fused": f"fused engine, recompute {setting.recompute}",
+        "fused": f"fused engine, recompute {setting.recompute}{', offload' if setting.offload else ''}",
         "generic": f"generic engine, checkpointing {'on' if setting.recompute == 'layer' else 'off'}",
         "plain": f"no rows skip, checkpointing {'on' if setting.recompute == 'layer' else 'off'}",
     }[setting.engine]

@@ -30,6 +30,7 @@ class Estimate:
         moment: when that is.
         needed_bytes: of the card: with holes between tensors, and what the driver takes.
         time: of the step.
+        host_bytes: pinned host memory that it takes.
     """
 
     setting: StepSetting
@@ -39,6 +40,7 @@ class Estimate:
     moment: str
     needed_bytes: float
     time: StepTime
+    host_bytes: float = 0.0
 
     @property
     def fits(self) -> bool:
@@ -58,6 +60,7 @@ class Estimate:
             "peak_bytes": round(self.peak_bytes),
             "needed_bytes": round(self.needed_bytes),
             "parts_bytes": {name: round(size) for name, size in self.parts_bytes.items() if size},
+            "host_bytes": round(self.host_bytes),
             "moment": self.moment,
             "fits": self.fits,
             "step_s": self.time.total_s,
@@ -86,6 +89,7 @@ def make_estimate(
         moment=ledger.peak_moment,
         needed_bytes=needed_bytes(ledger, constants),
         time=step_time(sizes, setting, card),
+        host_bytes=ledger.host_bytes,
     )
 
 
@@ -111,8 +115,8 @@ def longest_tokens(sizes: ModelSizes, setting: StepSetting, card: Card) -> int:
 def fit_setting(sizes: ModelSizes, setting: StepSetting, card: Card) -> Estimate | None:
     """The fastest setting of this length that fits the card.
 
-    What is recomputed and the loss segment are free; the ratios stay as they are unless nothing else fits: then keys
-    of skipped rows are given up first, and after that rows.
+    What is recomputed and the loss segment are free. Where nothing else fits, offload comes first, since nobody asked
+    how much memory the host has; then keys of skipped rows are given up, and after that rows.
 
     Returns:
         Its estimate; None when nothing fits.
@@ -133,10 +137,15 @@ def _free_choices(setting: StepSetting) -> Iterator[StepSetting]:
 
 
 def _ratios(setting: StepSetting) -> Iterator[StepSetting]:
-    """The setting itself, then ever smaller ones."""
+    """The setting itself, with offload, then ever smaller ones."""
     yield setting
     if not setting.skips:
         return
+    if setting.engine == "fused" and not setting.offload:
+        offloaded = replace(setting, offload=True)
+        yield offloaded
+        # Frames of exact forward stay as large as they are, whatever the ratio.
+        setting = offloaded if setting.forward_ratio > setting.backward_ratio else setting
     if setting.kv == "all":
         yield replace(setting, kv="kept")
     for ratio in FEWER_RATIOS:
@@ -167,6 +176,8 @@ def changes(sizes: ModelSizes, setting: StepSetting, card: Card) -> list[Change]
     levels = LEVELS[LEVELS.index(setting.recompute) + 1 :]
     if setting.engine == "fused":
         tried += [(f"training.recompute: {x}", lambda x=x: replace(setting, recompute=x)) for x in levels]
+        if not setting.offload:
+            tried.append(("training.offload: true", lambda: replace(setting, offload=True)))
     elif setting.recompute == "none":
         tried.append(("training.gradient_checkpointing: true", lambda: replace(setting, recompute="layer")))
     if setting.batch > 1:

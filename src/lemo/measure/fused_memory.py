@@ -138,6 +138,13 @@ def saved_bytes(sizes: ModelSizes, rows: LayerRows, recompute: str) -> dict[str,
     return found
 
 
+def parked_bytes(sizes: ModelSizes, rows: LayerRows, recompute: str) -> float:
+    """Bytes that offload moves to the host, as `FusedCall.offloaded` has it."""
+    saved = saved_bytes(sizes, rows, recompute)
+    names = ("frame", "key", "value") if rows.offers else ("all_key", "all_value")
+    return sum(saved.get(name, 0.0) for name in names)
+
+
 def index_bytes(rows: LayerRows) -> float:
     """Numbers and positions of rows that a layer's call holds until its backward pass."""
     found = 0.0
@@ -150,9 +157,21 @@ def index_bytes(rows: LayerRows) -> float:
 
 
 class FusedLayerMemory:
-    """Forward and backward of one layer in a ledger."""
+    """Forward and backward of one layer in a ledger.
 
-    def __init__(self, ledger: Ledger, sizes: ModelSizes, rows: LayerRows, recompute: str, vendor: Workspace) -> None:
+    Attributes:
+        parked: bytes that it moves to the host.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        sizes: ModelSizes,
+        rows: LayerRows,
+        recompute: str,
+        vendor: Workspace,
+        offload: bool = False,
+    ) -> None:
         """Args: vendor: what the attention backward of a vendor takes."""
         from lemo.runtime.fused.mlp import CHUNK_ROWS
 
@@ -164,8 +183,10 @@ class FusedLayerMemory:
         self.ways = 2 if sizes.shape.gated else 1
         self.chunk_rows = CHUNK_ROWS
         saved = saved_bytes(sizes, rows, recompute)
-        self.frame_saved = saved.pop("frame") if rows.kv_all and rows.split and rows.loss is None else 0.0
-        self.saved = sum(saved.values()) + index_bytes(rows)
+        self.offload = offload
+        self.parked = parked_bytes(sizes, rows, recompute) if offload else 0.0
+        self.frame_saved = saved["frame"] if rows.offers and rows.loss is None and not offload else 0.0
+        self.saved = sum(saved.values()) + index_bytes(rows) - self.frame_saved - self.parked
 
     # ---- forward
 
@@ -192,7 +213,7 @@ class FusedLayerMemory:
     def _keep(self, sign: int) -> None:
         """Saved tensors, from the work into their own part, or away."""
         self.ledger.add("saved: rows of layers", sign * self.saved)
-        self.ledger.add("saved: frames of kv all", sign * self.frame_saved)
+        self.ledger.add("saved: frames that offer keys", sign * self.frame_saved)
 
     def _project(self, work: Scope) -> None:
         """Queries, keys and values."""
@@ -233,13 +254,14 @@ class FusedLayerMemory:
             work.add(copies=n * (1 + self.sizes.shape.heads) * self.wide)
             if self.sizes.head_norms:
                 work.add(copies=n * (self.sizes.query + 2 * self.sizes.key) * e)
-        if rows.whole and (rows.keys or not rows.exact):
+        if rows.whole and (rows.keys or not rows.exact) and not (self.offload and rows.offers):
             work.add(clone=rows.frame * width * e)
         # Henceforth only what is saved, and the rows on their way into the MLP.
         work.clear()
         # Gate and up come later.
         level = "mlp" if self.recompute == "none" else self.recompute
-        work.add(saved=sum(saved_bytes(self.sizes, rows, level).values()))
+        parked = parked_bytes(self.sizes, rows, level) if self.offload else 0.0
+        work.add(saved=sum(saved_bytes(self.sizes, rows, level).values()) - parked)
         if rows.exact or self.level not in ("none", "mlp"):
             work.add(middle=rows.queries * width * e)
 

@@ -14,7 +14,8 @@ PARTS = (
     "batch and positions",
     "residual stream and its gradient",
     "saved: rows of layers",
-    "saved: frames of kv all",
+    "saved: frames that offer keys",
+    "saved: on its way to the host",
     "work of one layer",
     "attention workspace",
     "loss",
@@ -32,6 +33,7 @@ class Ledger:
         peak_parts: by part at that moment.
         peak_moment: what was going on then.
         moment: what is going on now.
+        host_bytes: pinned host memory.
     """
 
     held: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
@@ -39,6 +41,7 @@ class Ledger:
     peak_parts: dict[str, float] = field(default_factory=dict)
     peak_moment: str = ""
     moment: str = ""
+    host_bytes: float = 0.0
 
     @property
     def total_bytes(self) -> float:

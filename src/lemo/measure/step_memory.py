@@ -12,7 +12,7 @@ from lemo.measure.plain_memory import WIDE, PlainLayerMemory
 from lemo.measure.sizes import ModelSizes
 
 Engine = Literal["fused", "generic", "plain"]
-STREAM = "residual stream and its gradient"
+STREAM, TRANSIT = "residual stream and its gradient", "saved: on its way to the host"
 LOGIT_BYTES = 12  # of Transformers' own loss, beside the logits: log-softmax, its gradient, and that of an fp32 copy
 PREDICTOR_WIDTH, PREDICTOR_RANK, PREDICTOR_POOLS = 64, 32, 3
 
@@ -61,6 +61,7 @@ class StepSetting:
         bypass_rank: R; 0 for none.
         pooled_features: width of the predictors' projection.
         forced_share: share of blocks that hold loss; that of the rows when None.
+        offload: what the fused engine saves for keys alone waits in host memory.
     """
 
     tokens: int
@@ -80,6 +81,7 @@ class StepSetting:
     bypass_rank: int = 64
     pooled_features: int = 128
     forced_share: float | None = None
+    offload: bool = False
 
     def __post_init__(self) -> None:
         """Raises ConfigError for what no step can be."""
@@ -92,6 +94,8 @@ class StepSetting:
             raise ConfigError(f"backward_ratio {self.backward_ratio} exceeds forward_ratio {self.forward_ratio}")
         if self.engine != "fused" and self.recompute in ("mlp", "lin"):
             raise ConfigError(f"recompute {self.recompute!r} is of the fused engine; the others know none and layer")
+        if self.engine != "fused" and self.offload:
+            raise ConfigError(f"offload is of the fused engine; this step has {self.engine!r}")
 
     @property
     def rows(self) -> int:
@@ -138,9 +142,17 @@ def layer_rows(sizes: ModelSizes, setting: StepSetting) -> list[LayerRows]:
         many = min(setting.dense_layers, layers)
         first, last = many - many // 2, many // 2
         found = [dense] * first + [sparse] * (layers - many) + [dense] * last
-    if setting.engine == "fused" and sizes.defers_norm and setting.segmented and not found[-1].exact:
-        found[-1] = replace(found[-1], loss=setting.loss_rows)
+    if setting.engine == "fused" and sizes.defers_norm and setting.segmented:
+        found[-1] = last_rows(found[-1], setting.loss_rows)
     return found
+
+
+def last_rows(rows: LayerRows, loss: int) -> LayerRows:
+    """Rows of the last layer where nobody reads others than the loss behind it."""
+    if rows.exact and not rows.keys:
+        # Keys of rows that pass no gradient are constants: rows that do pass some run.
+        return replace(rows, loss=rows.passes)
+    return replace(rows, passes=rows.runs, loss=loss)
 
 
 def step_memory(sizes: ModelSizes, setting: StepSetting, constants: MemoryConstants = CONSTANTS) -> Ledger:
@@ -166,6 +178,8 @@ class _Step:
         self.stream_bytes = setting.rows * sizes.shape.width * self.e
 
     def run(self) -> Ledger:
+        from lemo.runtime.fused.offload import CHUNK_BYTES, SLOTS
+
         ledger, constants = self.ledger, self.constants
         self._standing()
         ledger.add(STREAM, self.stream_bytes)
@@ -173,7 +187,10 @@ class _Step:
         for index, layer in enumerate(layers):
             ledger.moment = f"forward of layer {index}"
             self._between(layer)
+            if layer.parked:
+                ledger.held[TRANSIT] = min(ledger.held[TRANSIT] + layer.parked, SLOTS * layer.parked)
             layer.forward()
+        ledger.host_bytes = sum(-(-layer.parked // CHUNK_BYTES) * CHUNK_BYTES for layer in layers)
         ledger.moment = "loss"
         self._loss()
         for index, layer in reversed(list(enumerate(layers))):
@@ -184,6 +201,8 @@ class _Step:
             self._between(layer)
             layer.backward()
             ledger.held[STREAM] = self.stream_bytes
+            if not any(x.parked for x in layers[:index]):
+                ledger.held[TRANSIT] = 0.0
         lost = constants.share * ledger.peak_bytes
         ledger.peak_bytes += lost
         ledger.peak_parts["libraries"] += lost
@@ -192,7 +211,7 @@ class _Step:
     def _layer(self, rows: LayerRows) -> FusedLayerMemory | PlainLayerMemory:
         setting, space = self.setting, self.constants.attention
         if setting.engine == "fused":
-            return FusedLayerMemory(self.ledger, self.sizes, rows, setting.recompute, space)
+            return FusedLayerMemory(self.ledger, self.sizes, rows, setting.recompute, space, setting.offload)
         return PlainLayerMemory(
             self.ledger, self.sizes, rows, setting.recompute == "layer", space, setting.engine == "generic"
         )

@@ -63,7 +63,7 @@ def _layer(sizes: ModelSizes, setting: StepSetting, rows: LayerRows, card: Card)
         forward_ratio=rows.queries / stream,
         backward_ratio=min(rows.back, rows.queries) / stream,
         kv="all" if rows.split else "kept",
-        gradient="pairs" if rows.pairs else "rows",
+        gradient="pairs" if rows.pairs else "keys" if rows.exact and rows.keys else "rows",
         recompute=setting.recompute,
         bypass_rank=setting.bypass_rank if rows.bypass and rows.loss is None else 0,
     )

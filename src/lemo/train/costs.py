@@ -25,7 +25,7 @@ def layer_cost(model: Any, plan: Plan, tokens: int, lora_rank: int = 0) -> Calla
             forward_ratio=layer.forward_ratio,
             backward_ratio=layer.backward_ratio,
             kv="all" if plan.kv == "all" else "kept",
-            gradient="pairs" if plan.gradient == "pairs" else "rows",
+            gradient=plan.gradient,  # type: ignore[arg-type]
             mlp_ratio=layer.mlp_ratio,
             bypass_rank=0 if layer.bypass is None or layer.forward_ratio == 1 else layer.bypass.rank,
             lora_rank=lora_rank,

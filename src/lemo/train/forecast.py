@@ -94,6 +94,8 @@ def forecast(run: RunConfig) -> Forecast:
     if run.data.answer_only:
         share = ANSWER_SHARE
         notes.append(f"answers are taken to be {ANSWER_SHARE:.0%} of the rows; --data counts them")
+    if run.training.offload and engine != "fused":
+        notes.append("training.offload has no effect without the fused engine")
     checkpoints = run.training.gradient_checkpointing
     level = run.training.recompute or ("lin" if checkpoints else "none")
     if engine != "fused":
@@ -106,6 +108,7 @@ def forecast(run: RunConfig) -> Forecast:
         recompute=level,  # type: ignore[arg-type]
         segmented=run.training.loss == "segmented",
         segment_rows=run.training.segment_rows,
+        offload=run.training.offload and engine == "fused",
         pooled_features=run.calibration.pooled_features,
         **_ratios(run, sizes.shape.layers),
     )
@@ -286,7 +289,7 @@ def probe_step(run: RunConfig, found: Forecast, *, layers: int | None = None) ->
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         how: dict[str, Any] = {"engine": "generic"}
         if setting.engine == "fused":
-            how = {"engine": "fused", "recompute": setting.recompute}
+            how = {"engine": "fused", "recompute": setting.recompute, "offload": setting.offload}
         loss = "segmented" if setting.segmented else "model"
         with attach(
             model, plan, loss=loss, segment_rows=setting.segment_rows, self_test=False, unsafe_no_bypass=True, **how
