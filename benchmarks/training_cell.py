@@ -75,13 +75,15 @@ class Trainer:
 
     PHASES = ("forward", "backward", "optimizer")
 
-    def __init__(self, prepared: Prepared, setting: Setting, vocabulary: int, batches: int) -> None:
+    def __init__(
+        self, prepared: Prepared, setting: Setting, vocabulary: int, batches: int, span: int | None = None
+    ) -> None:
         self.prepared, self.cuda = prepared, setting.device.startswith("cuda")
         trained = [p for p in prepared.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=self.cuda)
         self.batches = [
             {name: x.to(setting.device) for name, x in batch.items()}
-            for batch in make_batches(setting, vocabulary, batches)
+            for batch in make_batches(setting, vocabulary, batches, span)
         ]
         self.losses: list[float] = []
         self.seconds: list[float] = []
@@ -119,8 +121,10 @@ class Trainer:
             torch.cuda.synchronize()
 
 
-def make_batches(setting: Setting, vocabulary: int, count: int) -> Iterator[dict[str, torch.Tensor]]:
-    """The same batches for every method of a setting."""
+def make_batches(
+    setting: Setting, vocabulary: int, count: int, span: int | None = None
+) -> Iterator[dict[str, torch.Tensor]]:
+    """The same batches for every method of a setting. `span`: rows of a run of supervised blocks."""
     text = None if setting.data is None else np.load(setting.data)["tokens"]
     for index in range(count):
         ids = None
@@ -138,6 +142,7 @@ def make_batches(setting: Setting, vocabulary: int, count: int) -> Iterator[dict
             seed=1000 * setting.seed + index,
             block_size=setting.block_size,
             ids_T=ids,
+            span=span,
         )
 
 
@@ -153,7 +158,8 @@ def run_job(job: Job) -> dict[str, Any]:
         config = shape_config(setting.shape, tokens=setting.tokens, layers=setting.layers)
         prepared = peer.prepare(config, setting, options)
         # As many as warm-up steps: kernels are compiled for every number of rows before a step is timed.
-        trainer = Trainer(prepared, setting, config.get_text_config().vocab_size, max(1, job.warmup))
+        vocabulary, span = config.get_text_config().vocab_size, int(options["span"]) if "span" in options else None
+        trainer = Trainer(prepared, setting, vocabulary, max(1, job.warmup), span)
         result |= {"options": options, "build_s": time.perf_counter() - started}
         with _kept_by(trainer, result):
             _measure(trainer, job, result)

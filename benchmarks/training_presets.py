@@ -206,7 +206,9 @@ def estimate_step_seconds(setting: Setting, method: str) -> float:
     shape = DecoderShape.from_config(shape_config(setting.shape, tokens=setting.tokens, layers=setting.layers))
     level: Any = options.get("recompute", "layer" if name in ("offload", "unsloth") else "none")
     keep = float(options.get("keep", 0.5)) if name == "lemo" else 1.0
-    work = LayerWork(keep, keep, kv=options.get("kv", "kept"), recompute=level)  # type: ignore[arg-type]
+    forward = float(options.get("forward") or keep) if name == "lemo" else keep
+    choices: Any = {"kv": options.get("kv", "kept"), "gradient": options.get("gradient", "rows")}
+    work = LayerWork(forward, keep, recompute=level, **choices)
     dense = LayerWork(recompute=level)
     ends = min(2, shape.layers)
     flops = step_flops(shape, setting.tokens, [dense] * ends + [work] * (shape.layers - ends))

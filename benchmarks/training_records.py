@@ -84,7 +84,8 @@ class Measured:
 
 def _shared(options: dict[str, str]) -> dict[str, Any]:
     """What a method overrides of the setting."""
-    return {"supervised_share": float(options["share"])} if "share" in options else {}
+    found: dict[str, Any] = {"supervised_share": float(options["share"])} if "share" in options else {}
+    return found | ({"supervised_span": int(options["span"])} if "span" in options else {})
 
 
 def collect(group: Group, cells: dict[str, Cell]) -> dict[str, Measured]:
@@ -221,6 +222,8 @@ def _row_kib(one: Measured, held: list[float]) -> list[Record]:
     layers = setting.layers or _layers(setting)
     rows = says["backward_share"] * layers * setting.tokens
     plain = setting.label == "llama2-7b" and setting.layers is None and one.setting()["options"]["engine"] != "generic"
+    # Under exact forward rows that pass no gradient leave something, too.
+    plain = plain and says.get("forward_share", says["backward_share"]) == says["backward_share"]
     bar = f"C.row_kib/{level}" if plain and setting.lora == "qkvo" else None
     return [_record(one, "row_kib", "KiB", [x / rows / 1024 for x in held], "median", bar=bar)]
 

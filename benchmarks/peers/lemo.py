@@ -21,9 +21,10 @@ OPTIONS = {
     "recompute": "none",
     "engine": "fused",  # not auto: a layer that it cannot run shall be seen
     "keep": "0.5",  # share of rows that run a layer and pass gradient
-    "forward": "",  # share that runs a layer where it is another one
+    "forward": "",  # share that runs a layer where it is another one; 1.0 for exact forward
     "kv": "kept",
-    "gradient": "rows",
+    "gradient": "rows",  # of exact forward: `rows`, `pairs`, `keys`
+    "offload": "0",  # 1: what is saved for keys alone waits in host memory
     "dense": "0/-1",  # layers that run densely, joined by /; empty for none
     "scorer": "predictor",
     "bypass": "64",  # its rank; 0 for none
@@ -69,6 +70,10 @@ def attached(model: Any, plan: Plan, options: dict[str, str]) -> Prepared:
         checkpoint_layers(model, recompute)
     else:
         keywords["recompute"] = recompute
+    if options.get("offload", "0") not in ("0", "1"):
+        raise Unsupported(f"offload must be 0 or 1, got {options['offload']!r}")
+    if options.get("offload") == "1":
+        keywords["offload"] = True
     unsafe = options.get("bypass") == "0"
     handle = lemo.attach(model, plan, engine=engine, self_test=False, unsafe_no_bypass=unsafe, **keywords)
     if options.get("last") == "all":

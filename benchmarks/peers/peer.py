@@ -26,8 +26,9 @@ PEERS = (
     "lemo_dense",
     "lemo",
 )
-# Options of every method: the supervised share, where it is not the setting's.
-SHARED = ("share",)
+# Options of every method: the supervised share, where it is not the setting's; and rows of a run of supervised blocks,
+# which are drawn one by one otherwise.
+SHARED = ("share", "span")
 QKVO = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj")
 
 

@@ -13,7 +13,7 @@ import torch
 from benchmarks import check_bars, training
 from benchmarks.peers import hf_peft, jenga_rule, longlora_s2
 from benchmarks.peers.peer import Setting, Unsupported, load_method, parse_method
-from benchmarks.training_cell import Job, read_job, run_job
+from benchmarks.training_cell import Job, make_batches, read_job, run_job
 from benchmarks.training_presets import Comparison, Group, estimate_turn_seconds, presets
 from benchmarks.training_records import make_records, read_cells
 from lemo.measure.record import read_records
@@ -58,6 +58,27 @@ def test_lemo_runs_the_rows_that_were_asked_for(setting, lora, engine):
     assert found["status"] == "ok", found.get("reason")
     assert found["describe"]["layers_that_skip"] == 1
     assert found["describe"]["backward_share"] == pytest.approx((1 + 0.5 + 1) / 3)
+
+
+def test_exact_forward_has_the_dense_loss_on_runs_of_rows_and_offload_changes_nothing(setting):
+    """The first loss is the plain model's on the same runs; offload repeats every later one to the bit."""
+    rows = "share=0.25,span=32"
+    exact = f"lemo:keep=0.3,forward=1.0,gradient=keys,scorer=random,kv=all,dense=,{rows}"
+    plain, found, offloaded = (run(setting, method) for method in (f"hf_peft:{rows}", exact, exact + ",offload=1"))
+    assert found["status"] == offloaded["status"] == "ok", (found.get("reason"), offloaded.get("reason"))
+    assert found["losses"][0] == pytest.approx(plain["losses"][0], rel=2e-5)
+    assert found["losses"] == offloaded["losses"]
+    assert found["describe"]["forward_share"] == 1 and found["describe"]["backward_share"] < 0.5
+    assert run(setting, exact + ",offload=yes")["status"] == "unsupported"
+
+
+@pytest.mark.parametrize("share", [0.25, 0.4])
+def test_supervised_rows_come_in_runs(setting, share):
+    """Runs of `span` rows, one of them perhaps shorter; as many rows as without runs."""
+    (single,), (runs,) = (list(make_batches(setting, 512, 1, span)) for span in (None, 64))
+    single, runs = (batch["labels"][0] != -100 for batch in (single, runs))
+    changes = int((runs[1:] != runs[:-1]).sum())
+    assert abs(int(runs.sum()) - int(single.sum())) <= 1 and changes <= 2 * -(-int(runs.sum()) // 64) + 1
 
 
 @pytest.mark.parametrize("method", ["longlora_s2", "jenga_rule", "random_ltd"])

@@ -170,7 +170,14 @@ def random_plan(
 
 
 def random_batch(
-    vocabulary: int, tokens: int, *, share: float, seed: int, block_size: int = 64, ids_T: Tensor | None = None
+    vocabulary: int,
+    tokens: int,
+    *,
+    share: float,
+    seed: int,
+    block_size: int = 64,
+    ids_T: Tensor | None = None,
+    span: int | None = None,
 ) -> dict[str, Tensor]:
     """One sequence with a share of its blocks supervised, drawn as `LossRows` draws them.
 
@@ -181,6 +188,7 @@ def random_batch(
         seed: of the draw of tokens and blocks.
         block_size: C.
         ids_T: (T,) token ids to use instead of random ones.
+        span: rows of a run of drawn blocks; None draws single blocks.
 
     Returns:
         `input_ids` and `labels`, (1, T) int64 on the CPU.
@@ -190,4 +198,4 @@ def random_batch(
     labels_T = ids_T.clone()
     labels_T[0] = IGNORE
     sample = {"input_ids": ids_T.numpy(), "labels": labels_T.numpy(), "sample_id": str(seed)}
-    return LossRows(WindowCollator(), share, block_size=block_size)([sample])
+    return LossRows(WindowCollator(), share, block_size=block_size, span=span)([sample])
