@@ -62,9 +62,12 @@ def attend_rows(
     Source:
         LeMo section 4 (token-wise computation on kept rows); FlashAttention-2; docs/method.md.
     """
-    return attend_rows_with_lse(
-        query_HND, key_GKD, value_GKD, queries, keys, scaling=scaling, window=window, backend=backend
-    )[0]
+    check(query_HND, (key_GKD, value_GKD), queries, keys, (scaling, window))
+    chosen = choose_backend("attend_rows", backend, lambda: why_not_triton(query_HND, keys))
+    if chosen == "triton":
+        return _kernel(query_HND, (key_GKD, value_GKD), (None, None), queries, keys, (scaling, window))[0]
+    # Not by way of the log-sum-exp: the reference would need the scores once more for it.
+    return _by_document(query_HND, (key_GKD, value_GKD), queries, keys, (scaling, window))
 
 
 def attend_rows_with_lse(
