@@ -142,6 +142,7 @@ class _Slot:
         used: on the computing stream, behind the last use.
         owner: whose tensors it holds.
         leased: a backward reads it.
+        home: the stream whose memory it is; None without streams.
     """
 
     def __init__(self, size_bytes: int, device: torch.device) -> None:
@@ -149,6 +150,7 @@ class _Slot:
         self.moved, self.used = (torch.cuda.Event() for _ in range(2)) if device.type == "cuda" else (None, None)
         self.owner: weakref.ref[Parked] | None = None
         self.leased = False
+        self.home = torch.cuda.current_stream(device) if device.type == "cuda" else None
 
     def holder(self) -> Parked | None:
         """Whose tensors it holds, while they are of use."""
@@ -180,14 +182,15 @@ class Lane:
 
     def take_chunks(self, size_bytes: int) -> list[Tensor]:
         """Chunks for so many bytes: free ones, then new ones."""
-        wanted = -(-size_bytes // CHUNK_BYTES)
-        cut = max(0, len(self._free) - wanted)
-        chunks, self._free = self._free[cut:], self._free[:cut]
-        while len(chunks) < wanted:
-            chunks.append(torch.empty(CHUNK_BYTES, dtype=torch.uint8, pin_memory=self.stream is not None))
-            self.allocated += 1
+        chunks: list[Tensor] = []
+        while len(chunks) < -(-size_bytes // CHUNK_BYTES):
+            chunks.append(self._free.pop() if self._free else self._new_chunk())
         self._waiting += 1
         return chunks
+
+    def _new_chunk(self) -> Tensor:
+        self.allocated += 1
+        return torch.empty(CHUNK_BYTES, dtype=torch.uint8, pin_memory=self.stream is not None)
 
     def give_chunks(self, chunks: list[Tensor]) -> None:
         """Takes a layer's chunks back. Without layers that wait, the slots go too."""
@@ -203,9 +206,12 @@ class Lane:
         self._closed, self._free = True, []
 
     def _drop_slots(self, slots: list[_Slot]) -> None:
-        if self.stream is not None:
-            for slot in slots:
-                slot.bytes.record_stream(self.stream)
+        # Whoever gets their memory next comes behind these waits; `record_stream` would keep it until the device is
+        # there, while the host, which is ahead, takes new memory.
+        for slot in slots:
+            if slot.home is not None:
+                slot.home.wait_event(slot.moved)
+                slot.home.wait_event(slot.used)
 
     # ---- copies
 
