@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,8 @@ def load_tokenizer(config: ModelConfig) -> Any:
 
     path = _checked_path(config)
     try:
-        return AutoTokenizer.from_pretrained(path, **_gguf(config))
+        with _parsing_once(config):
+            return AutoTokenizer.from_pretrained(path, **_gguf(config))
     except Exception as error:  # tokenizers fail with errors of many kinds
         raise ConfigError(f"model.path: no tokenizer can be read from {path} ({_first_line(error)})") from error
 
@@ -57,7 +60,8 @@ def load_settings(config: ModelConfig) -> Any:
 
     path = _checked_path(config)
     try:
-        return AutoConfig.from_pretrained(path, **_gguf(config))
+        with _parsing_once(config):
+            return AutoConfig.from_pretrained(path, **_gguf(config))
     except Exception as error:
         raise ConfigError(f"model.path: no model can be read from {path} ({_first_line(error)})") from error
 
@@ -99,15 +103,17 @@ def load_model(config: ModelConfig, *, window_tokens: int | None = None, device:
     check_window(settings, window_tokens)
     if options:
         options |= _unpacked()
+    options |= {"config": settings, "dtype": getattr(torch, config.dtype), "attn_implementation": config.attention}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, config=settings, dtype=getattr(torch, config.dtype), attn_implementation=config.attention, **options
-        )
+        with _parsing_once(config):
+            model = AutoModelForCausalLM.from_pretrained(path, **options)
     except ImportError as error:
         raise ConfigError(f"model: loading needs a package that is missing ({_first_line(error)})") from error
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path: the model in {path} cannot be loaded ({_first_line(error)})") from error
-    if options:
+    finally:
+        _parsed.clear()  # some hundred thousand small objects, which nothing needs once there are weights
+    if config.gguf_file is not None:
         _forget_quantisation(model)
     model.config.use_cache = False
     if device is None:
@@ -190,6 +196,33 @@ def _gguf(config: ModelConfig) -> dict[str, Any]:
     if importlib.util.find_spec("gguf") is None:
         raise ConfigError("model.gguf_file needs the package `gguf`: pip install 'lemo[demo]'")
     return {"gguf_file": config.gguf_file}
+
+
+# GGUF readers by path and time of change, kept from a tokenizer or configuration to the weights.
+_parsed: dict[tuple[str, int], Any] = {}
+
+
+@contextmanager
+def _parsing_once(config: ModelConfig) -> Iterator[None]:
+    """Inside, Transformers parses a GGUF file once, not anew for the tokenizer, the configuration and the weights."""
+    if config.gguf_file is None:
+        yield
+        return
+    import gguf
+
+    reader = gguf.GGUFReader
+
+    def parsed(path: Any, *arguments: Any) -> Any:
+        key = (str(Path(path).resolve()), Path(path).stat().st_mtime_ns)
+        if arguments or key not in _parsed:
+            _parsed[key] = reader(path, *arguments)
+        return _parsed[key]
+
+    gguf.GGUFReader = parsed
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = reader
 
 
 def _unpacked() -> dict[str, Any]:
