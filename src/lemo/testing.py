@@ -163,16 +163,16 @@ def check_error_budget(actual: Tensor, working: Tensor, exact: Tensor, *, ulps: 
             )
 
 
-def check_case(spec: OpSpec, case: Case, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+def check_case(spec: OpSpec, case: Case, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0) -> None:
     """Checks the public op against its reference on one case: outputs and all gradients, within the error budget.
 
     Raises:
         AssertionError: a result misses the budget.
     """
-    exact = outputs_and_gradients(spec.reference, case.inputs(0, torch.float64), case.gradients)
-    working = outputs_and_gradients(spec.reference, case.inputs(0, dtype, device), case.gradients)
+    exact = outputs_and_gradients(spec.reference, case.inputs(seed, torch.float64), case.gradients)
+    working = outputs_and_gradients(spec.reference, case.inputs(seed, dtype, device), case.gradients)
     with poisoned_allocations():
-        actual = outputs_and_gradients(spec.run, case.inputs(0, dtype, device), case.gradients)
+        actual = outputs_and_gradients(spec.run, case.inputs(seed, dtype, device), case.gradients)
     if actual.keys() != exact.keys():
         raise AssertionError(f"{spec.name}/{case.name}: {list(actual)}, expected {list(exact)}")
     for name in exact:
@@ -186,7 +186,7 @@ def check_gradient(spec: OpSpec, case: Case) -> None:
     Raises:
         RuntimeError: as torch.autograd.gradcheck does.
     """
-    inputs = case.inputs(0, torch.float64)
+    inputs = case.inputs(seed, torch.float64)
 
     def function(*tensors: Tensor) -> tuple[Tensor, ...]:
         outputs = spec.reference(**{**inputs, **dict(zip(case.gradients, tensors, strict=True))})

@@ -76,9 +76,12 @@ def test_shapes_of_real_models(name):
 @pytest.mark.parametrize("rank", [64, 128])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("rows", [1, 63, 65, 333])
-def test_last_tile_of_the_bypass_may_be_short(rank, dtype, rows):
-    case = Case("short tile", _stream(shape=(400, 1000), rows=rows, rank=rank).bypass, ulps=TENSOR_CORE_ULPS)
-    check_case(SPECS["bypass_rows_"], case, dtype, "cuda")
+@pytest.mark.parametrize("width", [576, 1000, 4096])
+def test_last_tile_of_the_bypass_may_be_short(rank, dtype, rows, width):
+    """Several draws: a fault of the compiler's pipelining once showed in some of them only."""
+    build = _stream(shape=(400, width), rows=rows, rank=rank).bypass
+    for seed in range(4):
+        check_case(SPECS["bypass_rows_"], Case("short tile", build, ulps=TENSOR_CORE_ULPS), dtype, "cuda", seed=seed)
 
 
 def test_repeated_runs_agree_bit_for_bit():
