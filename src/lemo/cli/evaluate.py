@@ -10,27 +10,160 @@ import typer
 
 from lemo.cli.arguments import AdapterOption, Overrides, PlanOption, Source
 
+_PICTURES = (".html", ".png")
+
 
 def evaluate(
     source: Source,
     overrides: Overrides = None,
     adapter: AdapterOption = None,
     plan: PlanOption = None,
-    bins: Annotated[int, typer.Option("--bins", min=1, help="Position bins over a window.")] = 8,
-    output: Annotated[Path | None, typer.Option("--output", help="JSON file for the figures.")] = None,
+    bins: Annotated[int, typer.Option("--bins", min=1, help="Position bins over a window, or depths of facts.")] = 8,
+    output: Annotated[
+        list[Path] | None,
+        typer.Option("--output", help="File for the figures, JSON; with --retrieval also .html or .png; repeatable."),
+    ] = None,
+    retrieval: Annotated[
+        str | None,
+        typer.Option(
+            "--retrieval", help="Ask for buried facts instead: TASK[:PROMPTS],... such as passkey:64,two_hop."
+        ),
+    ] = None,
+    lengths: Annotated[
+        str | None, typer.Option("--lengths", help="Tokens of prompts: 4096,8192. A recipe's own window otherwise.")
+    ] = None,
 ) -> None:
-    """Measure validation loss, dense and (with a plan) sparse, in all and by position.
+    """Measure validation loss, dense and (with a plan) sparse, in all and by position; or retrieval.
 
     The sparse loss is look-ahead, because selection sees later tokens, and counts drawn loss rows only, because rows
     that carry loss never skip; the dense loss of the same rows stands beside it.
+
+    With --retrieval, facts are buried in meaningless text and asked for at the end: passkey, needle (a named number),
+    multi_key, multi_value, two_hop, variable_tracking; 32 prompts of each length unless a number follows the task. The
+    source may be a model's folder then, and prompts follow from training.seed.
     """
-    from lemo.cli.arguments import load_parts, load_source
+    from lemo.errors import ConfigError
 
-    loaded = load_source(source, overrides, adapter, plan)
-    if output is not None and output.exists():
-        from lemo.errors import ConfigError
+    outputs = output or []
+    if taken := [path for path in outputs if path.exists()]:
+        raise ConfigError(f"--output: {taken[0]} exists already")
+    if retrieval is None:
+        if lengths is not None:
+            raise ConfigError("--lengths is for --retrieval; a loss is measured at data.window_tokens")
+        if wrong := [path for path in outputs if path.suffix in _PICTURES]:
+            raise ConfigError(f"--output: {wrong[0]}: only --retrieval draws pictures; name a .json file")
+        reports = _losses(load_wanted(source, overrides, adapter, plan, bare=False), bins)
+        _show(reports)
+    else:
+        loaded = load_wanted(source, overrides, adapter, plan, bare=True)
+        reports = _retrieval(loaded, retrieval, lengths, bins)
+        _show_retrieval(reports)
+    for path in outputs:
+        _write(reports, path, f"Retrieval, {source}")
 
-        raise ConfigError(f"--output: {output} exists already")
+
+def load_wanted(
+    source: Path, overrides: list[str] | None, adapter: Path | None, plan: Path | None, *, bare: bool
+) -> Any:
+    """A recipe or a run; where `bare` allows it also a model's folder, or `package:NAME`, by itself."""
+    from lemo.cli.arguments import Loaded, load_source
+    from lemo.cli.recipe import build_run, override_values
+    from lemo.train.model import PACKAGE, find_gguf
+
+    is_model = str(source).startswith(PACKAGE) or (
+        source.is_dir() and not (source / "recipe.yaml").is_file() and _holds_model(source)
+    )
+    if not bare or not is_model:
+        return load_source(source, overrides, adapter, plan)
+    values: dict[str, Any] = {"model": {"path": str(source)}}
+    if (gguf := find_gguf(str(source))) is not None:
+        values["model"]["gguf_file"] = gguf
+    sources = override_values(values, overrides or [])
+    return Loaded(build_run(values, str(source), sources), adapter, plan)
+
+
+def _holds_model(folder: Path) -> bool:
+    return (folder / "config.json").is_file() or any(folder.glob("*.gguf"))
+
+
+def _write(reports: dict[str, Any], path: Path, title: str) -> None:
+    """The figures as JSON, page or picture."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".png":
+        from lemo.report.retrieval_page import plot_retrieval
+
+        plot_retrieval(reports, path)
+    elif path.suffix == ".html":
+        from lemo.report.retrieval_page import retrieval_page
+
+        path.write_text(retrieval_page(reports, title), encoding="utf-8")
+    else:
+        values = {name: report.to_dict() for name, report in reports.items()}
+        path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+
+
+def _retrieval(loaded: Any, wanted: str, lengths: str | None, depths: int) -> dict[str, Any]:
+    """Reports of retrieval by name."""
+    from dataclasses import replace
+
+    from lemo.cli.arguments import load_parts
+    from lemo.core.plan import Plan
+    from lemo.eval.retrieval import evaluate_retrieval, parse_lengths, parse_tasks
+    from lemo.runtime.attach import attach
+    from lemo.train.model import extend_context, load_settings, load_tokenizer
+
+    run = loaded.run
+    tasks, settings = parse_tasks(wanted), load_settings(run.model)  # mistakes are found before weights are read
+    extend_context(settings, run.model)
+    context = getattr(settings.get_text_config(), "max_position_embeddings", None)
+    asked = parse_lengths(lengths or str(run.data.window_tokens), context)
+    tokenizer = load_tokenizer(run.model)
+    loaded = replace(loaded, run=replace(run, data=replace(run.data, window_tokens=asked[-1])))
+    model, _ = load_parts(loaded, [])
+
+    def measure(handle: Any = None, sparse: bool = False) -> Any:
+        mode = "sparse" if sparse else "dense"
+        return evaluate_retrieval(
+            model,
+            tokenizer,
+            tasks,
+            asked,
+            seed=run.training.seed,
+            depths=depths,
+            handle=handle,
+            sparse=sparse,
+            progress=lambda task, length: typer.echo(f"{mode}: {task}, {length:,} tokens", err=True),
+        )
+
+    reports = {"dense": measure()}
+    if loaded.plan is not None:
+        plan = Plan.load(loaded.plan)
+        if any(layer.forward_ratio < 1 for layer in plan.layers):
+            with attach(model, plan) as handle:
+                reports["sparse (look-ahead)"] = measure(handle, sparse=True)
+        else:
+            typer.echo("the plan skips no rows in forward, so its answers are the dense ones", err=True)
+    return reports
+
+
+def _show_retrieval(reports: dict[str, Any]) -> None:
+    """A line per report, task and length; a column per depth."""
+    from rich.console import Console
+    from rich.table import Table
+
+    depths = next(iter(reports.values())).depths
+    table = Table("forward", "task", "tokens", "right", *(f"{depth:.0%}" for depth in depths))
+    for name, report in reports.items():
+        for (task, length), cells in report.rows.items():
+            right = [r for cell in cells for r in cell.right]
+            shares = [f"{cell.accuracy:.0%}" for cell in cells]
+            table.add_row(name, task, f"{length:,}", f"{sum(right) / len(right):.0%} of {len(right)}", *shares)
+    Console(width=None if Console().is_terminal else 80 + 8 * len(depths)).print(table)
+
+
+def _losses(loaded: Any, bins: int) -> dict[str, Any]:
+    """Reports of validation loss by name."""
+    from lemo.cli.arguments import load_parts
     from lemo.train.data import load_windows
 
     model, tokenizer = load_parts(loaded, loaded.run.data.validation_sources)
@@ -38,10 +171,7 @@ def evaluate(
     dataset, report = load_windows(loaded.run.data, tokenizer, "validation", vocabulary=vocabulary)
     for line in report.lines():
         typer.echo(line, err=True)
-    reports = _measure(loaded, model, tokenizer, dataset, bins)
-    _show(reports)
-    if output is not None:
-        output.write_text(json.dumps({k: r.to_dict() for k, r in reports.items()}, indent=1) + "\n", encoding="utf-8")
+    return _measure(loaded, model, tokenizer, dataset, bins)
 
 
 def _measure(loaded: Any, model: Any, tokenizer: Any, dataset: Any, bins: int) -> dict[str, Any]:

@@ -42,6 +42,16 @@ def _pyplot() -> Any:
     return pyplot
 
 
+def new_figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
+    """A figure in the house style and its axes, (rows, columns), `size` in inches."""
+    return _pyplot().subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+
+
+def save_figure(figure: Any, path: str | Path) -> Path:
+    """Writes a figure as a PNG and closes it."""
+    return _save(figure, path)
+
+
 def _save(figure: Any, path: str | Path) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
