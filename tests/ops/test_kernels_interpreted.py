@@ -39,6 +39,7 @@ json.dump({"cases": len(cases), "failed": failed}, sys.stdout)
 """
 
 OPS = [
+    "attend_local",
     "attend_rows",
     "block_score",
     "dropout_rows",

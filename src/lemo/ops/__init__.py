@@ -1,5 +1,7 @@
 """Tensors in, tensors out: the operations the method is made of, each with a plain torch reference."""
 
+from lemo.ops.attend_local.op import attend_local
+from lemo.ops.attend_local.plan import plan_local
 from lemo.ops.attend_rows.explicit import attend_backward, attend_forward
 from lemo.ops.attend_rows.op import attend_rows, attend_rows_constant, attend_rows_with_lse
 from lemo.ops.attend_rows.stripes import plan_rows
@@ -19,6 +21,7 @@ from lemo.ops.stream_rows.op import bypass_rows_, bypass_rows_backward_, write_r
 __all__ = [
     "attend_backward",
     "attend_forward",
+    "attend_local",
     "attend_rows",
     "attend_rows_constant",
     "attend_rows_with_lse",
@@ -34,6 +37,7 @@ __all__ = [
     "linear_ce_module",
     "norm_rows",
     "norm_rows_backward",
+    "plan_local",
     "plan_rows",
     "pool_blocks",
     "rank_blocks",

@@ -1,0 +1,103 @@
+"""Which keys a row sees when it attends locally, and where they lie among the keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lemo.ops.attend_rows.reference import Rows, documents
+from lemo.ops.attend_rows.stripes import ordered
+
+
+@dataclass(frozen=True)
+class LocalRows:
+    """Queries, keys and the rule by which they meet; see `plan_local`.
+
+    Attributes:
+        queries: documents and positions of the query rows.
+        keys: those of the key rows; the same object as `queries` when the rows attend among themselves.
+        chunk: rows of a chunk, counted from the first row of a document.
+        sink: first rows of a document, which all its rows see.
+        window: keys farther back than this are not seen; None for no window.
+        whole: every row of every document is a query and a key.
+    """
+
+    queries: Rows
+    keys: Rows
+    chunk: int
+    sink: int
+    window: int | None = None
+    whole: bool = False
+    _made: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def seen_4N(self) -> Tensor:
+        """(4, N) int32 among the keys: first and end of the near ones, first and end of the sink's. Made once.
+
+        The sink is empty where the near keys hold it. Ends are right for kernels, where rows that are not valid come
+        after all others.
+        """
+        if "seen" not in self._made:
+            self._made["seen"] = _bounds(self)
+        return self._made["seen"]
+
+    @property
+    def own_2N(self) -> Tensor:
+        """(2, N) int32 first and end of the keys of the row's own chunk, where all rows of a document are there."""
+        if "own" not in self._made:
+            first, end = self.seen_4N[:2]
+            own = self.queries.position_N % self.chunk
+            self._made["own"] = torch.stack([torch.maximum(first, end - 1 - own.int()), end])
+        return self._made["own"]
+
+    @property
+    def reaches_far(self) -> bool:
+        """Whether a row may be in the third chunk of its document or behind it."""
+        return not self.whole or any(length > 2 * self.chunk for length in self.keys.lengths)
+
+
+def plan_local(
+    queries: Rows, keys: Rows, *, chunk: int, sink: int, window: int | None = None, whole: bool = False
+) -> LocalRows:
+    """The rule of `attend_local` for some rows: good for every layer that attends with them.
+
+    A query in chunk c of its document (c = position // chunk) sees, of the keys at or before its own position, those
+    of chunks c and c - 1 and the document's first `sink` rows; of these, those that a window leaves.
+
+    Args:
+        queries: documents and positions of the query rows.
+        keys: documents and positions of the key rows, among them every query's own; all valid, unless it is `queries`.
+        chunk: rows of a chunk.
+        sink: first rows of a document that all its rows see; at most a chunk.
+        window: keys farther back than this are not seen.
+        whole: promises that every row of every document is a query and a key. Vendor kernels need it.
+
+    Raises:
+        ValueError: sizes that are not positive, a sink longer than a chunk, documents that do not fit.
+    """
+    if chunk < 1 or not 0 <= sink <= chunk or (window is not None and window < 1):
+        raise ValueError(f"chunk {chunk} and window {window} must be positive, and sink {sink} in [0, chunk]")
+    if len({len(part) for part in (queries.starts, queries.lengths, keys.starts, keys.lengths)}) != 1:
+        raise ValueError("queries and keys must have the same documents, each with a start and a length")
+    if whole and tuple(queries.lengths) != tuple(keys.lengths):
+        raise ValueError("documents that are whole have as many queries as keys")
+    return LocalRows(queries, keys, chunk, sink, window, whole)
+
+
+def _bounds(local: LocalRows) -> Tensor:
+    rising = ordered(local.queries)
+    among = rising if local.keys is local.queries else ordered(local.keys)
+    seen = torch.zeros(4, len(rising.position_N), dtype=torch.int32, device=rising.position_N.device)
+    for q_start, q_length, k_start, k_length in documents(rising, among):
+        position = rising.position_N[q_start : q_start + q_length]
+        keys = among.position_N[k_start : k_start + k_length].contiguous()
+        chunk = position // local.chunk
+        oldest = torch.zeros_like(position) if local.window is None else (position - local.window + 1).clamp_(min=0)
+        near = torch.maximum((chunk - 1).clamp_(min=0) * local.chunk, oldest)
+        sink_end = torch.where(chunk >= 2, local.sink, 0).clamp_(min=oldest)
+        # The first key that is not before a position: also the end of those before it.
+        places = torch.searchsorted(keys, torch.stack([near, position + 1, oldest, sink_end]), out_int32=True)
+        seen[:, q_start : q_start + q_length] = places + k_start
+    return seen
