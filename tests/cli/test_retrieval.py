@@ -118,7 +118,5 @@ def test_sparse_answers_are_those_under_the_plan():
     model, tokenizer = tiny_llama(layers=2), byte_tokenizer()
     plan = Plan.uniform(model, forward_ratio=0.5, backward_ratio=0.5, block_size=16)
     with attach(model, plan, unsafe_no_bypass=True) as handle:
-        report = evaluate_retrieval(model, tokenizer, {"single": 2}, [256], depths=2, handle=handle, sparse=True)
+        report = evaluate_retrieval(model, tokenizer, {"single": 2}, [256], depths=2, sparse=handle)
         assert report.mode.startswith("sparse") and handle.sparse_batches == 2
-        with pytest.raises(ConfigError, match="handle"):
-            evaluate_retrieval(model, tokenizer, {"single": 2}, [256], depths=2, sparse=True)

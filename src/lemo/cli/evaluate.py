@@ -121,8 +121,8 @@ def _retrieval(loaded: Any, wanted: str, lengths: str | None, depths: int) -> di
     loaded = replace(loaded, run=replace(run, data=replace(run.data, window_tokens=asked[-1])))
     model, _ = load_parts(loaded, [])
 
-    def measure(handle: Any = None, sparse: bool = False) -> Any:
-        mode = "sparse" if sparse else "dense"
+    def measure(sparse: Any = None) -> Any:
+        mode = "dense" if sparse is None else "sparse"
         return evaluate_retrieval(
             model,
             tokenizer,
@@ -130,7 +130,6 @@ def _retrieval(loaded: Any, wanted: str, lengths: str | None, depths: int) -> di
             asked,
             seed=run.training.seed,
             depths=depths,
-            handle=handle,
             sparse=sparse,
             progress=lambda task, length: typer.echo(f"{mode}: {task}, {length:,} tokens", err=True),
         )
@@ -140,7 +139,7 @@ def _retrieval(loaded: Any, wanted: str, lengths: str | None, depths: int) -> di
         plan = Plan.load(loaded.plan)
         if any(layer.forward_ratio < 1 for layer in plan.layers):
             with attach(model, plan) as handle:
-                reports["sparse (look-ahead)"] = measure(handle, sparse=True)
+                reports["sparse (look-ahead)"] = measure(handle)
         else:
             typer.echo("the plan skips no rows in forward, so its answers are the dense ones", err=True)
     return reports

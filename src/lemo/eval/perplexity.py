@@ -106,7 +106,6 @@ def evaluate_loss(
     sparse: bool = False,
     bins: int = 8,
     segment_rows: int = 2048,
-    progress: Callable[[], None] | None = None,
     combine: Combine | None = None,
     subset: Iterable[Mapping[str, Any]] | None = None,
 ) -> LossReport:
@@ -120,7 +119,6 @@ def evaluate_loss(
             Otherwise the forward is dense, attached or not.
         bins: number of position bins over the longest document.
         segment_rows: rows whose logits exist at a time.
-        progress: called after each batch.
         combine: takes sums and counts by position and the sequences' losses of these batches, and returns those of
             all, where several processes share an evaluation.
         subset: the same batches with some of their labels only; the report then has a second one, over these, that
@@ -154,8 +152,6 @@ def evaluate_loss(
             if subset is not None:
                 loss_BT, mask_BT, position_BT = losses
                 some.add(loss_BT, _part_of(mask_BT, batch, part), position_BT)
-            if progress is not None:
-                progress()
     finally:
         model.train(was_training)
     within = None if subset is None else some.report("dense", bins, combine)

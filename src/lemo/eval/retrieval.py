@@ -119,8 +119,7 @@ def evaluate_retrieval(
     *,
     seed: int = 0,
     depths: int = 5,
-    handle: Handle | None = None,
-    sparse: bool = False,
+    sparse: Handle | None = None,
     progress: Callable[[str, int], None] | None = None,
 ) -> RetrievalReport:
     """Asks every task at every length, the fact at every depth.
@@ -132,12 +131,12 @@ def evaluate_retrieval(
         lengths: tokens of prompts.
         seed: of the prompts; the same prompts come from the same seed, whatever is asked.
         depths: equal bins of [0, 1).
-        handle: the attached plan, needed when `sparse`.
-        sparse: select rows as training does; rows that predict the answer are kept, so selection is look-ahead.
+        sparse: an attached plan, to select rows as training does; rows that predict the answer are kept, so selection
+            is look-ahead. None asks densely.
         progress: called with task and length before each.
 
     Raises:
-        ConfigError: fewer prompts than depths, lengths without room for a haystack, or `sparse` without a handle.
+        ConfigError: fewer prompts than depths, or lengths without room for a haystack.
     """
     cells = []
     for task, count in tasks.items():
@@ -147,9 +146,9 @@ def evaluate_retrieval(
             if progress is not None:
                 progress(task, length)
             prompts = paired_prompts(tokenizer, length, task=task, count=count, seed=seed, depths=depths)
-            right = exact_matches(model, prompts, handle=handle, sparse=sparse)
+            right = exact_matches(model, prompts, handle=sparse, sparse=sparse is not None)
             for depth in range(depths):
                 # The bin of prompt i, as paired_prompts deals them out.
                 mine = tuple(r for i, r in enumerate(right) if i * depths // count == depth)
                 cells.append(RetrievalCell(task, length, (depth + 0.5) / depths, mine))
-    return RetrievalReport("sparse (look-ahead)" if sparse else "dense", seed, tuple(cells))
+    return RetrievalReport("dense" if sparse is None else "sparse (look-ahead)", seed, tuple(cells))
