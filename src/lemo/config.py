@@ -77,13 +77,14 @@ class LossRowsConfig:
         share: share of blocks of plain text drawn as loss rows; 1.0 for all. `data.answer_only` samples are not
             drawn from: their answers always carry loss.
         placement: how blocks are drawn; `hardest` takes those of the highest loss under the base model.
-        span: rows of a run of drawn blocks; None draws single blocks.
+        span: rows of a run of drawn blocks under placement `random` and `spread`; None draws single blocks, as `tail`
+            and `hardest` always do.
         reweight: weigh drawn rows so that their loss estimates that of all; `hardest` then draws in proportion to loss.
     """
 
-    share: float = 0.4
+    share: float = 0.12
     placement: Literal["random", "spread", "tail", "hardest"] = "random"
-    span: int | None = None
+    span: int | None = 1024
     reweight: bool = False
 
 
@@ -111,16 +112,16 @@ class SparsityConfig:
     enabled: bool = True
     plan: str | None = None
     block_size: int = 64
-    forward_ratio: float = 0.5
-    backward_ratio: float = 0.5
+    forward_ratio: float = 1.0
+    backward_ratio: float = 0.12
     ratio_of: Literal["all", "context"] = "all"
-    gradient: Literal["rows", "pairs", "keys"] = "rows"
+    gradient: Literal["rows", "pairs", "keys"] = "keys"
     kv: Literal["kept", "all"] = "all"
     mlp: Literal["shared", "own"] = "shared"
     mlp_ratio: float | None = None
     policy: Literal["topk", "threshold"] = "topk"
-    scorer: Literal["predictor", "random", "recent"] = "predictor"
-    dense_layers: tuple[int, ...] = (0, -1)
+    scorer: Literal["predictor", "random", "recent"] = "recent"
+    dense_layers: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -186,7 +186,7 @@ def check_gradient(spec: OpSpec, case: Case) -> None:
     Raises:
         RuntimeError: as torch.autograd.gradcheck does.
     """
-    inputs = case.inputs(seed, torch.float64)
+    inputs = case.inputs(0, torch.float64)
 
     def function(*tensors: Tensor) -> tuple[Tensor, ...]:
         outputs = spec.reference(**{**inputs, **dict(zip(case.gradients, tensors, strict=True))})

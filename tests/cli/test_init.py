@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -49,7 +50,7 @@ def test_one_text_file_trains_as_it_stands(model, tmp_path):
     assert made.exit_code == 0, made.output
     assert "context of 512 tokens" in made.stdout and f"next: lemo train {tmp_path / 'r.yaml'}" in made.stdout
     run = load_recipe(tmp_path / "r.yaml")
-    assert run.data.held_out_share == 0.1 and run.data.window_tokens == 512 and run.loss_rows.share == 0.4
+    assert run.data.held_out_share == 0.1 and run.data.window_tokens == 512 and run.loss_rows.share == 0.12
     done = lemo("train", tmp_path / "r.yaml", "training.max_steps=1", "calibration.predictor_steps=3")
     assert done.exit_code == 0, done.output
     assert "dense after" in done.stdout
@@ -116,10 +117,19 @@ def test_short_data_is_refused(model):
         draft(model, text_facts(100))
 
 
-def test_keys_and_values_follow_the_heads(tmp_path):
-    for kv_heads, kv in ((1, "all"), (4, "kept")):
-        folder = save_tiny_model(tmp_path / str(kv_heads), num_key_value_heads=kv_heads)
-        assert draft(folder, text_facts(100_000)).sparsity.kv == kv
+def test_presets_write_all_that_they_choose(model):
+    for name, preset in PRESETS.items():
+        run = draft(model, text_facts(100_000), preset=name)
+        chosen = run.sparsity
+        assert (run.loss_rows.share, run.loss_rows.span) == (preset.loss_share, preset.span)
+        assert (chosen.scorer, chosen.dense_layers) == ("recent", preset.dense_layers)
+        assert chosen.gradient == preset.gradient if preset.exact else chosen.kv == preset.kv
+
+
+def test_the_default_preset_is_what_a_recipe_without_keys_does(model):
+    drafted, plain = draft(model, text_facts(100_000)), RunConfig()
+    assert drafted.loss_rows == plain.loss_rows
+    assert dataclasses.replace(drafted.sparsity, block_size=plain.sparsity.block_size) == plain.sparsity
 
 
 def jsonl(path, rows):

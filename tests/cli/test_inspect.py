@@ -22,7 +22,7 @@ output: {base}/run
 model: {{path: {base}/model, dtype: float32}}
 data: {{train: [{base}/train.txt], held_out_share: 0.3, window_tokens: 128, validation_windows: 2}}
 loss_rows: {{share: 0.3}}
-sparsity: {{forward_ratio: 1.0, backward_ratio: 0.5, block_size: 16, scorer: random}}
+sparsity: {{forward_ratio: 1.0, backward_ratio: 0.5, block_size: 16, scorer: random, dense_layers: [0, -1]}}
 """
 
 

@@ -115,10 +115,13 @@ def test_overrides_win_and_are_typed(tmp_path):
         ("sparsity: {forward_ratio: 1.2}", "sparsity.forward_ratio must lie in (0, 1], got 1.2"),
         ("sparsity: {backward_ratio: -0.1}", "sparsity.backward_ratio must lie in (0, 1], got -0.1"),
         (
-            "sparsity: {forward_ratio: 0.3}",
+            "sparsity: {forward_ratio: 0.3, backward_ratio: 0.5}",
             "sparsity.backward_ratio (0.5) must not exceed sparsity.forward_ratio (0.3)",
         ),
-        ("calibration: {bypass_rank: 0}", "rows that skip layers without a bypass ruin the model"),
+        (
+            "sparsity: {forward_ratio: 0.5}\ncalibration: {bypass_rank: 0}",
+            "rows that skip layers without a bypass ruin the model",
+        ),
         ("loss_rows: {share: 0.0}", "loss_rows.share must lie in (0, 1]"),
         ("sparsity: {mlp: own}", "set sparsity.mlp_ratio"),
         ("sparsity: {mlp_ratio: 0.2}", "sparsity.mlp_ratio needs sparsity.mlp=own"),

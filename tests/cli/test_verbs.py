@@ -19,7 +19,7 @@ output: {out}
 model: {{path: {base}/model, dtype: float32}}
 data: {{train: [{base}/train.txt], validation: [{base}/validation.txt], window_tokens: 128, validation_windows: 2}}
 loss_rows: {{share: 0.3}}
-sparsity: {{forward_ratio: 0.6, backward_ratio: 0.6, block_size: 16}}
+sparsity: {{forward_ratio: 0.6, backward_ratio: 0.6, block_size: 16, scorer: predictor, dense_layers: [0, -1]}}
 calibration: {{windows: 2, tune_windows: 1, pooled_features: 8, predictor_width: 8, predictor_rank: 4,
   predictor_steps: 5, bypass_rank: 4, compare_dense_fit: false}}
 lora: {{rank: 2}}
@@ -111,7 +111,7 @@ def test_calibrate_writes_plan_and_report_that_train_can_use(base, tmp_path):
         (base / "recipe.yaml")
         .read_text()
         .replace(
-            "forward_ratio: 0.6, backward_ratio: 0.6, block_size: 16",
+            "forward_ratio: 0.6, backward_ratio: 0.6, block_size: 16, scorer: predictor, dense_layers: [0, -1]",
             f"plan: {tmp_path / 'plan' / 'plan'}, block_size: 64",
         )
     )

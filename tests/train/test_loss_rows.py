@@ -329,7 +329,9 @@ def test_an_attached_model_weighs_rows():
 
 
 @pytest.mark.parametrize("placement", ["random", "spread"])
-@pytest.mark.parametrize("total, share, span", [(32, 0.25, 4), (32, 0.25, 8), (33, 0.3, 4), (32, 0.1, 16), (8, 1 / 8, 8)])
+@pytest.mark.parametrize(
+    "total, share, span", [(32, 0.25, 4), (32, 0.25, 8), (33, 0.3, 4), (32, 0.1, 16), (8, 1 / 8, 8)]
+)
 def test_spans_are_whole_runs_on_a_circle(placement, total, share, span):
     rows = LossRows(WindowCollator(), share, placement, block_size=8, span=8 * span)
     count, seen = round(share * total), torch.zeros(total)

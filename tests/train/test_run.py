@@ -56,7 +56,9 @@ def recipe(base, output, **sections):
             validation_windows=2,
         ),
         loss_rows=LossRowsConfig(share=0.3),
-        sparsity=SparsityConfig(forward_ratio=1.0, backward_ratio=0.6, scorer="random", block_size=16),
+        sparsity=SparsityConfig(
+            forward_ratio=1.0, backward_ratio=0.6, scorer="random", block_size=16, dense_layers=(0, -1)
+        ),
         lora=LoraConfig(rank=2),
         training=TrainingConfig(max_steps=4, learning_rate=1e-2, batch_size=2, warmup_steps=1),
     )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lemo.cli.presets import CHEAP_GROUPS, PRESETS, Preset
+from lemo.cli.presets import PRESETS, Preset
 from lemo.cli.recipe import dump_value
 from lemo.errors import ConfigError
 from lemo.train.survey import DataFacts, MachineFacts, ModelFacts
@@ -136,7 +136,7 @@ def draft_recipe(wish: Wish, model: ModelFacts, data: DataFacts, machine: Machin
         "model": _model(model, shape, machine),
         "data": _data(wish, data, shape),
         "loss_rows": _loss_rows(data, preset),
-        "sparsity": _sparsity(model, shape, preset),
+        "sparsity": _sparsity(shape, preset),
         "calibration": _calibration(data, shape, preset, machine),
         "lora": _lora(),
         "training": _training(shape, machine),
@@ -203,26 +203,31 @@ def _data(wish: Wish, data: DataFacts, shape: Shape) -> list[Line]:
 def _loss_rows(data: DataFacts, preset: Preset) -> list[Line]:
     if data.answers:
         return []
-    return [("share", preset.loss_share, "of the blocks carry loss, drawn anew each epoch; such rows never skip")]
+    return [
+        ("share", preset.loss_share, "of the blocks carry loss, drawn anew each epoch; such rows never skip"),
+        ("span", preset.span, "rows of a run of them, so that most of what they read carries loss too"),
+    ]
 
 
-def _sparsity(model: ModelFacts, shape: Shape, preset: Preset) -> list[Line]:
+def _sparsity(shape: Shape, preset: Preset) -> list[Line]:
     block = 64 if shape.window_tokens >= 2048 else 32 if shape.window_tokens >= 512 else 16
     lines: list[Line] = [
         ("block_size", block, "rows are chosen by blocks of this many tokens"),
         ("forward_ratio", preset.forward_ratio, "share of rows that run a layer"),
         ("backward_ratio", preset.backward_ratio, "share of rows that keep activations and pass gradient"),
+        ("scorer", "recent", "beside rows with loss those shortly before them; predictor and random are the others"),
+        ("dense_layers", list(preset.dense_layers), "layers that leave nothing out"),
     ]
-    if preset.forward_ratio < 1:
-        groups = model.heads // model.kv_heads
-        everything = preset.kv == "all" or (preset.kv == "grouped" and groups >= CHEAP_GROUPS)
-        why = f"{groups} query heads to a key head" if groups > 1 else "a key head to each query head"
-        better = "" if everything else "; all costs time and keeps more quality"
-        lines.append(("kv", "all" if everything else "kept", f"{why}{better}"))
+    if preset.exact:
+        lines.append(("gradient", preset.gradient, "keys and values of all rows pass gradient as well"))
+    else:
+        lines.append(("kv", preset.kv, "rows that skip offer no keys; all costs time and keeps more quality"))
     return lines
 
 
 def _calibration(data: DataFacts, shape: Shape, preset: Preset, machine: MachineFacts) -> list[Line]:
+    if preset.exact:
+        return []
     windows, held = (16, 4) if machine.gpu else (4, 1)
     lines: list[Line] = []
     length = shape.window_tokens
@@ -233,8 +238,7 @@ def _calibration(data: DataFacts, shape: Shape, preset: Preset, machine: Machine
     held = max(1, min(held, count // 4))
     lines.append(("windows", max(1, min(windows, count - held)), "fit, per layer, what ranks blocks"))
     lines.append(("tune_windows", held, "held out, for the report"))
-    if preset.forward_ratio < 1:
-        lines.append(("bypass_rank", preset.bypass_rank, "rows that skip a layer get a linear map of this rank"))
+    lines.append(("bypass_rank", preset.bypass_rank, "rows that skip a layer get a linear map of this rank"))
     if not machine.gpu:
         lines.append(("predictor_steps", 150, "fewer than on a GPU"))
         lines.append(("compare_dense_fit", False, "a second fit that only the report needs"))

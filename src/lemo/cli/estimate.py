@@ -88,29 +88,19 @@ def read_source(source: str, overrides: list[str] | None, preset: PresetName | N
     values: dict[str, Any] = {
         "model": {"path": source},
         "data": {"window_tokens": 8192},
-        "loss_rows": {"share": named.loss_share},
+        "loss_rows": {"share": named.loss_share, "span": named.span},
         "sparsity": {
             "forward_ratio": named.forward_ratio,
             "backward_ratio": named.backward_ratio,
+            "gradient": named.gradient,
+            "kv": named.kv,
+            "scorer": "recent",
+            "dense_layers": list(named.dense_layers),
         },
         "calibration": {"bypass_rank": named.bypass_rank},
     }
     sources = override_values(values, given)
-    if "sparsity.kv" not in sources:
-        values["sparsity"]["kv"] = _keys_of_skipped(build_run(values, source, sources), named.kv)
     return build_run(values, source, sources)
-
-
-def _keys_of_skipped(run: RunConfig, kv: str) -> str:
-    """`kv` of a preset; `grouped` means all where enough query heads share keys, as `lemo init` decides it."""
-    from lemo.cli.presets import CHEAP_GROUPS
-    from lemo.measure.flops import DecoderShape
-    from lemo.train.forecast import model_settings
-
-    if kv != "grouped":
-        return kv
-    shape = DecoderShape.from_config(model_settings(run).get_text_config())
-    return "all" if shape.heads // shape.kv_heads >= CHEAP_GROUPS else "kept"
 
 
 def choose_card(name: str | None) -> Card:

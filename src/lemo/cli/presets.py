@@ -1,9 +1,4 @@
-"""Named sets of options: how much a run skips, and what that is known to cost.
-
-The numbers are from one study (SmolLM2-135M, books, 8K to 16K tokens, LoRA, 30 steps, one seed): validation loss of the
-dense model afterwards, in nats above dense LoRA with loss on every row. They wait for a study of several seeds, domains
-and models; nothing else depends on them.
-"""
+"""Named sets of options: how much a run leaves out. docs/quality.md says what each costs where it was measured."""
 
 from __future__ import annotations
 
@@ -16,11 +11,14 @@ class Preset:
     """One set of options.
 
     Attributes:
-        about: what it does and what it cost where it was measured, in one line.
+        about: what it does, in one line.
         forward_ratio: share of rows that run a layer.
         backward_ratio: share of rows that pass gradient.
         loss_share: share of blocks of plain text that carry loss.
-        kv: whether skipped rows offer keys and values; `grouped` where enough query heads share them to make it cheap.
+        span: rows of a run of such blocks.
+        gradient: of exact forward.
+        kv: whether skipped rows offer keys and values.
+        dense_layers: layers that never skip.
         bypass_rank: rank of what skipped rows get instead of a layer; of no effect where every row runs forward.
     """
 
@@ -28,15 +26,27 @@ class Preset:
     forward_ratio: float
     backward_ratio: float
     loss_share: float
-    kv: Literal["all", "kept", "grouped"]
+    span: int
+    gradient: Literal["rows", "pairs", "keys"]
+    kv: Literal["all", "kept"]
+    dense_layers: tuple[int, ...]
     bypass_rank: int
+
+    @property
+    def exact(self) -> bool:
+        """Whether every row runs forward: nothing has to be calibrated."""
+        return self.forward_ratio == 1
 
 
 PRESETS: dict[str, Preset] = {
-    "quality": Preset("every row runs forward, so the loss is exact; cost 0.010 nats", 1.0, 0.5, 0.4, "all", 64),
-    "balanced": Preset("half of the rows skip a layer; cost 0.012 nats", 0.5, 0.5, 0.4, "grouped", 64),
-    "fast": Preset("seven rows of ten skip a layer; cost 0.027 nats with kv: all", 0.3, 0.3, 0.2, "grouped", 64),
-}
-
-# Query heads per key head from which keys and values of skipped rows are cheap beside the rest of a layer.
-CHEAP_GROUPS = 4
+    "quality": Preset(
+        "every row runs forward, three of ten carry loss and pass gradient", 1.0, 0.3, 0.3, 1024, "keys", "all", (), 64
+    ),
+    "balanced": Preset(
+        "every row runs forward, one of eight carries loss and passes gradient",
+        1.0, 0.12, 0.12, 1024, "keys", "all", (), 64,
+    ),
+    "fast": Preset(
+        "seven rows of ten skip most layers, one of ten carries loss", 0.3, 0.3, 0.1, 1024, "rows", "kept", (0, -1), 64
+    ),
+}  # fmt: skip

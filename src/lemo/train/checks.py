@@ -58,9 +58,9 @@ def _check_loss_rows(run: RunConfig) -> None:
     """Runs of blocks are whole blocks; weights need draws that leave no block out, and a loss that knows them."""
     span, block = run.loss_rows.span, run.sparsity.block_size
     if span is not None and (span < 1 or span % block):
-        raise ConfigError(f"loss_rows.span must be a multiple of sparsity.block_size ({block}), got {span}")
-    if span is not None and run.loss_rows.placement not in ("random", "spread"):
-        raise ConfigError(f"loss_rows.span goes with placement random or spread, not with {run.loss_rows.placement}")
+        raise ConfigError(
+            f"loss_rows.span must be a multiple of sparsity.block_size ({block}) or null for single blocks, got {span}"
+        )
     if not run.loss_rows.reweight:
         return
     if run.loss_rows.placement == "tail":

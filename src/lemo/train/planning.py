@@ -154,7 +154,7 @@ def training_collator(run: RunConfig, tokenizer: Any, model: Any = None) -> Any:
         rows.placement,
         seed=run.training.seed,
         block_size=run.sparsity.block_size,
-        span=rows.span,
+        span=rows.span if rows.placement in ("random", "spread") else None,
         reweight=rows.reweight,
         block_losses=losses,
     )
