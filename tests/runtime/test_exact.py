@@ -67,8 +67,19 @@ def stop_gradients(model, plan, selections, layout):
             forward, backward = (
                 torch.zeros(tokens, dtype=torch.bool).index_fill(0, rows, True) for rows in selections[index]
             )
-            _hook_layer(stack, layer, function, causal, forward, backward, plan.layers[index].bypass, plan.kv)
+            near = torch.ones_like(causal)
+            if plan.context_window is not None:
+                near = near_keys(tokens, plan.context_window, plan.block_size)
+            seen = causal & (near | backward[:, None])
+            _hook_layer(stack, layer, function, seen, forward, backward, plan.layers[index].bypass, plan.kv)
         yield
+
+
+def near_keys(tokens, window, block):
+    """(T, T) bool: own chunk, the chunk before, and the first block; causality not included."""
+    position = torch.arange(tokens)
+    chunk = position // window
+    return (chunk[None, :] >= chunk[:, None] - 1) | (position[None, :] < block)
 
 
 def _hook_layer(stack, layer, function, causal, forward, backward, bypass, kv):
@@ -95,7 +106,7 @@ def _hook_layer(stack, layer, function, causal, forward, backward, bypass, kv):
     stack.callback(layer.register_forward_hook(after).remove)
 
 
-def error(model, plan) -> float:
+def error(model, plan, **options) -> float:
     """Largest relative error of loss and gradients between the executor and the stop-gradient reference."""
     inputs = batch(48, supervised_from=30)
     plain = StopGradient("none")
@@ -104,7 +115,7 @@ def error(model, plan) -> float:
     AttentionInterface.register("dense64", plain)  # eager attention would round to fp32
     model.config._attn_implementation_internal = "dense64"
     AttentionMaskInterface.register("dense64", lambda *a, **k: None)
-    with attach(model, plan, loss="model", self_test=False, unsafe_no_bypass=True) as handle:
+    with attach(model, plan, loss="model", self_test=False, unsafe_no_bypass=True, **options) as handle:
         loss = model(**inputs).loss
         loss.backward()
         got = gradients(model)

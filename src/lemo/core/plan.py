@@ -26,7 +26,8 @@ _CHOICES = {
     "mlp": ("shared", "own"),
     "ratio_of": RATIOS_OF,
 }
-_LATER = {"ratio_of": "all"}  # choices that plans of earlier versions do not state
+_LATER = {"ratio_of": "all", "context_window": None}  # choices that plans of earlier versions do not state
+_FIELDS = ("block_size", *_CHOICES, "seed", "fingerprint", "context_window")
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,8 @@ class Plan:
         fingerprint: of the base model that the plan was made for; None matches any model of as many layers.
         provenance: how the plan came about: configuration, data, report.
         ratio_of: what ratios are shares of: `all` blocks, or those of the `context`; supervised ones then come on top.
+        context_window: under exact forward, rows that pass no gradient attend to the keys of their chunk of so many
+            rows of the document, of the chunk before and of the document's first block; None for all keys.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -94,14 +97,16 @@ class Plan:
     fingerprint: str | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
     ratio_of: str = "all"
+    context_window: int | None = None
 
     def __post_init__(self) -> None:
-        """Raises ConfigError for an unknown choice or a block size that is no positive integer."""
+        """Raises ConfigError for an unknown choice, or sizes that are no positive integers or do not fit each other."""
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         if isinstance(self.block_size, bool) or not isinstance(self.block_size, int) or self.block_size < 1:
             raise ConfigError(f"block_size must be a positive integer, got {self.block_size!r}")
+        check_context_window(self.context_window, self.block_size)
         if self.mlp == "own" and any(x.backward_ratio < x.forward_ratio for x in self.layers):
             raise ConfigError("mlp 'own' needs equal forward and backward ratios: exact forward runs every MLP row")
 
@@ -156,7 +161,7 @@ class Plan:
         folder.mkdir(parents=True, exist_ok=True)
         tensors: dict[str, Tensor] = {}
         layers = [_pack_layer(layer, f"layers.{i}", tensors) for i, layer in enumerate(self.layers)]
-        fields = {name: getattr(self, name) for name in ("block_size", *_CHOICES, "seed", "fingerprint")}
+        fields = {name: getattr(self, name) for name in _FIELDS}
         text = json.dumps(
             {"format": FORMAT, **fields, "layers": layers, "provenance": dict(self.provenance)}, indent=1, default=str
         )
@@ -185,10 +190,16 @@ class Plan:
         try:
             layers = tuple(_unpack_layer(x, f"layers.{i}", tensors) for i, x in enumerate(read["layers"]))
             read = _LATER | read
-            fields = {name: read[name] for name in ("block_size", *_CHOICES, "seed", "fingerprint")}
+            fields = {name: read[name] for name in _FIELDS}
         except KeyError as error:
             raise PlanError(f"{folder} cannot be read as a plan: {error} is missing") from error
         return cls(layers, **fields, provenance=read["provenance"])
+
+
+def check_context_window(window: int | None, block_size: int) -> None:
+    """Raises ConfigError unless the window is None or a positive multiple of the block size."""
+    if window is not None and (type(window) is not int or window < 1 or window % block_size):
+        raise ConfigError(f"context_window must be a positive multiple of block_size ({block_size}), got {window!r}")
 
 
 _PLAIN = ("forward_ratio", "backward_ratio", "threshold", "mlp_ratio")

@@ -17,6 +17,10 @@ from torch.nn import functional as F
 
 from lemo.errors import UnsupportedModelError
 from lemo.ops import attend_rows, attend_rows_constant
+from lemo.ops.attend_local.plan import LocalRows
+from lemo.ops.attend_local.reference import local_mask
+from lemo.ops.attend_rows.reference import Rows
+from lemo.runtime.context import attend_near, put_far
 from lemo.runtime.pairs import attend_pairs, attend_with_lse
 from lemo.runtime.rows import ACTIVE, LayerCall, RowRange
 
@@ -168,6 +172,9 @@ def _attend_rows(
         key_GND, value_GND = _all_keys(call, key_GND, value_GND)
     if record is not None:
         record.key_GND, record.value_GND, record.scaling = key_GND, value_GND, scaling
+        if call.context is not None:
+            options = (scaling, dropout, window, softcap, sinks)
+            return _attend_locally(call, query_HND, (key_GND, value_GND), keys, options)
         if record.want_lse:
             output_HND, lse_HN = attend_with_lse(query_HND, key_GND, value_GND, queries, keys, scaling)
             record.output_HND, record.lse_HN = output_HND, lse_HN
@@ -177,6 +184,26 @@ def _attend_rows(
     if simple:
         return attend_rows(query_HND, key_GND, value_GND, queries, keys, scaling=scaling, window=window)
     return _positioned(query_HND, key_GND, value_GND, queries, keys, (scaling, dropout, window, softcap, sinks))
+
+
+def _attend_locally(
+    call: LayerCall, query_HND: Tensor, pair: tuple[Tensor, Tensor], keys: RowRange, options: tuple
+) -> Tensor:
+    """Attention of an exact pass: of rows with gradient to all keys, of the others to those near them; no gradient."""
+    context, record, (scaling, _, window, softcap, sinks) = call.context, call.record, options
+    assert context is not None and record is not None and call.queries is not None
+    passing = query_HND.index_select(1, context.places_n)
+    local, queries = context.local.windowed(window), context.queries
+    if softcap is not None or sinks is not None:
+        near_HND = _positioned(query_HND, *pair, call.queries, keys, options, local)
+        return put_far(context, near_HND, _positioned(passing, *pair, queries, keys, options))
+    near_HND, lse_HN = attend_near(query_HND, pair, context, scaling, window)
+    if not record.want_lse:
+        return put_far(context, near_HND, attend_rows(passing, *pair, queries, keys, scaling=scaling, window=window))
+    far_HnD, far_Hn = attend_with_lse(passing, *pair, queries, keys, scaling)
+    record.lse_HN = lse_HN.index_copy(1, context.places_n, far_Hn)
+    record.output_HND = put_far(context, near_HND, far_HnD)
+    return record.output_HND
 
 
 def _scaling(query: Tensor, kwargs: dict) -> float:
@@ -223,7 +250,13 @@ def _causal(
 
 
 def _positioned(
-    query_HND: Tensor, key_GKD: Tensor, value_GKD: Tensor, queries: RowRange, keys: RowRange, options: tuple
+    query_HND: Tensor,
+    key_GKD: Tensor,
+    value_GKD: Tensor,
+    queries: Rows,
+    keys: Rows,
+    options: tuple,
+    local: LocalRows | None = None,
 ) -> Tensor:
     """Attention by original positions with soft caps, sinks or dropout: scores exist for one chunk at a time."""
     scaling, dropout, window, softcap, sinks = options
@@ -240,13 +273,15 @@ def _positioned(
             ordered = queries.valid_N is None and keys.valid_N is None
             seen = k_length - (q_length - end) if ordered else k_length
             rows = slice(q_start + begin, q_start + end)
-            mask_QK = _mask(queries, keys, rows, slice(k_start, k_start + seen), window)
+            columns = slice(k_start, k_start + seen)
+            near = local is not None
+            mask_QK = local_mask(local, rows, columns) if near else _mask(queries, keys, rows, columns, window)
             inputs = (query_HND[:, rows], key_HKD[:, :seen], value_HKD[:, :seen], mask_QK)
             pieces.append(_explicit(*inputs, (scaling, dropout, softcap, sinks)))
     return torch.cat(pieces, dim=1)
 
 
-def _mask(queries: RowRange, keys: RowRange, q: slice, k: slice, window: int | None) -> Tensor:
+def _mask(queries: Rows, keys: Rows, q: slice, k: slice, window: int | None) -> Tensor:
     """(Q, K) bool: which keys a query may see."""
     distance_QK = queries.position_N[q, None] - keys.position_N[None, k]
     mask_QK = distance_QK >= 0

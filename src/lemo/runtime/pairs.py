@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from lemo.ops import attend_rows_with_lse
+from lemo.ops.attend_rows.reference import Rows
 from lemo.runtime.rows import RowRange
 
 _QUERY_CHUNK = 1024
 
 
 def attend_with_lse(
-    query_HND: Tensor, key_GKD: Tensor, value_GKD: Tensor, queries: RowRange, keys: RowRange, scaling: float
+    query_HND: Tensor, key_GKD: Tensor, value_GKD: Tensor, queries: Rows, keys: Rows, scaling: float
 ) -> tuple[Tensor, Tensor]:
     """Causal attention by document with its log-sum-exp, without gradient: ((H, N, D), (H, N) fp32 or fp64)."""
     if keys is not queries or queries.valid_N is not None or not _has_flash(query_HND):

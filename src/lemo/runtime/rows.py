@@ -13,6 +13,8 @@ from torch import Tensor
 
 from lemo.core.layout import Layout
 from lemo.core.selection import RowSet
+from lemo.ops.attend_local.plan import LocalRows
+from lemo.ops.attend_rows.reference import Rows
 
 if TYPE_CHECKING:
     from lemo.runtime.fused.call import FusedCall
@@ -77,6 +79,23 @@ class Keys:
 
 
 @dataclass(frozen=True)
+class ContextRows:
+    """Rows of exact forward of which only those that pass gradient attend to all keys.
+
+    Attributes:
+        local: all rows that run, and the keys that those without gradient see.
+        queries: documents and positions of the rows that pass gradient.
+        places_n: (n,) places of these among all that run.
+        valid_n: (n,) bool, rows that do pass gradient; None for all.
+    """
+
+    local: LocalRows
+    queries: Rows
+    places_n: Tensor
+    valid_n: Tensor | None
+
+
+@dataclass(frozen=True)
 class MlpRows:
     """Rows of the compact batch that run the MLP, and the low-rank update of those that do not.
 
@@ -116,6 +135,7 @@ class LayerCall:
         keys: further keys; None when the queries attend to each other only.
         dense: attention output (H, N, D) and log-sum-exp (H, N) of the queries from the exact pass, for the `pairs`
             gradient.
+        context: the queries that attend locally, in the exact pass; None when all attend to all keys.
         record: catches keys and values of this call.
         mlp: rows of the MLP when it has its own.
         exact: the pass without gradient that has to come first.
@@ -125,6 +145,7 @@ class LayerCall:
     queries: RowRange | None = None
     keys: Keys | None = None
     dense: tuple[Tensor, Tensor] | None = None
+    context: ContextRows | None = None
     record: Recorder | None = None
     mlp: MlpRows | None = None
     exact: ExactPass | None = None

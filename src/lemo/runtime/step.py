@@ -14,6 +14,7 @@ from lemo.core.selection import RowSet, Selection
 from lemo.errors import UnsupportedModelError
 from lemo.ops import gather_rows, scatter_rows
 from lemo.runtime.batch import BatchContext
+from lemo.runtime.context import attends_locally, context_rows
 from lemo.runtime.fused.engine import make_call
 from lemo.runtime.rows import (
     CALL,
@@ -163,7 +164,8 @@ def _exact(step: _Step, selection: Selection) -> Tensor:
     call, hidden, kwargs = LayerCall(record=recorder), step.x_BTM.detach(), step.kwargs
     own_N, key_range = backward.rows_N, RowRange.of_batch(layout)
     value_places, constant_rows = backward.rows_N, None
-    if forward is not None or pairs or step.context.maskless:
+    local = attends_locally(step.context.plan, layout)
+    if forward is not None or pairs or step.context.maskless or local:
         rows = all_rows(layout) if forward is None else forward
         call = replace(call, queries=RowRange.of_rows(layout, rows))
         value_places, constant_rows = inverse(rows.rows_N, step.x_NM.shape[0])[backward.rows_N], rows
@@ -173,6 +175,10 @@ def _exact(step: _Step, selection: Selection) -> Tensor:
                 call = replace(call, keys=_offered_keys(step, rows))
             else:
                 own_N, key_range = value_places, call.queries
+        if local:
+            passes = backward, RowRange.of_rows(layout, backward), value_places
+            context = context_rows(step.context.plan, layout, (call.queries, key_range), passes, forward is None)
+            call = replace(call, context=context)
 
     second = LayerCall(queries=RowRange.of_rows(layout, backward))
     if gradient == "keys":

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ class LocalRows:
     sink: int
     window: int | None = None
     whole: bool = False
-    _made: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    _made: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def seen_4N(self) -> Tensor:
@@ -51,6 +52,14 @@ class LocalRows:
             own = self.queries.position_N % self.chunk
             self._made["own"] = torch.stack([torch.maximum(first, end - 1 - own.int()), end])
         return self._made["own"]
+
+    def windowed(self, window: int | None) -> LocalRows:
+        """The same rows under a sliding window, made once."""
+        if window == self.window:
+            return self
+        if window not in self._made:
+            self._made[window] = replace(self, window=window, _made={})
+        return self._made[window]
 
     @property
     def reaches_far(self) -> bool:

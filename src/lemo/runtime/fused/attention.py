@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lemo.ops import attend_backward, attend_forward, norm_rows, norm_rows_backward, rope_rows_
 from lemo.ops.attend_rows.reference import Rows
+from lemo.runtime.context import attend_near, put_far
 from lemo.runtime.fused.call import FusedCall
 from lemo.runtime.fused.maps import Gradients
 from lemo.runtime.fused.parts import LayerParts, Norm
@@ -83,6 +84,19 @@ def attend(parts: LayerParts, heads: State, queries: Rows, keys: Rows) -> tuple[
         heads["query"], heads["key"], heads["value"], queries, keys, scaling=parts.scaling, window=parts.window
     )
     return output_HND.transpose(0, 1).flatten(1), lse_HN
+
+
+def attend_frame(parts: LayerParts, heads: State, call: FusedCall) -> tuple[Tensor, Tensor]:
+    """`attend` for the rows that run; those of exact forward that pass no gradient may attend locally."""
+    context = None if call.exact is None else call.exact.context
+    if context is None:
+        return attend(parts, heads, call.queries, call.keys)
+    pair = heads["key"], heads["value"]
+    near_HND, lse_HN = attend_near(heads["query"], pair, context, parts.scaling, parts.window)
+    passing = heads | select_heads(heads, {"query": context.places_n})
+    far_nO, far_Hn = attend(parts, passing, context.queries, call.keys)
+    output_HND = put_far(context, near_HND, far_nO.unflatten(1, (-1, parts.head_dim)).transpose(0, 1))
+    return output_HND.transpose(0, 1).flatten(1), lse_HN.index_copy_(1, context.places_n, far_Hn)
 
 
 @dataclass(frozen=True)

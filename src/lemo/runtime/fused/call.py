@@ -11,7 +11,7 @@ from lemo.core.bypass import Bypass
 from lemo.ops.attend_rows.reference import Rows
 from lemo.runtime.fused.factors import AdapterFactors
 from lemo.runtime.fused.offload import Convoy
-from lemo.runtime.rows import MlpRows, RowRange
+from lemo.runtime.rows import ContextRows, MlpRows, RowRange
 
 Recompute = Literal["none", "mlp", "lin", "layer"]
 LEVELS = ("none", "mlp", "lin", "layer")
@@ -29,6 +29,7 @@ class ExactRows:
         valid_n: (n,) bool, rows that do pass gradient; None for all.
         pairs: gradient through kept pairs only, instead of over all keys.
         keys: gradient also into the keys and values of every row of the frame.
+        context: the other rows that run attend locally, as this says; None when they attend to all keys.
     """
 
     places_n: Tensor
@@ -38,6 +39,7 @@ class ExactRows:
     valid_n: Tensor | None
     pairs: bool
     keys: bool
+    context: ContextRows | None = None
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from lemo.core.selection import RowSet, Selection
 from lemo.ops import plan_rows, writable
 from lemo.ops.attend_rows.reference import Rows
 from lemo.runtime.batch import BatchContext
+from lemo.runtime.context import attends_locally, context_rows
 from lemo.runtime.fused.call import ExactRows, FusedCall
 from lemo.runtime.rows import MlpRows, RowRange, all_rows, inverse
 
@@ -65,7 +66,7 @@ def make_call(
         valid_n=None if ran is None else ran.valid_N,
         skipped_s=None if runs is None or wanted is not None else runs.skipped_S,
         bypass=None if bypass is None else bypass.on(x_BTM.device, x_BTM.dtype),
-        exact=None if exact is None else _exact_rows(context, ran, exact, (places, frame_rows, keys, x_BTM)),
+        exact=None if exact is None else _exact_rows(context, ran, exact, (places, frame_rows, queries, keys, x_BTM)),
         mlp=mlp,
         cosine_PR=tables[0],
         sine_PR=tables[1],
@@ -77,9 +78,9 @@ def make_call(
 
 
 def _exact_rows(context: BatchContext, ran: RowSet | None, passes: RowSet, call: tuple) -> ExactRows:
-    """`call`: places in the frame and flat rows of it, their documents and positions, and the residual stream."""
+    """`call`: places in the frame and flat rows of it, who runs and who offers keys, and the residual stream."""
     layout, plan = context.layout, context.plan
-    places, frame_rows, keys, x_BTM = call
+    places, frame_rows, queries, keys, x_BTM = call
     size = layout.batch * layout.tokens
     if ran is passes:
         ran_n = torch.arange(passes.capacity, device=passes.rows_N.device)
@@ -89,8 +90,13 @@ def _exact_rows(context: BatchContext, ran: RowSet | None, passes: RowSet, call:
     span = RowRange.of_rows(layout, passes)
     if plan.gradient == "keys":
         span = _planned(span, keys, x_BTM)
-    gradient = plan.gradient
-    return ExactRows(places, ran_n, passes.rows_N, span, passes.valid_N, gradient == "pairs", gradient == "keys")
+    local = None
+    if ran is not passes and attends_locally(plan, layout):
+        far = span if plan.gradient == "keys" else _planned(span, keys, x_BTM)
+        whole = queries is keys and (ran is None or ran.capacity == layout.real_rows)
+        local = context_rows(plan, layout, (queries, keys), (passes, far, ran_n), whole)
+    pairs, into_keys = (plan.gradient == name for name in ("pairs", "keys"))
+    return ExactRows(places, ran_n, passes.rows_N, span, passes.valid_N, pairs, into_keys, local)
 
 
 def _planned(queries: RowRange, keys: RowRange, x_BTM: Tensor) -> Rows:

@@ -15,6 +15,7 @@ from lemo.runtime.fused.attention import (
     AttentionBackward,
     State,
     attend,
+    attend_frame,
     make_heads,
     project_back,
     select_heads,
@@ -114,7 +115,7 @@ class _Forward:
         del normed
         before = state if parts.head_norms else {}
         heads = turn_heads(parts, call, state, (call.rows_n, call.frame_rows))
-        output, lse = attend(parts, heads, call.queries, call.keys)
+        output, lse = attend_frame(parts, heads, call)
         assert frame is not None
         rows = frame if call.places_n is None else frame.index_select(0, call.places_n)
         middle = _add_update(parts, rows, parts.output.forward(output, (0,), call.rows_n)[0])
