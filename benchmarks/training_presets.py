@@ -23,10 +23,13 @@ LIGER_LAYER = ("liger:recompute=layer", "liger:adapter=model,recompute=layer")
 RECOMPUTE = {
     "k50": {"8k": "none", "32k": "none", "64k": "mlp", "128k": "lin"},
     "k30": {"8k": "none", "32k": "none", "64k": "none", "128k": "mlp"},
-    "default": {"8k": "none", "32k": "lin", "64k": "layer", "128k": "layer"},
+    "default": {"8k": "none", "32k": "none", "64k": "lin", "128k": "lin"},
 }
 # The setting that the quality study recommends, by shape.
-DEFAULT = {"llama2-7b": "keep=0.3,kv=kept", "llama3-8b": "keep=0.3,kv=all"}
+_EXACT = "keep=0.12,forward=1.0,gradient=keys,scorer=recent,kv=all,dense=,share=0.12,span=1024"
+DEFAULT = {"llama2-7b": _EXACT, "llama3-8b": _EXACT}
+# Inputs of rows that only offer keys wait in host memory where a bar limits the memory.
+OFFLOADS = ("64k", "128k")
 # FLOP/s that a step reaches, for estimates only.
 SPEED = {"liger": 500e12, "lemo_dense": 500e12, "lemo": 350e12}
 SPEED_ELSE, LAUNCH_S, START_S = 420e12, 0.06, 10.0
@@ -80,7 +83,7 @@ def lemo_method(use: str, shape: str, length: str) -> str:
     """The method of `k50`, `k30` or `default` at a length."""
     chosen = {"k50": "keep=0.5,kv=kept", "k30": "keep=0.3,kv=kept,share=0.3"}.get(use)
     if chosen is None:
-        chosen = DEFAULT[shape] + ",share=0.3"
+        chosen = DEFAULT[shape] + (",offload=1" if length in OFFLOADS else "")
     return f"lemo:{chosen},recompute={RECOMPUTE[use][length]}"
 
 

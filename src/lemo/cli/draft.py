@@ -14,7 +14,7 @@ from lemo.train.survey import DataFacts, MachineFacts, ModelFacts
 
 HELD_OUT = 0.1
 STEP_TOKENS = 32_768
-CPU_TOKENS, CPU_STEPS = 2048, 20
+CPU_TOKENS, CPU_STEPS = 1024, 20
 _SHORTEST, _COMMENT_COLUMN = 128, 36
 
 Line = tuple[str, Any, str]
@@ -134,7 +134,7 @@ def draft_recipe(wish: Wish, model: ModelFacts, data: DataFacts, machine: Machin
     shape = find_shape(wish, model, data, machine)
     sections = {
         "model": _model(model, shape, machine),
-        "data": _data(wish, data, shape),
+        "data": _data(wish, data, shape, machine),
         "loss_rows": _loss_rows(data, preset),
         "sparsity": _sparsity(shape, preset),
         "calibration": _calibration(data, shape, preset, machine),
@@ -179,13 +179,15 @@ def _model(model: ModelFacts, shape: Shape, machine: MachineFacts) -> list[Line]
     return lines
 
 
-def _data(wish: Wish, data: DataFacts, shape: Shape) -> list[Line]:
+def _data(wish: Wish, data: DataFacts, shape: Shape, machine: MachineFacts) -> list[Line]:
     lines: list[Line] = [("train", list(wish.train), "files or folders of .txt, .jsonl, .jsonl.gz or .npz")]
     if wish.validation:
         lines.append(("validation", list(wish.validation), "its loss is measured before and after"))
     elif not data.answers or len(data.lengths) > 1:  # a single sample cannot be shared out
         lines.append(("held_out_share", HELD_OUT, "of the training data, for validation: no files were named"))
     lines.append(("window_tokens", shape.window_tokens, shape.why))
+    if not machine.gpu:
+        lines.append(("validation_windows", 2, "of it; few, since a CPU takes seconds for each"))
     if data.kind == "messages" and data.field != "messages":
         lines.append(("messages_field", data.field, "key of the conversation in each row"))
     if data.field not in (None, "text", "messages") and data.kind != "messages":
