@@ -21,6 +21,7 @@ class PlanSpec:
             skipped, whatever the ratios, at which the bypass was fitted.
         allocate: calibration chooses each layer's ratio at the cost of these.
         ratio_of: `all` rows, or rows of the `context`, to which loss rows are added.
+        context_window: rows of a chunk, which with the chunk before is what rows without gradient see; None for all.
     """
 
     forward_ratio: float = 0.3
@@ -39,6 +40,7 @@ class PlanSpec:
     threshold: float | None = None
     allocate: bool = False
     ratio_of: str = "all"
+    context_window: int | None = None
 
     @property
     def ratios_follow(self) -> bool:
@@ -58,7 +60,8 @@ class PlanSpec:
         found = {name: getattr(self, name) for name in (*names, "fitted_scorer")}
         # A choice that came later: plans that do not make it keep their folder.
         found |= {"allocate": self.backward_ratio} if self.allocate else {}
-        return found | ({"ratio_of": self.ratio_of} if self.ratio_of != "all" else {})
+        found |= {"ratio_of": self.ratio_of} if self.ratio_of != "all" else {}
+        return found | ({} if self.context_window is None else {"context_window": self.context_window})
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,7 @@ class Method:
         for name, default in (("reweight", False), ("refit_every", None), ("span", None)):
             if found[name] == default:
                 del found[name]
-        for name, default in (("threshold", None), ("allocate", False), ("ratio_of", "all")):
+        for name, default in (("threshold", None), ("allocate", False), ("ratio_of", "all"), ("context_window", None)):
             if self.plan is not None and found["plan"][name] == default:
                 del found["plan"][name]
         return found
@@ -222,6 +225,13 @@ ABLATIONS = {
         "loss on 9 %, gradient also through 3 % of rows before them", 0.09, backward_ratio=0.12, scorer="recent"
     ),
     "random_context": exact("loss on 9 %, gradient also through 3 % of random rows", 0.09, backward_ratio=0.12),
+    **{
+        f"window_{w}{tail}": exact(
+            f"the default{of}, context rows see the last {w} to {2 * w} rows", share, context_window=w
+        )
+        for w in (512, 1024, 2048, 4096)
+        for tail, of, share in (("", "", LOSS_SHARE), ("_30", " with 30 % of rows", 0.3))
+    },
     # skipping in forward as well
     **{
         f"both_{round(100 * f)}_{kv}": skip(
@@ -309,3 +319,16 @@ INSTRUCT = {
 }
 METHODS: dict[str, Method]
 METHODS = NULLS | PRESETS | RIVALS | ABLATIONS | TARGETS | PREDICTED | THRESHOLDS | INSTRUCT
+
+
+def dense_twin(name: str) -> str | None:
+    """The dense method on whole windows whose loss rows are drawn alike; None where no such method is defined."""
+    if name in INSTRUCT:
+        return "instruct_dense"
+    method = METHODS[name]
+    rows = (method.loss_share, method.placement, method.span)
+    for other, found in METHODS.items():
+        whole = found.plan is None and found.rival is None and found.pieces == 1 and other not in ("before", *INSTRUCT)
+        if whole and (found.loss_share, found.placement, found.span) == rows:
+            return other
+    return None

@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks.quality_compare import Cells, domain_means, void_domains
 from benchmarks.quality_costs import gain_at_64k
 from benchmarks.quality_grids import STEPS
-from benchmarks.quality_methods import METHODS
+from benchmarks.quality_methods import METHODS, dense_twin
 from lemo.measure.record import Record, read_records
 from lemo.measure.statistics import paired_standard_error
 from lemo.report.tables import markdown
@@ -99,16 +99,22 @@ def with_error(found: tuple[float, float, str] | None) -> str:
     return NOTHING if found is None else f"{found[0]:+.4f} ± {found[1]:.4f}{found[2]}"
 
 
+def twin_of(method: str) -> str | None:
+    """Another method, dense, on the same loss rows."""
+    twin = dense_twin(method)
+    return None if twin == method else twin
+
+
 def main_table(group: Group) -> str:
     """One line a method."""
-    dense = "dense_rows" if group.protocol["data"] == "text" else "instruct_dense"
     everything = "dense_all" if group.protocol["data"] == "text" else "instruct_no_document"
-    head = ["method", "seeds", "rows run", "ideal gain", "loss", f"over {dense}", f"over {everything}"]
-    head += ["last quarter, over " + dense, "sparse over dense forward", "worst domain"]
+    head = ["method", "seeds", "rows run", "ideal gain", "loss", "over dense, same loss rows", f"over {everything}"]
+    head += ["last quarter, same loss rows", "sparse over dense forward", "worst domain, same loss rows"]
     rows = []
     for method in group.methods:
         gains = gain_at_64k(METHODS[method])
-        gaps = group.domain_gaps(method, dense)
+        twin = twin_of(method)
+        gaps = {} if twin is None else group.domain_gaps(method, twin)
         worst = max(gaps, key=lambda d: gaps[d]) if gaps else None
         rows.append(
             [
@@ -117,9 +123,9 @@ def main_table(group: Group) -> str:
                 number(group.mean(method, "forward_share"), ".2f"),
                 number(gains.get("llama-3-8b"), ".2f"),
                 number(group.mean(method, "dense")),
-                with_error(group.gap(method, dense)),
+                with_error(None if twin is None else group.gap(method, twin)),
                 with_error(group.gap(method, everything)),
-                with_error(group.gap(method, dense, "last_quarter")),
+                with_error(None if twin is None else group.gap(method, twin, "last_quarter")),
                 with_error(group.gap(method, method, "sparse", of="loss_rows")),
                 NOTHING if worst is None else f"{gaps[worst]:+.4f} ({worst})",
             ]
@@ -224,7 +230,8 @@ def draw_pareto(group: Group, path: Path) -> bool:
     """Gap over dense on the same loss rows against ideal gain; false when there is nothing to draw."""
     points = []
     for method in group.methods:
-        gap, gains = group.gap(method, "dense_rows"), gain_at_64k(METHODS[method])
+        twin, gains = twin_of(method), gain_at_64k(METHODS[method])
+        gap = None if twin is None else group.gap(method, twin)
         if gap is not None and gains and method != "no_context":
             points.append((method, gains["llama-3-8b"], *gap[:2]))
     if not points:
@@ -246,7 +253,8 @@ def draw_pareto(group: Group, path: Path) -> bool:
 
 def draw_domains(group: Group, path: Path) -> bool:
     """Gaps of presets, nulls and rivals by domain."""
-    gaps = {m: group.domain_gaps(m, "dense_rows") for m in group.methods}
+    twins = {m: twin for m in group.methods if (twin := twin_of(m)) is not None}
+    gaps = {m: group.domain_gaps(m, twin) for m, twin in twins.items()}
     gaps = {m: found for m, found in gaps.items() if found and m != "before"}
     if not gaps:
         return False
@@ -262,7 +270,7 @@ def draw_domains(group: Group, path: Path) -> bool:
     axes.invert_yaxis()
     axes.axvline(0, color="#6b7280", linewidth=0.8)
     axes.set_xscale("symlog", linthresh=0.05)
-    axes.set(xlabel="nats over dense LoRA on the default's loss rows (linear up to 0.05)")
+    axes.set(xlabel="nats over dense LoRA on the same loss rows (linear up to 0.05)")
     axes.legend(frameon=False, fontsize=8, ncols=len(domains), loc="lower left", bbox_to_anchor=(0, 1))
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
