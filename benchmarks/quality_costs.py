@@ -33,6 +33,8 @@ def sparse_work(spec: PlanSpec, lora_rank: int, recompute: str = "none", progres
         recompute=recompute,  # type: ignore[arg-type]
         bypass_rank=0 if spec.strip_bypass else spec.bypass_rank,
         lora_rank=lora_rank,
+        context_window=spec.context_window,
+        block_size=spec.block_size,
     )
 
 

@@ -225,17 +225,17 @@ class QualityStudy:
         if spec is None:
             return None
         model = causal_model(self.model())
-        plan = Plan.uniform(
-            model,
-            forward_ratio=spec.forward_ratio,
-            backward_ratio=spec.backward_ratio,
-            dense_layers=spec.dense_layers,
-            block_size=spec.block_size,
-            kv=spec.kv,
-            gradient=spec.gradient,
-            scorer=spec.scorer,
-            ratio_of=spec.ratio_of,
+        names = (
+            "forward_ratio",
+            "backward_ratio",
+            "dense_layers",
+            "block_size",
+            "kv",
+            "gradient",
+            "scorer",
+            "ratio_of",
         )
+        plan = Plan.uniform(model, **{name: getattr(spec, name) for name in (*names, "context_window")})
         if spec.needs_fit:
             fitted = self._fit(spec, method)
             for i, layer in enumerate(plan.layers):
@@ -292,6 +292,7 @@ class QualityStudy:
             kv=spec.kv,
             scorer="predictor",
             ratio_of=spec.ratio_of,
+            context_window=spec.context_window,
         )
         config = CalibrationConfig(
             predictor_steps=protocol.predictor_steps,

@@ -107,6 +107,8 @@ class SparsityConfig:
         policy: what turns scores into rows.
         scorer: what ranks blocks while training; `recent` prefers those that a block with loss follows closely.
         dense_layers: layers that never skip; negative numbers count from the end.
+        context_window: rows that run forward but pass no gradient attend to their chunk of so many rows of the
+            document, the chunk before and the document's first block; a multiple of block_size. None for all rows.
     """
 
     enabled: bool = True
@@ -122,6 +124,7 @@ class SparsityConfig:
     policy: Literal["topk", "threshold"] = "topk"
     scorer: Literal["predictor", "random", "recent"] = "recent"
     dense_layers: tuple[int, ...] = ()
+    context_window: int | None = None
 
 
 @dataclass(frozen=True)

@@ -85,6 +85,13 @@ def test_a_grid_runs_resumes_and_compares(inputs: Path, tmp_path: Path, capsys, 
     assert len(read_records(out)) == len(records), "nothing is written twice"
 
 
+def test_later_choices_leave_the_hashes_of_earlier_cells():
+    assert "context_window" not in METHODS["balanced"].setting()["plan"]
+    assert METHODS["window_512"].setting()["plan"]["context_window"] == 512
+    assert "context_window" not in METHODS["balanced"].plan.fit and METHODS["window_512_30"].loss_share == 0.3
+    assert gain_at_64k(METHODS["window_512"])["llama-3-8b"] > gain_at_64k(METHODS["balanced"])["llama-3-8b"]
+
+
 def test_a_grid_needs_a_swept_rate(inputs: Path, tmp_path: Path, capsys):
     assert quality.main(_options(inputs, tmp_path / "r.jsonl", "main", "--only", "balanced")) == 2
     assert "run the grid `sweep`" in capsys.readouterr().err
@@ -103,6 +110,7 @@ def test_a_grid_needs_a_swept_rate(inputs: Path, tmp_path: Path, capsys):
         "dense_at_end",
         "oracle_mass",
         "hardest_weighted",
+        "window_512",
         "refit_10",
         "threshold_+0.5",
         "allocated",
@@ -118,6 +126,9 @@ def test_methods_train_and_leave_no_trace(inputs: Path, tmp_path: Path, monkeypa
     before = model.eval()(ids).logits
     if method == "refit_10":
         monkeypatch.setitem(METHODS, method, replace(METHODS[method], refit_every=1))
+    if method == "window_512":
+        shorter = replace(METHODS[method].plan, context_window=128)
+        monkeypatch.setitem(METHODS, method, replace(METHODS[method], plan=shorter))
     assert grid.run() == 0
     recalls = {r.name: r for r in grid.records if "/recall_" in r.name}
     assert bool(recalls) == (METHODS[method].plan is not None and METHODS[method].plan.scorer == "predictor") or (

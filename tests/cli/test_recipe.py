@@ -123,6 +123,11 @@ def test_overrides_win_and_are_typed(tmp_path):
             "rows that skip layers without a bypass ruin the model",
         ),
         ("loss_rows: {share: 0.0}", "loss_rows.share must lie in (0, 1]"),
+        ("sparsity: {context_window: 100}", "context_window must be a positive multiple of block_size (64), got 100"),
+        (
+            "sparsity: {forward_ratio: 0.5, backward_ratio: 0.5, context_window: 128}",
+            "sparsity.context_window is for rows that run forward only",
+        ),
         ("sparsity: {mlp: own}", "set sparsity.mlp_ratio"),
         ("sparsity: {mlp_ratio: 0.2}", "sparsity.mlp_ratio needs sparsity.mlp=own"),
         ("model: {path: m, context_length: 100}", "data.window_tokens (4096) exceeds model.context_length (100)"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +19,7 @@ from lemo.measure.flops import (
     head_flops,
     ideal_gain,
     layer_flops,
+    local_pairs,
     step_flops,
 )
 
@@ -144,3 +146,24 @@ def test_bypass_and_adapters_cost_what_their_sizes_say():
     assert extra == 2 * 4 * 4096 * 64 * K / 2
     adapters = layer_flops(LLAMA_2_7B, K, lora).total - layer_flops(LLAMA_2_7B, K, LayerWork()).total
     assert adapters == 6 * 16 * sum(i + o for i, o in LLAMA_2_7B.linears.values()) * K
+
+
+@pytest.mark.parametrize(
+    ("tokens", "window", "block"), [(4096, 512, 64), (5000, 512, 64), (900, 512, 64), (700, 128, 0)]
+)
+def test_pairs_of_context_rows_are_those_of_the_mask(tokens, window, block):
+    position = torch.arange(tokens)
+    before = (position // window - 1).clamp(min=0) * window
+    pairs = position + 1 - before + before.clamp(max=block)
+    assert local_pairs(tokens, window, block) == pytest.approx(int(pairs.sum()) - tokens / 2, rel=1e-3)
+
+
+def test_a_context_window_shortens_the_forward_attention_of_context_rows_only():
+    full = LayerWork(1.0, 0.25, gradient="keys", kv="all")
+    near, far = (layer_flops(LLAMA_3_8B, 64 * K, replace(full, context_window=w)) for w in (K, 64 * K))
+    whole = layer_flops(LLAMA_3_8B, 64 * K, full)
+    assert far == whole and (near.backward, near.recompute) == (whole.backward, whole.recompute)
+    saved = (whole.forward - near.forward) / attention_flops(LLAMA_3_8B, 64 * K)
+    assert 0.75 * 0.94 < saved < 0.75
+    dense = LayerWork(context_window=K)
+    assert layer_flops(LLAMA_3_8B, 64 * K, dense) == layer_flops(LLAMA_3_8B, 64 * K, LayerWork())

@@ -67,7 +67,8 @@ def test_every_family_obeys(family, monkeypatch):
 def test_pairs_are_still_refused_where_attention_is_not_plain():
     model = tiny_model("gemma2")
     plan = windowed(model, gradient="pairs")
-    with attach(model, plan, self_test=False, unsafe_no_bypass=True), pytest.raises(UnsupportedModelError, match="rows"):
+    attached = attach(model, plan, self_test=False, unsafe_no_bypass=True)
+    with attached, pytest.raises(UnsupportedModelError, match="rows"):
         model(**batch(48))
 
 

@@ -29,6 +29,7 @@ def fingerprint_run(model: nn.Module, windows: Sequence[Window], config: Calibra
     options = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("memory_limit_gib", "allocate")}
     ratios = [(x.forward_ratio, x.backward_ratio, x.mlp_ratio) for x in plan.layers]
     choices = (plan.block_size, plan.policy, plan.kv, plan.gradient, plan.mlp, plan.seed, plan.ratio_of)
+    choices += () if plan.context_window is None else (plan.context_window,)
     digest.update(json.dumps([options, ratios, choices, fingerprint(model)], sort_keys=True).encode())
     for window in windows:
         digest.update(f"{window.domain}|{window.held_out}".encode())

@@ -247,7 +247,8 @@ def describe(found: Estimate) -> str:
     }[setting.engine]
     if setting.engine == "plain":
         return words
+    near = "" if setting.context_window is None else f", the others attend within chunks of {setting.context_window}"
     return (
         f"{words}; {setting.forward_ratio:.2f} of the rows run a layer that skips, {setting.backward_ratio:.2f} pass "
-        f"gradient, kv {setting.kv}; {setting.loss_share:.0%} of the rows carry loss"
+        f"gradient{near}, kv {setting.kv}; {setting.loss_share:.0%} of the rows carry loss"
     )

@@ -90,6 +90,9 @@ class LayerWork:
         mlp_ratio: share of rows that run the MLP; None for forward_ratio.
         bypass_rank: R of the bypass of skipped rows.
         lora_rank: R of adapters on all linear maps; their weight gradients count.
+        context_window: rows that run but pass no gradient see the keys of their chunk of so many rows, of the chunk
+            before and of the first block; None for all keys.
+        block_size: C.
     """
 
     forward_ratio: float = 1.0
@@ -100,6 +103,8 @@ class LayerWork:
     mlp_ratio: float | None = None
     bypass_rank: int = 0
     lora_rank: int = 0
+    context_window: int | None = None
+    block_size: int = 64
 
     def __post_init__(self) -> None:
         """Raises ConfigError for ratios outside (0, 1], backward above forward, or an unknown recompute level."""
@@ -133,6 +138,25 @@ def attention_flops(shape: DecoderShape, tokens: int, query_share: float = 1.0, 
     return 2.0 * shape.heads * shape.head_dim * tokens**2 * query_share * key_share
 
 
+def local_pairs(tokens: int, window: int, block_size: int) -> float:
+    """Pairs of a row and a key of its chunk of `window` rows, of the chunk before, or of the sequence's first block."""
+    first = min(tokens, 2 * window)
+    chunks, rest = divmod(tokens - first, window)
+    last = rest * (window + block_size + rest / 2)
+    return first**2 / 2 + chunks * window * (1.5 * window + block_size) + last
+
+
+def forward_attention_flops(shape: DecoderShape, tokens: int, work: LayerWork) -> float:
+    """Forward of a layer's attention: rows with gradient see all keys, those without those of the window, if any."""
+    key_share = 1.0 if work.kv == "all" else work.forward_ratio
+    if work.context_window is None:
+        return attention_flops(shape, tokens, work.forward_ratio, key_share)
+    pairs = local_pairs(tokens, work.context_window, work.block_size)
+    context = (work.forward_ratio - work.backward_ratio) * key_share * pairs
+    far = attention_flops(shape, tokens, work.backward_ratio, key_share)
+    return far + 4.0 * shape.heads * shape.head_dim * context
+
+
 def layer_flops(shape: DecoderShape, tokens: int, work: LayerWork) -> Flops:
     """One layer on one sequence of `tokens` tokens."""
     forward_rows, backward_rows = work.forward_ratio * tokens, work.backward_ratio * tokens
@@ -147,7 +171,7 @@ def layer_flops(shape: DecoderShape, tokens: int, work: LayerWork) -> Flops:
     pairs = work.gradient == "pairs" and work.backward_ratio < work.forward_ratio
     backward_keys = work.backward_ratio if pairs else key_share
 
-    forward = forward_rows * sum(row.values()) + attention_flops(shape, tokens, work.forward_ratio, key_share)
+    forward = forward_rows * sum(row.values()) + forward_attention_flops(shape, tokens, work)
     if work.kv == "all":
         forward += (tokens - forward_rows) * (row["k"] + row["v"])
     skipped = tokens - forward_rows

@@ -62,6 +62,7 @@ class StepSetting:
         pooled_features: width of the predictors' projection.
         forced_share: share of blocks that hold loss; that of the rows when None.
         offload: what the fused engine saves for keys alone waits in host memory.
+        context_window: of exact forward, rows of a chunk; None where all rows attend to all keys.
     """
 
     tokens: int
@@ -82,6 +83,7 @@ class StepSetting:
     pooled_features: int = 128
     forced_share: float | None = None
     offload: bool = False
+    context_window: int | None = None
 
     def __post_init__(self) -> None:
         """Raises ConfigError for what no step can be."""

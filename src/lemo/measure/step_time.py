@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lemo.measure.card import Card
-from lemo.measure.flops import ATTENTION_BACKWARD, LayerWork, attention_flops, head_flops, layer_flops
+from lemo.measure.flops import (
+    ATTENTION_BACKWARD,
+    LayerWork,
+    attention_flops,
+    forward_attention_flops,
+    head_flops,
+    layer_flops,
+)
 from lemo.measure.fused_memory import LayerRows
 from lemo.measure.sizes import ModelSizes
 from lemo.measure.step_memory import StepSetting, layer_rows
@@ -66,12 +73,14 @@ def _layer(sizes: ModelSizes, setting: StepSetting, rows: LayerRows, card: Card)
         gradient="pairs" if rows.pairs else "keys" if rows.exact and rows.keys else "rows",
         recompute=setting.recompute,
         bypass_rank=setting.bypass_rank if rows.bypass and rows.loss is None else 0,
+        context_window=setting.context_window,
+        block_size=setting.block_size,
     )
     flops = layer_flops(shape, tokens, work)
     key_share = 1.0 if rows.split else rows.queries / stream
-    queries, back = work.forward_ratio, work.backward_ratio
+    back = work.backward_ratio
     own = back if rows.exact and rows.pairs else key_share
-    forward = attention_flops(shape, tokens, queries, key_share)
+    forward = forward_attention_flops(shape, tokens, work)
     backward = ATTENTION_BACKWARD * attention_flops(shape, tokens, back, own)
     again = attention_flops(shape, tokens, back, key_share) if setting.recompute == "layer" else 0.0
     linear = flops.total - forward - backward - again

@@ -208,10 +208,12 @@ class Handle:
         sparse_eval = self._options["sparse_eval"] and not training
         dense = all(x.is_dense for x in self.plan.layers) and self._options["engine"] != "fused"
         if not (training or sparse_eval) or dense:
-            if self.model.training and not training and any(x.forward_ratio < 1 for x in self.plan.layers):
+            skips = any(x.forward_ratio < 1 for x in self.plan.layers) or self.plan.context_window is not None
+            if self.model.training and not training and skips:
                 self.note(
-                    "a forward without gradients ran densely, while training forwards skip rows; where a loss compares "
-                    "the two, as DPO does with its reference, use a plan with forward_ratio 1"
+                    "a forward without gradients ran densely, while training forwards skip rows or keys; where a loss "
+                    "compares the two, as DPO does with its reference, use a plan with forward_ratio 1 and without "
+                    "context_window"
                 )
             return None
         if training:

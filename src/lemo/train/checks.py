@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lemo.config import RunConfig
+from lemo.core.plan import check_context_window
 from lemo.errors import ConfigError
 
 
@@ -87,6 +88,12 @@ def _check_sparsity(run: RunConfig) -> None:
         raise ConfigError(
             f"sparsity.backward_ratio ({sparsity.backward_ratio}) must not exceed sparsity.forward_ratio "
             f"({sparsity.forward_ratio}): a row passes gradient only through layers that it ran"
+        )
+    check_context_window(sparsity.context_window, sparsity.block_size)
+    if sparsity.context_window is not None and sparsity.backward_ratio == sparsity.forward_ratio:
+        raise ConfigError(
+            "sparsity.context_window is for rows that run forward only, but sparsity.backward_ratio equals "
+            "sparsity.forward_ratio: it would have no effect"
         )
     calibrates = sparsity.enabled and sparsity.plan is None and sparsity.forward_ratio < 1
     if calibrates and run.calibration.bypass_rank == 0:

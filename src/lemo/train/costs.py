@@ -29,6 +29,8 @@ def layer_cost(model: Any, plan: Plan, tokens: int, lora_rank: int = 0) -> Calla
             mlp_ratio=layer.mlp_ratio,
             bypass_rank=0 if layer.bypass is None or layer.forward_ratio == 1 else layer.bypass.rank,
             lora_rank=lora_rank,
+            context_window=plan.context_window,
+            block_size=plan.block_size,
         )
         return layer_flops(shape, tokens, work).total
 

@@ -144,6 +144,7 @@ def _ratios(run: RunConfig, layers: int) -> dict[str, Any]:
             "dense_layers": len({i % layers for i in sparsity.dense_layers}),
             "predictor": sparsity.scorer == "predictor",
             "bypass_rank": run.calibration.bypass_rank if sparsity.forward_ratio < 1 else 0,
+            "context_window": sparsity.context_window,
         }
     plan = Plan.load(sparsity.plan)
     skipping = [layer for layer in plan.layers if not layer.is_dense]
@@ -157,6 +158,7 @@ def _ratios(run: RunConfig, layers: int) -> dict[str, Any]:
         "dense_layers": len(plan.layers) - len(skipping),
         "predictor": plan.scorer == "predictor",
         "bypass_rank": max(ranks, default=0),
+        "context_window": plan.context_window,
     }
 
 
@@ -282,6 +284,7 @@ def probe_step(run: RunConfig, found: Forecast, *, layers: int | None = None) ->
             dense_layers=run.sparsity.dense_layers,
             block_size=setting.block_size,
             bypass_rank=setting.bypass_rank,
+            context_window=setting.context_window,
         )
         model = add_adapter(model, run.lora)
         if setting.engine != "fused" and setting.recompute == "layer":

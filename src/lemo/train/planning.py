@@ -44,6 +44,7 @@ def skeleton_plan(model: Any, run: RunConfig) -> Plan:
         gradient=sparsity.gradient,
         mlp=sparsity.mlp,
         ratio_of=sparsity.ratio_of,
+        context_window=sparsity.context_window,
         seed=run.training.seed,
     )
     if len(always_dense) == len(plan.layers):
