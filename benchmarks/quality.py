@@ -4,6 +4,9 @@
     python -m benchmarks.quality list [GRID]          # cells, predicted seconds, FLOPs, ideal gains
     python -m benchmarks.quality compare              # Records of gaps and bars, from the cells' Records
 
+Several GPUs share a grid by --share 1/4 and so on, each with an --out of its own; --known names Records of cells that
+are done. Where several processes share one GPU, --untimed leaves out what that spoils.
+
 FOLDERs of model and data are what `benchmarks/prepare_data.py` writes; the protocol stands in `quality_study.py`, the
 methods in `quality_methods.py`, the grids in `quality_grids.py`. A cell is one trained adapter. Its Records share
 `setting["cell"]`; cells whose Records are in the --out file are not run again, so a grid goes on where it stopped.
@@ -52,12 +55,34 @@ class Grid:
         self.protocol = make_protocol(options)
         self.study = QualityStudy(options.model, options.data, options.plans, self.protocol, options.device)
         self.shape = self.study.shape
-        self.records = read_records(options.out) if options.out.exists() else []
+        files = [*options.known, *([options.out] if options.out.exists() else [])]
+        self.records = [record for file in files for record in read_records(file)]
         self.cells = [shortened(cell, options) for cell in GRIDS[options.grid]]
         if options.only:
             self.cells = [cell for cell in self.cells if cell.method in options.only]
         if options.seeds:
             self.cells = [cell for cell in self.cells if cell.seed in options.seeds]
+        if options.share != (1, 1):
+            self.cells = self.mine(*options.share)
+
+    def mine(self, place: int, places: int) -> list[Cell]:
+        """One of several equal shares of what is left to do; cells that need one calibration stay together."""
+        groups: dict[str, list[Cell]] = {}
+        for cell in (cell for cell in self.cells if not self.done(cell)):
+            plan = cell.spec.plan
+            fitted = plan is not None and plan.needs_fit
+            key = (
+                self.study.plan_folder(plan, cell.spec).name if fitted else f"{self.setting(cell)['cell']} {cell.seed}"
+            )
+            groups.setdefault(key, []).append(cell)
+        shares: list[list[Cell]] = [[] for _ in range(places)]
+        spent = [0.0] * places
+        for group in sorted(groups.values(), key=lambda cells: -sum(map(self.predicted, cells))):
+            least = spent.index(min(spent))
+            shares[least] += group
+            spent[least] += sum(map(self.predicted, group))
+        order = {id(cell): number for number, cell in enumerate(self.cells)}
+        return sorted(shares[place - 1], key=lambda cell: order[id(cell)])
 
     def rate(self, cell: Cell) -> float:
         """The cell's learning rate: its own, the command's, or the best of the sweep with this protocol."""
@@ -160,7 +185,8 @@ class Grid:
         if trained.losses:
             self.write(cell, setting, "training_loss", "nats", trained.losses, "last")
             rates = [self.protocol.batch * self.protocol.window / s for s in trained.seconds]
-            self.write(cell, setting, "tokens_per_second", "tokens/s", rates[WARM_STEPS:] or rates, "median")
+            if not self.options.untimed:
+                self.write(cell, setting, "tokens_per_second", "tokens/s", rates[WARM_STEPS:] or rates, "median")
             self.write(cell, setting, "peak_memory", "GiB", [trained.peak_gib], "max")
         if trained.shares:
             self.write(cell, setting, "forward_share", "share", [f for f, _ in trained.shares], "mean")
@@ -273,6 +299,13 @@ def list_grids(options: argparse.Namespace) -> int:
     return 0
 
 
+def _share(text: str) -> tuple[int, int]:
+    place, _, places = text.partition("/")
+    if not (place.isdigit() and places.isdigit() and 1 <= int(place) <= int(places)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no share such as 1/4")
+    return int(place), int(places)
+
+
 def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
@@ -290,6 +323,9 @@ def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--seeds", type=lambda text: [int(s) for s in text.split(",")])
     add("--learning-rate", type=float, help="instead of the best of the sweep")
     add("--domains", type=lambda text: text.split(","), help=f"instead of {','.join(DOMAINS)}")
+    add("--known", type=lambda text: [Path(name) for name in text.split(",")], default=[], help="Records of done cells")
+    add("--share", type=_share, default=(1, 1), help="which of how many shares of the cells, 1/4 to 4/4")
+    add("--untimed", action="store_true", help="write no times: other processes use the GPU")
     for name in ("steps", "window", "batch", "rank", "validation-windows", "calibration-windows", "predictor-steps"):
         add(f"--{name}", type=int, help="instead of the protocol's")
     add("--dtype", choices=("float32", "bfloat16"))

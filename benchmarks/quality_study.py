@@ -37,7 +37,7 @@ from lemo.train.lora import add_adapter
 from lemo.train.model import load_model
 
 DOMAINS = ("books", "code", "math", "legal", "instruct")
-RATES = (3e-4, 1e-3, 3e-3)
+RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 # The name that the first cells gave to a target; it is part of their hash.
 MOST_KEPT = 0.99  # share of rows that a threshold may keep: below 1, or the layer would be dense
 ORACLE_TARGETS = {"mass": "attention_mass"}
@@ -225,17 +225,8 @@ class QualityStudy:
         if spec is None:
             return None
         model = causal_model(self.model())
-        names = (
-            "forward_ratio",
-            "backward_ratio",
-            "dense_layers",
-            "block_size",
-            "kv",
-            "gradient",
-            "scorer",
-            "ratio_of",
-        )
-        plan = Plan.uniform(model, **{name: getattr(spec, name) for name in (*names, "context_window")})
+        names = ("forward_ratio", "backward_ratio", "dense_layers", "block_size", "kv", "gradient", "scorer")
+        plan = Plan.uniform(model, **{n: getattr(spec, n) for n in (*names, "ratio_of", "context_window")})
         if spec.needs_fit:
             fitted = self._fit(spec, method)
             for i, layer in enumerate(plan.layers):

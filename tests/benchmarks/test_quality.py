@@ -14,6 +14,7 @@ import torch
 from benchmarks import check_bars, quality, quality_answers, quality_grids
 from benchmarks.quality_compare import Cells, domain_means
 from benchmarks.quality_costs import equal_steps, gain_at_64k, sequence_flops
+from benchmarks.quality_grids import _RANKED as RANKED
 from benchmarks.quality_grids import GRIDS, Cell
 from benchmarks.quality_methods import METHODS
 from benchmarks.quality_study import Protocol, QualityStudy
@@ -69,7 +70,7 @@ def test_a_grid_runs_resumes_and_compares(inputs: Path, tmp_path: Path, capsys, 
     assert quality.main([*options, "--seeds", "0", "--only", "dense_all"]) == 0
     assert quality.main([*options, "--budget-seconds", "0"]) == 0
     shown = capsys.readouterr().out
-    assert "9 cells left" in shown and shown.count("done before") == 3, "the sweep is done, nothing else may start"
+    assert "9 cells left" in shown and shown.count("done before") == 4, "the sweep is done, nothing else may start"
     assert quality.main(options) == 0
     records = read_records(out)
     assert sum(r.name.endswith("/cell_seconds") for r in records) == len(cells) + 1
@@ -90,6 +91,23 @@ def test_later_choices_leave_the_hashes_of_earlier_cells():
     assert METHODS["window_512"].setting()["plan"]["context_window"] == 512
     assert "context_window" not in METHODS["balanced"].plan.fit and METHODS["window_512_30"].loss_share == 0.3
     assert gain_at_64k(METHODS["window_512"])["llama-3-8b"] > gain_at_64k(METHODS["balanced"])["llama-3-8b"]
+
+
+def test_shares_of_a_grid_are_all_of_it_once(inputs: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setitem(GRIDS, "pilot", [Cell(n, s) for s in (0, 1) for n in ("dense_all", "balanced", *RANKED)])
+    monkeypatch.setattr(quality.Grid, "done", lambda self, cell: cell == Cell("balanced", 1))
+    found = []
+    for place in (1, 2, 3):
+        more = ("--learning-rate", "1e-2", "--share", f"{place}/3")
+        grid = quality.Grid(quality.read_options(_options(inputs, tmp_path / "r.jsonl", "pilot", *more)))
+        assert grid.cells, "everyone has something to do"
+        found.append(grid.cells)
+    cells = [cell for part in found for cell in part]
+    assert set(cells) == set(GRIDS["pilot"]) - {Cell("balanced", 1)} and len(cells) == len(set(cells))
+    for method in RANKED:
+        assert len({number for number, part in enumerate(found) for c in part if c.method == method}) == 1
+    with pytest.raises(SystemExit):
+        quality.read_options(_options(inputs, tmp_path / "r.jsonl", "pilot", "--share", "4/3"))
 
 
 def test_a_grid_needs_a_swept_rate(inputs: Path, tmp_path: Path, capsys):
