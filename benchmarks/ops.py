@@ -26,6 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 # Run as a script, too: then this folder is on the path, and not the repository.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import lemo.ops
+from benchmarks.local_attention import benchmark_attend_local
 from benchmarks.row_ops import benchmark_row_op
 from benchmarks.timing import Samples, alternating, peak_bytes
 from lemo.measure.record import Record
@@ -78,6 +79,8 @@ def main(arguments: list[str] | None = None) -> int:
             failed |= not benchmark_block_score(spec, device, chosen)
         elif name == "attend_rows":
             failed |= not benchmark_attend_rows(spec, device, chosen)
+        elif name == "attend_local":
+            failed |= not benchmark_attend_local(spec, device, chosen)
         elif spec.ceiling == "copy":
             benchmark_row_op(spec, device, chosen)
         else:

@@ -105,7 +105,7 @@ def _bounds(local: LocalRows) -> Tensor:
         chunk = position // local.chunk
         oldest = torch.zeros_like(position) if local.window is None else (position - local.window + 1).clamp_(min=0)
         near = torch.maximum((chunk - 1).clamp_(min=0) * local.chunk, oldest)
-        sink_end = torch.where(chunk >= 2, local.sink, 0).clamp_(min=oldest)
+        sink_end = ((chunk >= 2) * local.sink).clamp_(min=oldest)
         # The first key that is not before a position: also the end of those before it.
         places = torch.searchsorted(keys, torch.stack([near, position + 1, oldest, sink_end]), out_int32=True)
         seen[:, q_start : q_start + q_length] = places + k_start

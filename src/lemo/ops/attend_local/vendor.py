@@ -88,7 +88,7 @@ def forward_before(
     chunk = local.chunk
     sides = zip(local.queries.starts, local.keys.starts, local.keys.lengths, strict=True)
     for q_start, k_start, length in sides:
-        lse[:, q_start : q_start + min(chunk, length)] = -torch.inf
+        lse[:, q_start : q_start + min(chunk, length)].fill_(-torch.inf)
         full = length // chunk * chunk
         # Whole chunks at once, then what is left of the last.
         for begin, end, size in ((chunk, full, chunk), (max(full, chunk), length, length - full)):

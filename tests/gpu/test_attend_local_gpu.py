@@ -1,0 +1,112 @@
+"""attend_local on a CUDA device: both kernel paths at shapes of many tiles, and in the runtime, without waiting."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lemo.ops.attend_local import vendor
+from lemo.ops.attend_local.cases import local_case, local_of, reference, run
+from lemo.testing import check_error_budget
+from tests.gpu.test_fused_gpu import adapted, step
+from tests.runtime.oracle import batch
+from tests.runtime.test_fused import plan_of
+
+pytestmark = pytest.mark.gpu
+
+WHOLE = {"share": 1.0, "compact": True, "order": "NHD"}
+SHAPES = {
+    "head dimension 64": {"documents": (3000,), "chunk": 512, "sink": 64, "heads": 6, "groups": 2, "head_dim": 64},
+    "head dimension 128": {"documents": (2900,), "chunk": 512, "sink": 64, "heads": 8, "groups": 2, "head_dim": 128},
+    "one key head a query head": {"documents": (2048,), "chunk": 512, "sink": 64, "heads": 4, "groups": 4},
+    "whole chunks": {"documents": (4096,), "chunk": 1024, "sink": 64, "heads": 4, "groups": 1, "head_dim": 128},
+    "ragged": {"documents": (1300, 64, 1, 517, 2049, 700), "chunk": 512, "sink": 64, "heads": 4, "groups": 2},
+    "sink of 16": {"documents": (2500,), "chunk": 512, "sink": 16, "heads": 2, "groups": 1, "head_dim": 128},
+}
+KERNEL_ONLY = {
+    "small chunks": {"documents": (1500, 200), "chunk": 48, "sink": 16, "heads": 2, "groups": 1, "head_dim": 64},
+    "gaps between documents": {"documents": (1300, 700), "gap": 37, "chunk": 512, "sink": 64, "compact": False},
+    "some rows": {"documents": (3000, 900), "share": 0.4, "block": 64, "chunk": 512, "sink": 64, "head_dim": 128},
+    "some rows on all keys": {
+        "documents": (3000,),
+        "share": 0.4,
+        "block": 64,
+        "chunk": 256,
+        "sink": 64,
+        "compact": False,
+    },
+    "window": {"documents": (2000,), "chunk": 256, "sink": 64, "window": 700, "head_dim": 64},
+}
+
+
+def _agrees(name, options, dtype, backend):
+    case = local_case(name, **({"head_dim": 64} | WHOLE | options))
+    exact = reference(**case.inputs(0, torch.float64, "cuda"))
+    working = reference(**case.inputs(0, dtype, "cuda"))
+    found = run(**case.inputs(0, dtype, "cuda"), backend=backend)
+    for what, got, near, wanted in zip(("output", "lse"), found, working, exact, strict=True):
+        assert got.isfinite().all()
+        check_error_budget(got, near, wanted, ulps=8.0, what=f"{name}, {backend}: {what}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", ["triton", "vendor"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_kernels_meet_their_reference(name, backend, dtype, monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    _agrees(name, SHAPES[name], dtype, backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", KERNEL_ONLY)
+def test_rows_that_only_our_kernel_takes(name, dtype, monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    _agrees(name, KERNEL_ONLY[name], dtype, "triton")
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_a_batched_kernel_of_a_vendor_runs_here(head_dim):
+    device = torch.device("cuda", torch.cuda.current_device())
+    found = {n: vendor.probe(k, torch.bfloat16, head_dim, device) for n, k in vendor.KERNELS.items()}
+    print(found)
+    assert None in found.values()
+
+
+@pytest.mark.parametrize("backend", ["triton", "vendor"])
+def test_repeated_runs_agree_and_wait_for_nothing(backend):
+    case = local_case("ragged", **({"head_dim": 64} | WHOLE | SHAPES["ragged"]))
+    inputs = case.inputs(0, torch.bfloat16, "cuda")
+    first = run(**inputs, backend=backend)
+    local_of(dict(inputs))
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        second = run(**inputs, backend=backend)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("window", [64, 512])
+@pytest.mark.parametrize("kv", ["kept", "all"])
+@pytest.mark.parametrize("mode", ["exact rows", "exact pairs", "exact keys", "both keys"])
+def test_context_rows_in_half_precision(mode, kv, window):
+    """Error against fp32: at most twice that of the generic executor in bf16, with a floor of a few bf16 units."""
+    inputs = {name: tensor.cuda() for name, tensor in batch(1900, 1, supervised_from=1700).items()}
+    model = adapted(torch.float32)
+    plan = replace(plan_of(model, mode, kv, dense=(1,)), block_size=32, context_window=window)
+    exact_loss, exact = step(model, plan, inputs, engine="generic")
+    full_loss, _ = step(model, replace(plan, context_window=None), inputs, engine="generic")
+    model = model.bfloat16()
+    generic_loss, generic = step(model, plan, inputs, engine="generic")
+    loss, got = step(model, plan, inputs, engine="fused")
+    scale = float(exact.norm())
+    error, allowed = (float((x - exact).norm()) / scale for x in (got, generic))
+    print(
+        f"{mode} {kv} {window}: fused {error:.2e}, generic {allowed:.2e}, without window {full_loss - exact_loss:.2e}"
+    )
+    assert exact_loss != full_loss
+    assert error <= 2 * allowed + 4 * torch.finfo(torch.bfloat16).eps
+    assert abs(loss - exact_loss) <= 2 * abs(generic_loss - exact_loss) + 2e-3 * abs(exact_loss)
