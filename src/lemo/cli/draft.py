@@ -14,7 +14,7 @@ from lemo.train.survey import DataFacts, MachineFacts, ModelFacts
 
 HELD_OUT = 0.1
 STEP_TOKENS = 32_768
-CPU_TOKENS, CPU_STEPS = 1024, 20
+CPU_TOKENS, CPU_STEP_TOKENS, CPU_STEPS = 1024, 4096, 20
 _SHORTEST, _COMMENT_COLUMN = 128, 36
 
 Line = tuple[str, Any, str]
@@ -96,7 +96,8 @@ def find_shape(wish: Wish, model: ModelFacts, data: DataFacts, machine: MachineF
     else:
         windows = int(data.tokens * kept / window) if packing else sum(int(n * kept) // window for n in data.lengths)
     windows = max(1, windows)
-    accumulation = max(1, min(STEP_TOKENS // window, windows // 20))
+    step_tokens = STEP_TOKENS if machine.gpu else CPU_STEP_TOKENS
+    accumulation = max(1, min(step_tokens // window, windows // 20))
     return Shape(window, why, scaling, packing, truncate, windows, accumulation, max(1, windows // accumulation))
 
 
