@@ -162,7 +162,7 @@ class CalibrationConfig:
     ] = "attention_mass"
     query_stride: int = 4
     scorer: Literal["predictor", "random", "recent"] = "predictor"
-    compare_dense_fit: bool = True
+    compare_dense_fit: bool = False
     pooled_features: int = 128
     predictor_width: int = 64
     predictor_rank: int = 32

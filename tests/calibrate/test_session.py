@@ -21,7 +21,13 @@ from lemo.runtime.stream import LayerStream
 
 TOKENS, BLOCK, LAYERS = 96, 8, 4
 CONFIG = CalibrationConfig(
-    pooled_features=6, predictor_width=6, predictor_rank=3, predictor_steps=12, bypass_rank=4, tune_windows=1
+    compare_dense_fit=True,
+    pooled_features=6,
+    predictor_width=6,
+    predictor_rank=3,
+    predictor_steps=12,
+    bypass_rank=4,
+    tune_windows=1,
 )
 
 

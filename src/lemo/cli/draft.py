@@ -244,7 +244,6 @@ def _calibration(data: DataFacts, shape: Shape, preset: Preset, machine: Machine
     lines.append(("bypass_rank", preset.bypass_rank, "rows that skip a layer get a linear map of this rank"))
     if not machine.gpu:
         lines.append(("predictor_steps", 150, "fewer than on a GPU"))
-        lines.append(("compare_dense_fit", False, "a second fit that only the report needs"))
     return lines
 
 
