@@ -26,6 +26,7 @@ OPTIONS = {
     "forward": "",  # share that runs a layer where it is another one; 1.0 for exact forward
     "kv": "kept",
     "gradient": "rows",  # of exact forward: `rows`, `pairs`, `keys`
+    "context": "",  # window of rows that pass no gradient, of exact forward; empty for all keys
     "offload": "0",  # 1: what is saved for keys alone waits in host memory
     "dense": "0/-1",  # layers that run densely, joined by /; empty for none
     "scorer": "predictor",
@@ -54,6 +55,7 @@ def prepare(config: Any, setting: Setting, options: dict[str, str]) -> Prepared:
         bypass_rank=int(options["bypass"]),
         scorer=options["scorer"],
         seed=setting.seed,
+        context_window=int(options["context"]) if options["context"] else None,
     )
     return attached(model, plan, options)
 

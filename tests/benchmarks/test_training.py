@@ -70,6 +70,8 @@ def test_exact_forward_has_the_dense_loss_on_runs_of_rows_and_offload_changes_no
     assert found["losses"] == offloaded["losses"]
     assert found["describe"]["forward_share"] == 1 and found["describe"]["backward_share"] < 0.5
     assert run(setting, exact + ",offload=yes")["status"] == "unsupported"
+    near = run(setting, exact + ",context=32")
+    assert near["status"] == "ok" and near["losses"] != found["losses"], near.get("reason")
 
 
 @pytest.mark.parametrize("share", [0.25, 0.4])

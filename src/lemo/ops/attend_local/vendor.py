@@ -6,7 +6,7 @@ Nothing here is used unseen: a small case of each kernel is compared with plain 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 
 import torch
@@ -21,6 +21,9 @@ Batched = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
 """(query (B, H, Q, D), key (B, G, K, D), value, scaling) to output (B, H, Q, D) and natural log-sum-exp (B, H, Q)."""
 # Shorter chunks leave a vendor's kernel less than our own loses to it.
 SHORTEST = 512
+
+# Of one call: bounds the memory that its output takes before it is put in place.
+MOST_ROWS = 16384
 
 _log = logging.getLogger("lemo")
 
@@ -89,11 +92,7 @@ def forward_before(
     sides = zip(local.queries.starts, local.keys.starts, local.keys.lengths, strict=True)
     for q_start, k_start, length in sides:
         lse[:, q_start : q_start + min(chunk, length)].fill_(-torch.inf)
-        full = length // chunk * chunk
-        # Whole chunks at once, then what is left of the last.
-        for begin, end, size in ((chunk, full, chunk), (max(full, chunk), length, length - full)):
-            if end <= begin:
-                continue
+        for begin, end, size in _batches(length, chunk):
             rows = slice(q_start + begin, q_start + end)
             columns = slice(k_start + begin - chunk, k_start + begin - chunk + (end - begin) // size * chunk)
             keys = [_chunks(t, columns, chunk) for t in pair]
@@ -101,6 +100,15 @@ def forward_before(
             output[:, rows] = found.transpose(0, 1).flatten(1, 2)
             lse[:, rows] = weight.transpose(0, 1).flatten(1, 2)
     return output, lse
+
+
+def _batches(length: int, chunk: int) -> Iterator[tuple[int, int, int]]:
+    """First row, end and chunk size of each call: runs of whole chunks, then what is left of the last."""
+    full, step = length // chunk * chunk, max(1, MOST_ROWS // chunk) * chunk
+    for begin in range(chunk, full, step):
+        yield begin, min(begin + step, full), chunk
+    if chunk <= full < length:
+        yield full, length, length - full
 
 
 def _chunks(tensor: Tensor, rows: slice, size: int) -> Tensor:
