@@ -12,7 +12,7 @@ from lemo.errors import ConfigError, UnsupportedModelError
 from lemo.runtime.attach import attach
 from tests.runtime.oracle import FAMILIES, batch, gradients, tiny_model
 from tests.runtime.test_exact import BOUND, error, exact_plan, in_double
-from tests.runtime.test_fused import FUSED
+from tests.runtime.test_fused import FUSED, assert_equal_engines
 from tests.runtime.test_laws import assert_same_gradients
 
 WINDOW = 8
@@ -148,6 +148,16 @@ def test_rows_that_a_threshold_drops_attend_as_context(engine, kv, monkeypatch):
     layers = tuple(replace(x, threshold=0.5) for x in plan.layers)
     plan = replace(plan, policy="threshold", layers=layers)
     assert error(model, plan, engine=engine) <= BOUND
+
+
+@pytest.mark.parametrize("recompute", ["none", "mlp", "lin", "layer"])
+@pytest.mark.parametrize("gradient", ["rows", "pairs", "keys"])
+def test_what_is_computed_again_is_what_forward_had(gradient, recompute, monkeypatch):
+    """Every level, with a dense layer in between and loss rows alone in the last."""
+    in_double(monkeypatch)
+    model = tiny_model(dtype=torch.float64)
+    plan = windowed(model, 0.75, gradient).replace_layer(1, forward_ratio=1.0, backward_ratio=1.0)
+    assert_equal_engines(model, plan, batch(48, supervised_from=38), recompute=recompute)
 
 
 def test_evaluation_attends_to_everything():
