@@ -225,6 +225,8 @@ def _draw_lengths(axes: list[Any], methods: Methods) -> bool:
 
     What is recomputed follows the length, so a line takes the fastest level that a method ran at each length.
     """
+    from matplotlib import ticker
+
     colours, any_line = _colours(methods), False
     levels: dict[str, dict[int, str]] = {}
     for method in methods.found:
@@ -242,6 +244,9 @@ def _draw_lengths(axes: list[Any], methods: Methods) -> bool:
         axis.set(xlabel="tokens", ylabel=label, xscale="log", yscale="log" if what == "step_time" else "linear")
         axis.set_xticks(methods.lengths(), [f"{tokens // 1024}K" for tokens in methods.lengths()], minor=False)
         axis.minorticks_off()
+    axes[0].yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes[0].yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+    axes[0].grid(axis="y", color="#e5e7eb", linewidth=0.6)
     if any_line:
         axes[0].legend(fontsize=6, frameon=False)
     return any_line
