@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.estimate_points import BYPASS_RANK, RANK, SHARE, Point, grid, held_out, targets_of
+from benchmarks.estimate_points import BYPASS_RANK, RANK, Point, grid, held_out, targets_of
 from lemo.errors import LemoError
 from lemo.measure.card import CARDS
 from lemo.measure.fused_memory import Workspace
@@ -72,7 +72,7 @@ class Loaded:
         from lemo.train.rehearsal import random_batch
 
         vocabulary = self.config.get_text_config().vocab_size
-        batch = random_batch(vocabulary, point.tokens, share=SHARE, seed=0)
+        batch = random_batch(vocabulary, point.tokens, share=point.loss_share, span=point.span, seed=0)
         batch = {name: x.to(self.device) for name, x in batch.items()}
         optimizer = torch.optim.AdamW(self.trained, lr=1e-4, fused=self.device.startswith("cuda"))
         timer, peaks, losses = StepTimer(self.device), [], []
@@ -105,9 +105,13 @@ class Loaded:
             forward_ratio=point.forward_ratio,
             backward_ratio=point.keep,
             kv=point.kv,
+            dense_layers=point.dense_layers,
             bypass_rank=BYPASS_RANK,
+            gradient=point.gradient,
+            scorer=point.scorer,
         )
-        how = {"recompute": point.recompute} if point.engine == "fused" else {}
+        fused = {"recompute": point.recompute, "offload": bool(point.offload)}
+        how = fused if point.engine == "fused" else {}
         return attach(self.model, plan, engine=point.engine, self_test=False, **how)  # type: ignore[arg-type]
 
     def _checkpoint(self, on: bool) -> None:

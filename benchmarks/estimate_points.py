@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
 
+from lemo.cli.presets import PRESETS
 from lemo.measure.card import CARDS
 from lemo.measure.sizes import ModelSizes, read_sizes
 from lemo.measure.step_memory import StepSetting
@@ -48,6 +49,9 @@ class Point:
         engine: `fused`, `generic` or `plain`.
         layers: run only so many; None for all.
         lora: `qkvo` or `all`.
+        preset: what carries loss, its gradient, dense layers and scorer are those of this preset; see `exact`. None for
+            `SHARE` of single blocks, two dense layers and predictors.
+        offload: what is saved for keys alone waits in host memory; None for no.
     """
 
     shape: str
@@ -59,6 +63,8 @@ class Point:
     engine: str = "fused"
     layers: int | None = None
     lora: str = "qkvo"
+    preset: str | None = None
+    offload: bool | None = None
 
     @property
     def key(self) -> str:
@@ -75,6 +81,31 @@ class Point:
         """Share of rows that run."""
         return self.keep if self.forward is None else self.forward
 
+    @property
+    def loss_share(self) -> float:
+        """Share of blocks that carry loss."""
+        return SHARE if self.preset is None else PRESETS[self.preset].loss_share
+
+    @property
+    def span(self) -> int | None:
+        """Rows of a run of them."""
+        return None if self.preset is None else PRESETS[self.preset].span
+
+    @property
+    def gradient(self) -> Any:
+        """Of exact forward."""
+        return "rows" if self.preset is None else PRESETS[self.preset].gradient
+
+    @property
+    def dense_layers(self) -> tuple[int, ...]:
+        """Layers that leave nothing out."""
+        return (0, -1) if self.preset is None else PRESETS[self.preset].dense_layers
+
+    @property
+    def scorer(self) -> str:
+        """What ranks blocks."""
+        return "predictor" if self.preset is None else "recent"
+
     def config(self) -> Any:
         """Of the model."""
         if self.shape in SHAPES:
@@ -87,14 +118,18 @@ class Point:
         """As estimates take it."""
         return StepSetting(
             tokens=self.tokens,
-            loss_share=SHARE,
+            loss_share=self.loss_share,
             forward_ratio=self.forward_ratio,
             backward_ratio=self.keep,
             kv=self.kv,  # type: ignore[arg-type]
+            gradient=self.gradient,
+            dense_layers=len(self.dense_layers),
             engine=self.engine,  # type: ignore[arg-type]
             recompute=self.recompute,  # type: ignore[arg-type]
             segmented=self.engine != "plain",
+            predictor=self.scorer == "predictor",
             bypass_rank=BYPASS_RANK if self.forward_ratio < 1 else 0,
+            offload=bool(self.offload),
         )
 
     def sizes(self) -> ModelSizes:
@@ -104,6 +139,13 @@ class Point:
     def estimated_seconds(self) -> float:
         """Rough time on an H200: two steps, kernels that are compiled or chosen, and its part of building a model."""
         return 2 * step_time(self.sizes(), self.setting(), CARDS["h200"]).total_s + 2.5
+
+
+def exact(shape: str, tokens: int, recompute: str, preset: str = "balanced", **more: Any) -> Point:
+    """A point with the ratios of a preset in which every row runs forward."""
+    chosen = PRESETS[preset]
+    ratios = {"keep": chosen.backward_ratio, "forward": chosen.forward_ratio, "kv": chosen.kv}
+    return Point(shape, tokens, recompute, preset=preset, **ratios, **more)
 
 
 @lru_cache(maxsize=64)
@@ -127,10 +169,10 @@ def _small() -> list[Point]:
     return [
         Point(shape, 4 * K, "none", 0.5, "all", lora="all"),
         Point(shape, 8 * K, "mlp", 0.3, "all", lora="all"),
-        Point(shape, 16 * K, "none", 0.5, "kept", lora="all"),
+        exact(shape, 16 * K, "none", lora="all"),
         Point(shape, 16 * K, "layer", 1.0, lora="all"),
         Point(shape, 32 * K, "lin", 0.2, "kept", lora="all"),
-        Point(shape, 64 * K, "mlp", 0.4, "all", forward=1.0, lora="all"),
+        exact(shape, 64 * K, "mlp", lora="all"),
     ]
 
 
@@ -144,29 +186,32 @@ def _opt() -> list[Point]:
 
 
 def _large(shape: str) -> list[Point]:
-    """Whole models up to 32K; eight layers beyond."""
+    """Whole models up to 32K; eight layers beyond. About half of the points are exact forward, the default."""
     kv, other = ("all", "kept") if shape == "llama3-8b" else ("kept", "all")
     whole = [
-        Point(shape, 4 * K, "none", 0.5, kv),
-        Point(shape, 8 * K, "none", 0.3, kv),
-        Point(shape, 16 * K, "mlp", 0.5, other),
+        exact(shape, 8 * K, "none"),
+        exact(shape, 16 * K, "mlp", offload=True),
+        exact(shape, 32 * K, "mlp"),
+        exact(shape, 32 * K, "lin", offload=True),
+        Point(shape, 8 * K, "none", 0.5, kv),
         Point(shape, 32 * K, "lin", 0.5, kv),
         Point(shape, 32 * K, "layer", 0.3, kv),
-        Point(shape, 32 * K, "lin", 0.2, other),
     ]
     cut = [
+        exact(shape, 32 * K, "none", "quality", layers=8),
+        exact(shape, 64 * K, "mlp", layers=8),
+        exact(shape, 64 * K, "lin", "quality", offload=True, layers=8),
+        exact(shape, 64 * K, "layer", layers=8),
+        exact(shape, 128 * K, "mlp", layers=8, offload=True),
+        exact(shape, 128 * K, "lin", layers=8),
         Point(shape, 32 * K, "none", 1.0, layers=8),
-        Point(shape, 32 * K, "none", 0.4, kv, forward=1.0, layers=8),
-        Point(shape, 64 * K, "none", 0.5, kv, layers=8),
-        Point(shape, 64 * K, "mlp", 0.5, other, layers=8),
+        Point(shape, 64 * K, "none", 0.5, other, layers=8),
         Point(shape, 64 * K, "lin", 1.0, layers=8),
-        Point(shape, 64 * K, "layer", 0.4, kv, forward=1.0, layers=8),
-        Point(shape, 128 * K, "mlp", 0.3, kv, layers=8),
-        Point(shape, 128 * K, "lin", 0.5, "kept", layers=8),
-        Point(shape, 128 * K, "layer", 0.3, "all", layers=8),
+        Point(shape, 128 * K, "mlp", 0.3, "kept", layers=8),
     ]
     adapted = [
-        Point(shape, 32 * K, "mlp", 0.5, kv, layers=8, lora="all"),
+        exact(shape, 32 * K, "mlp", layers=8, lora="all"),
+        exact(shape, 64 * K, "lin", layers=8, lora="all", offload=True),
         Point(shape, 64 * K, "layer", 0.5, kv, layers=8, lora="all"),
     ]
     return whole + cut + adapted
@@ -186,6 +231,7 @@ def _plain() -> list[Point]:
         Point("llama2-7b", 8 * K, "none", 0.5, engine="generic", layers=8),
         Point("llama2-7b", 8 * K, "none", 1.0, engine="plain", layers=8),
         Point("llama2-7b", 32 * K, "layer", 1.0, engine="plain", layers=8),
+        Point("llama3-8b", 8 * K, "none", 1.0, engine="plain", layers=8),
         Point("llama3-8b", 16 * K, "layer", 0.5, engine="generic", layers=8),
     ]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import estimate
-from benchmarks.estimate_points import Point, grid, held_out
+from benchmarks.estimate_points import Point, exact, grid, held_out
 from lemo.errors import LemoError
 from lemo.measure.fused_memory import Workspace
 from lemo.measure.step_memory import MemoryConstants
@@ -33,6 +33,7 @@ def tiny(monkeypatch):
         Point("tiny", 256, "none", 0.3, forward=1.0),
         Point("tiny", 256, "layer", 0.5, engine="generic"),
         Point("tiny", 256, "none", 1.0, engine="plain"),
+        exact("tiny", 512, "mlp", offload=True),
     ]
 
 
@@ -47,6 +48,18 @@ def test_the_halves_are_large_enough_and_fixed():
     assert len(points) - len(held) >= 20
     assert {p.recompute for p in held} == {"none", "mlp", "lin", "layer"}
     assert {p.engine for p in held} == {p.engine for p in points}
+
+
+def test_both_halves_have_the_default():
+    """Exact forward of the default preset: with and without offload, at 32K or more of both large shapes."""
+    apart = held_out(grid())
+    large = [p for p in grid() if p.preset == "balanced" and p.is_large]
+    for half in (True, False):
+        found = {(p.shape, bool(p.offload)) for p in large if (p.key in apart) == half}
+        assert found == {(shape, offload) for shape in ("llama2-7b", "llama3-8b") for offload in (True, False)}
+    setting = large[0].setting()
+    assert (setting.gradient, setting.dense_layers, setting.predictor, setting.bypass_rank) == ("keys", 0, False, 0)
+    assert setting.forward_ratio == 1 and setting.backward_ratio == setting.loss_share == 0.12
 
 
 def test_points_are_measured_once(tiny, tmp_path):
@@ -73,7 +86,7 @@ def test_fit_finds_the_constants_that_made_the_peaks(tiny):
 
 def test_too_few_points_make_no_record(tiny):
     cells = [(p, {"peak_bytes": 1, "seconds": 1.0, "commit": "c", "device": "d"}) for p in tiny]
-    with pytest.raises(LemoError, match="4 held-out points"):
+    with pytest.raises(LemoError, match="5 held-out points"):
         estimate.make_record(cells)
 
 
