@@ -3,6 +3,7 @@
 from lemo.ops.attend_local.op import attend_local
 from lemo.ops.attend_local.plan import plan_local
 from lemo.ops.attend_rows.explicit import attend_backward, attend_forward
+from lemo.ops.attend_rows.far import draw_far, plan_far
 from lemo.ops.attend_rows.op import attend_rows, attend_rows_constant, attend_rows_with_lse
 from lemo.ops.attend_rows.stripes import plan_rows
 from lemo.ops.block_score.op import block_score, key_block_scores
@@ -28,6 +29,7 @@ __all__ = [
     "block_score",
     "bypass_rows_",
     "bypass_rows_backward_",
+    "draw_far",
     "dropout_rows",
     "gated_act",
     "gated_act_backward",
@@ -37,6 +39,7 @@ __all__ = [
     "linear_ce_module",
     "norm_rows",
     "norm_rows_backward",
+    "plan_far",
     "plan_local",
     "plan_rows",
     "pool_blocks",

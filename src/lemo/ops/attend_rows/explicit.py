@@ -7,8 +7,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lemo.ops.attend_rows import stripes, tiling, vendor
+from lemo.ops.attend_rows import far_stripes, stripes, tiling, vendor
 from lemo.ops.attend_rows.checks import Options, check, why_not_triton
+from lemo.ops.attend_rows.far import FarKeys
 from lemo.ops.attend_rows.reference import Rows, attend_backward_reference, attend_rows_reference
 from lemo.ops.backend import choose_backend, log_choice
 
@@ -89,6 +90,7 @@ def attend_backward(
     scaling: float,
     window: int | None = None,
     own: Pair | None = None,
+    far: FarKeys | None = None,
     backend: ExplicitBackend = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `attend_forward`, given its output and log-sum-exp, or those of a wider pass.
@@ -97,7 +99,9 @@ def attend_backward(
     dv_j = Σ_i P_ij do_i, dS_ij = P_ij (do_i·v_j - Δ_i), dq_i = scaling Σ_j dS_ij k_j, dk_j = scaling Σ_i dS_ij q_i.
     Output and log-sum-exp of a pass over more keys (`keys is queries`, with the dense pass's rows) give the `pairs`
     gradient: scores of keys that are not here are constants. With `own`, all keys are constants but the queries' own
-    rows: the `rows` gradient of exact forward.
+    rows: the `rows` gradient of exact forward. With `far`, of keys two stripes back or more only those that were drawn
+    count, as often as makes up for the others: the expectation over draws is the gradient without `far`. Gradients of
+    `own` rows are exact then too.
 
     Args:
         grad_HND: (H, N, D) gradient of the output; 0 for rows that are not valid.
@@ -111,6 +115,7 @@ def attend_backward(
         scaling: factor of the scores.
         window: keys farther back than this are not seen.
         own: keys and values (G, N, D) of the query rows.
+        far: which far keys count, from `plan_far` for these queries and keys; None for all.
         backend: as in `attend_forward`.
 
     Returns:
@@ -119,11 +124,13 @@ def attend_backward(
 
     Raises:
         BackendError: the backend asked for cannot run; the message says why.
-        ValueError: shapes, dtypes, devices or documents do not fit.
+        ValueError: shapes, dtypes, devices or documents do not fit; `far` with a window or among the queries.
 
     Cost:
-        10·D·H FLOPs per pair that is seen, 14 by the Triton kernels, which compute scores once for queries and once
-        for keys; with `own` 6 per pair and 8 per pair of queries.
+        10·D·H FLOPs per pair that is seen and counts, 14 by the Triton kernels, which compute scores once for queries
+        and once for keys; with `own` 6 per pair and 8 per pair of queries. With `far`, keys and values are copied for
+        every stripe of queries that reads them, 65,536 at a time, and the host waits until the device has come past
+        `plan_far`.
 
     Numerics:
         products of operands in the dtype of the input, sums in fp32 (fp64 for fp64 input). `vendor` adds in no fixed
@@ -142,6 +149,8 @@ def attend_backward(
         raise ValueError(f"log-sum-exp must be {tuple(query_HND.shape[:2])}, got {tuple(lse_HN.shape)}")
     tensors = (grad_HND, query_HND, key_GKD, value_GKD, output_HND, lse_HN)
     with torch.no_grad():
+        if far is not None:
+            return _far_backward(tensors, (queries, keys), options, own, far, backend)
         chosen = _choose(backend, query_HND, queries, keys, options)
         if chosen == "vendor":
             return _vendor_backward(tensors, queries, keys, scaling, own)
@@ -238,6 +247,33 @@ def _triton_backward(
     if own is not None:
         (key, value), work = own, work.with_own()
     return d_query, *kernel.backward_key(grad, query, key, value, (lse, delta), work, *options, True)
+
+
+def _far_backward(
+    tensors: tuple[Tensor, ...],
+    sides: tuple[Rows, Rows],
+    options: Options,
+    own: Pair | None,
+    far: FarKeys,
+    backend: ExplicitBackend,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad, query, _, _, output, lse = tensors
+    (queries, keys), (scaling, window) = sides, options
+    if keys is queries or window is not None:
+        raise ValueError("far keys are drawn for queries among all keys, and without a window")
+    chosen = far_stripes.choose(backend, query, keys, far)
+    if chosen == "reference":
+        found = attend_backward_reference(tensors, queries, keys, scaling=scaling, own=own, far=far)
+        return _heads_inside(found[0]), _heads_inside(found[1]), _heads_inside(found[2])
+    if own is None:
+        return far_stripes.backward(tensors, queries, keys, far, scaling, chosen == "vendor")
+    from lemo.ops.attend_rows import kernel
+
+    d_query, delta = far_stripes.backward_query(tensors, queries, keys, far, scaling)
+    if chosen == "vendor" and vendor.refuses(query, queries) is None:
+        return d_query, *vendor.causal_backward((grad, query, *own, output, lse), queries, scaling)[1:]
+    work = _work(queries, keys).with_own()
+    return d_query, *kernel.backward_key(grad, query, *own, (lse.contiguous(), delta), work, scaling, None, True)
 
 
 def _heads_inside(tensor: Tensor) -> Tensor:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from lemo.ops.attend_rows.far import FarKeys
 
 # Queries whose scores or mask exist at a time.
 QUERY_CHUNK = 1024
@@ -122,6 +125,7 @@ def attend_backward_reference(
     scaling: float,
     window: int | None = None,
     own: tuple[Tensor, Tensor] | None = None,
+    far: FarKeys | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients (H, N, D), (G, K, D), (G, K, D); see `lemo.ops.attend_backward` for the contract.
 
@@ -132,11 +136,12 @@ def attend_backward_reference(
         scaling: factor of the scores.
         window: keys farther back than this are not seen.
         own: keys and values of the query rows; then their gradients (G, N, D) are returned.
+        far: which far keys count, and how often; None for all. Pairs among the queries' own rows all count once.
     """
     grad_HND, query_HND, key_GKD, value_GKD, output_HND, lse_HN = operands
     if own is not None:
         among_own = (grad_HND, query_HND, *own, output_HND, lse_HN)
-        d_query, _, _ = attend_backward_reference(operands, queries, keys, scaling=scaling, window=window)
+        d_query, _, _ = attend_backward_reference(operands, queries, keys, scaling=scaling, window=window, far=far)
         return d_query, *attend_backward_reference(among_own, queries, queries, scaling=scaling, window=window)[1:]
     wide = torch.promote_types(query_HND.dtype, torch.float32)
     groups = key_GKD.shape[0]
@@ -148,6 +153,8 @@ def attend_backward_reference(
         key, value = (t[:, None, columns].to(wide) for t in (key_GKD, value_GKD))
         weight = torch.exp(query @ key.mT * scaling - lse)
         weight = weight.masked_fill(~mask_of(queries, keys, rows, columns, window), 0.0)
+        if far is not None:
+            weight *= far.weight_of(queries, keys, rows, columns).to(wide)
         d_value[:, columns] += (weight.mT @ grad).sum(1)
         d_score = weight * (grad @ value.mT - (grad * output).sum(-1, keepdim=True)) * scaling
         d_query[:, rows] = (d_score @ key).flatten(0, 1)
