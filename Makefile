@@ -48,7 +48,7 @@ $(VENV)/.docs: $(VENV)/.core
 	$(PIP) install -q -e '.[docs]'
 	@touch $@
 
-demo: $(VENV)/.demo  ## fine-tune SmolLM2 on a longer context with skipped rows, and densely; results in demo-output/
+demo: $(VENV)/.demo  ## fine-tune SmolLM2 with the default and densely; results in demo-output/
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.test  ## style, architecture rules and all tests that need no GPU (15 minutes at most on 2 cores)

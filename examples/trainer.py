@@ -33,12 +33,12 @@ def main() -> lemo.Handle:
     )
     collator = DataCollatorWithFlattening()
 
-    # 1. Exact forward, gradient through half of the rows: safe without calibration. lemo.Plan.load(folder) reads a
+    # 1. Exact forward, gradient through the rows that carry loss: nothing to calibrate. lemo.Plan.load(folder) reads a
     #    calibrated plan, which may skip rows in forward too.
-    plan = lemo.Plan.uniform(model, backward_ratio=0.5, dense_layers=(0, -1))
-    # 2. Loss on 30 % of the blocks of plain text, so that there are rows to skip. Answers-only data needs no draw.
-    collator = lemo.LossRows(collator, share=0.3, placement="random", seed=0)
-    # 3. From here on the model's layers skip rows in training; leaving the block undoes it.
+    plan = lemo.Plan.uniform(model, backward_ratio=0.12, gradient="keys", scorer="recent")
+    # 2. Loss on 12 % of the blocks of plain text, in runs. Answers-only data needs no draw.
+    collator = lemo.LossRows(collator, share=0.12, span=1024, seed=0)
+    # 3. From here on the model's layers leave rows out in training; leaving the block undoes it.
     with lemo.attach(model, plan) as handle, tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             model=model,

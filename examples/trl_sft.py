@@ -58,10 +58,10 @@ def main() -> lemo.Handle:
             processing_class=tokenizer(),
             peft_config=LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"),
         )
-        # 1. Exact forward, gradient through half of the rows: safe without calibration.
-        plan = lemo.Plan.uniform(trainer.model, backward_ratio=0.5, block_size=16)
+        # 1. Exact forward, gradient through the rows that carry loss and some before them: nothing to calibrate.
+        plan = lemo.Plan.uniform(trainer.model, backward_ratio=0.3, gradient="keys", scorer="recent", block_size=16)
         # 2. Loss on 30 % of the blocks. For chats, SFTConfig(assistant_only_loss=True) does what is needed instead.
-        trainer.data_collator = lemo.LossRows(trainer.data_collator, share=0.3, block_size=16)
+        trainer.data_collator = lemo.LossRows(trainer.data_collator, share=0.3, span=1024, block_size=16)
         # 3. The layers skip rows in training; SFTTrainer keeps its own loss.
         with lemo.attach(trainer.model, plan) as handle:
             trainer.add_callback(LemoCallback(handle, loss_rows=trainer.data_collator))

@@ -34,7 +34,6 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "model": {"path": str(folder / "model"), "dtype": "float32"},
                 "data": {"window_tokens": 512, "max_windows": 8, "validation_windows": 2},
                 "loss_rows": {"share": 0.25},
-                "calibration": {"windows": 2, "tune_windows": 1, "predictor_steps": 20, "compare_dense_fit": False},
                 "lora": {"rank": 2},
                 "training": {"max_steps": 2, "gradient_checkpointing": False},
             }
@@ -48,7 +47,7 @@ def test_the_demo_leaves_what_it_promises(recipe: Path, tmp_path: Path, capfd, m
     # Processes of their own are for memory peaks; in one process the test need not import everything four times.
     monkeypatch.setattr(demo, "run_stage", lambda arguments, stage: demo.main([*arguments, "--stage", stage]))
     assert demo.main(["--recipe", str(recipe), "--output", str(output)]) == 0
-    for name in ("plan/plan.json", "dense/adapter/adapter_config.json", "skip/adapter/adapter_config.json"):
+    for name in ("plan/plan.json", *(f"{variant}/adapter/adapter_config.json" for variant in demo.VARIANTS)):
         assert (output / name).exists(), name
     assert (output / "report.png").read_bytes()[:4] == b"\x89PNG"
     assert "base64," in (output / "report.html").read_text()
@@ -58,17 +57,33 @@ def test_the_demo_leaves_what_it_promises(recipe: Path, tmp_path: Path, capfd, m
             assert not records[f"demo/{variant}/{what}"].problems()
         assert len(records[f"demo/{variant}/training_loss"].samples) == 2
     before = [records[f"demo/{variant}/validation_loss_before"].value for variant in demo.VARIANTS]
-    assert before[0] == pytest.approx(before[1], rel=1e-6), "both variants start from the same model"
-    assert records["demo/skip/forward_share"].value < 1 == records["demo/dense/forward_share"].value
-    sparse, dense = (
-        records[f"demo/skip/{n}_after"].value for n in ("sparse_validation_loss", "validation_loss_on_loss_rows")
-    )
-    assert sparse != dense, "rows did skip in the sparse forward"
+    assert before == pytest.approx([before[0]] * 3, rel=1e-6), "all variants start from the same model"
+    assert [records[f"demo/{variant}/forward_share"].value for variant in demo.VARIANTS] == [1, 1, 1]
+    assert [records[f"demo/{variant}/backward_share"].value < 1 for variant in demo.VARIANTS] == [False, False, True]
+    first = [records[f"demo/{variant}/training_loss"].samples[0] for variant in demo.VARIANTS]
+    assert first[2] == pytest.approx(first[1], rel=1e-6) != first[0], "forward is exact, on the same loss rows"
     assert records["demo/minutes"].bar == "A.demo_minutes"
     kept = json.loads((output / "keep_map.json").read_text())
-    assert len(kept["kept"]) == 3 and set(kept["kept"][0]) == {1.0} and 0.0 in kept["kept"][1]
+    assert kept["rows"] == "backward" and len(kept["kept"]) == 3 and all(0.0 in layer for layer in kept["kept"])
     assert all(kept["kept"][1][k] == 1.0 for k, flag in enumerate(kept["supervised"]) if flag)
-    assert "share of rows that run" in capfd.readouterr().out
+    assert "share of rows, backward" in capfd.readouterr().out
+
+
+def test_options_that_skip_rows_in_forward_are_measured_sparsely_as_well(recipe: Path, tmp_path: Path, monkeypatch):
+    """The demo is not bound to its recipe: with rows that skip it calibrates, and notes the look-ahead loss."""
+    monkeypatch.setattr(demo, "run_stage", lambda arguments, stage: demo.main([*arguments, "--stage", stage]))
+    monkeypatch.setattr(demo, "VARIANTS", ("balanced",))
+    ratios = {"sparsity.forward_ratio": 0.5, "sparsity.dense_layers": "[0]", "training.max_steps": 1}
+    small = {"calibration.windows": 2, "calibration.tune_windows": 1, "calibration.predictor_steps": 3}
+    words = [word for key, value in (ratios | small).items() for word in ("--set", f"{key}={value}")]
+    assert demo.main(["--recipe", str(recipe), "--output", str(tmp_path), *words]) == 0
+    records = {record.name: record for record in read_records(tmp_path / "records.jsonl")}
+    sparse, dense = (
+        records[f"demo/balanced/{n}_after"].value for n in ("sparse_validation_loss", "validation_loss_on_loss_rows")
+    )
+    assert sparse != dense, "rows did skip in the sparse forward"
+    assert records["demo/balanced/forward_share"].value < 1
+    assert json.loads((tmp_path / "keep_map.json").read_text())["rows"] == "forward"
 
 
 def test_train_and_validation_share_no_topic_and_no_file(tmp_path: Path):
@@ -96,5 +111,5 @@ def test_layer_groups_cover_every_layer_once(layers: int, groups: int):
 def test_a_failing_stage_ends_the_demo(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(demo, "__file__", str(Path(demo.__file__).with_name("missing.py")))
     with pytest.raises(SystemExit) as stopped:
-        demo.run_stage([], "dense")
+        demo.run_stage([], "plan")
     assert stopped.value.code != 0

@@ -10,12 +10,12 @@ from lemo.errors import DataError
 from lemo.measure.record import Record
 from lemo.report.tables import latest, mean_value, variants
 
-_COLOURS = {"dense": "#6b7280", "skip": "#2563eb"}
+_COLOURS = {"dense_rows": "#a3a9b3", "dense": "#6b7280", "skip": "#2563eb", "balanced": "#2563eb"}
 _FURTHER = ("#d97706", "#059669", "#9333ea", "#dc2626", "#0891b2")
 
 
 def colour_of(variant: str, index: int) -> str:
-    """Dense runs are grey, skipping ones blue, others follow a fixed order."""
+    """Dense runs are grey, lemo's own blue, others follow a fixed order."""
     for word, colour in _COLOURS.items():
         if variant == word or variant.startswith(f"{word}_"):
             return colour
@@ -112,23 +112,30 @@ def draw_losses(axes: Any, losses: Mapping[str, Mapping[str, float]]) -> None:
         axes.legend()
 
 
-def draw_keep_map(axes: Any, kept_LK: Sequence[Sequence[float]], block_size: int, supervised_K: Any = None) -> None:
-    """Which blocks of one text run in which layer: dark runs, light skips. Loss blocks are marked along the top.
+def draw_keep_map(
+    axes: Any,
+    kept_LK: Sequence[Sequence[float]],
+    block_size: int,
+    supervised_K: Any = None,
+    *,
+    rows: str = "forward",
+) -> None:
+    """Which blocks of one text are kept in which layer: dark ones. Loss blocks are marked along the top.
 
     Args:
         axes: where it is drawn.
-        kept_LK: (L, K) share of each block's rows that run, 0 to 1.
+        kept_LK: (L, K) share of each block's rows that are kept, 0 to 1.
         block_size: rows per block.
         supervised_K: (K,) whether a block holds loss rows; None marks none.
+        rows: what keeping means: `forward`, to run the layer, or `backward`, to pass gradient.
     """
     axes.imshow(kept_LK, aspect="auto", interpolation="nearest", cmap="Blues", vmin=-0.15, vmax=1.15)
-    axes.set(
-        title="Blocks that run each layer (dark), one text", xlabel=f"block of {block_size} tokens", ylabel="layer"
-    )
+    title = f"Blocks that {'run each layer' if rows == 'forward' else 'pass gradient, by layer'} (dark), one text"
+    axes.set(title=title, xlabel=f"block of {block_size} tokens", ylabel="layer")
     if supervised_K is not None:
         marked = [k for k, flag in enumerate(supervised_K) if flag]
         axes.plot(marked, [-1.2] * len(marked), "v", color="#d97706", markersize=4, clip_on=False)
-        axes.set_title("Blocks that run each layer (dark), one text; ▼ loss rows", pad=12)
+        axes.set_title(f"{title}; ▼ loss rows", pad=12)
 
 
 def draw_shares(axes: Any, shares: Mapping[str, Sequence[float]]) -> None:
@@ -159,7 +166,7 @@ def plot_study(
         path: PNG to write.
         study: first part of the names.
         title: above the figure.
-        keep_map: `kept` (L, K), `block_size` and optionally `supervised` (K,); None draws the shares per layer.
+        keep_map: `kept` (L, K), `block_size`, optionally `supervised` (K,) and `rows`; None draws the shares per layer.
 
     Raises:
         DataError: no Records of the study.
@@ -184,7 +191,8 @@ def plot_study(
     draw_bars(figure.add_subplot(grid[1, 1]), values("peak_memory"), "Peak memory", "GiB, lower is better", digits=2)
     below = figure.add_subplot(grid[2, :])
     if keep_map is not None:
-        draw_keep_map(below, keep_map["kept"], keep_map["block_size"], keep_map.get("supervised"))
+        rows = keep_map.get("rows", "forward")
+        draw_keep_map(below, keep_map["kept"], keep_map["block_size"], keep_map.get("supervised"), rows=rows)
     else:
         draw_shares(below, {v: s for v in names if (s := _samples(records, f"{study}/{v}/forward_share"))})
     return _save(figure, path)

@@ -122,11 +122,10 @@ TABLES: dict[str, Callable[[Sequence[Record]], str]] = {
         {
             "validation_loss_before": ("loss before, nats", ".3f"),
             "validation_loss_after": ("after", ".3f"),
-            "validation_loss_on_loss_rows_after": ("after, on loss rows", ".3f"),
-            "sparse_validation_loss_after": ("the same, sparse", ".3f"),
             "tokens_per_second": ("tokens/s", ".0f"),
             "peak_memory": ("peak memory, GiB", ".2f"),
-            "forward_share": ("rows run per layer, share", ".2f"),
+            "forward_share": ("rows that run, share", ".2f"),
+            "backward_share": ("rows with gradient, share", ".2f"),
         },
     ),
     "extension": _study_table(
