@@ -16,16 +16,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
+from lemo.cli.presets import PRESETS
 from lemo.core.layout import Layout
 from lemo.core.policy import select
-from lemo.core.score import Random, ScoreInputs
+from lemo.core.score import Random, Recent, ScoreInputs
 from lemo.core.selection import RowSet, Selection
-from lemo.measure.flops import DecoderShape, LayerWork, ideal_gain
+from lemo.measure.flops import DecoderShape, LayerWork, ideal_gain, step_flops
 
 HERE = Path(__file__).parent
 BLOCK = 64
 RUNS, FORWARD, SKIPS, LOSS, INK = "#2563eb", "#a9c6fb", "#e5e7eb", "#d97706", "#1f2937"
-LLAMA_2_7B = DecoderShape(layers=32, width=4096, ffn=11008, heads=32, kv_heads=32, head_dim=128, vocabulary=32000)
+LLAMA_3_8B = DecoderShape(layers=32, width=4096, ffn=14336, heads=32, kv_heads=8, head_dim=128, vocabulary=128256)
 
 
 def small_layout(blocks: int, loss_from: int, loss_to: int) -> Layout:
@@ -37,7 +38,12 @@ def small_layout(blocks: int, loss_from: int, loss_to: int) -> Layout:
 
 def draw_selection(layout: Layout, layer: int, forward_ratio: float, backward_ratio: float) -> Selection:
     """What one layer runs when blocks are drawn at random."""
-    scores_K = Random(seed=3).scores(ScoreInputs(layout, layer=layer))
+    return select_by(Random(seed=3), layout, layer, forward_ratio, backward_ratio)
+
+
+def select_by(scorer: Any, layout: Layout, layer: int, forward_ratio: float, backward_ratio: float) -> Selection:
+    """What one layer runs when a scorer ranks blocks."""
+    scores_K = scorer.scores(ScoreInputs(layout, layer=layer))
     return select(layout, scores_K, forward_ratio=forward_ratio, backward_ratio=backward_ratio)
 
 
@@ -106,25 +112,33 @@ def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], col
 
 
 def draw_budgets(folder: Path = HERE) -> None:
-    """Forward and backward budgets of the same batch, with the work they leave."""
+    """Forward and backward budgets of the same batch, with the work they leave: presets, dense, and predictors."""
     blocks, layers = 24, 8
     layout = small_layout(blocks, 18, 21)
     loss = layout.supervised_K.nonzero().squeeze(-1).tolist()
     figure = new_figure(9, 4.4)
-    titles = {(1.0, 1.0): "dense", (0.5, 0.5): "rows skip", (1.0, 0.5): "exact forward", (0.5, 0.25): "both"}
-    for place, ((forward, backward), title) in enumerate(titles.items()):
+    panels: list[tuple[str, tuple[float, float], LayerWork, int, Any]] = []
+    panels.append(("dense, layers recomputed", (1.0, 1.0), LayerWork(recompute="layer"), 0, Recent()))
+    for name in ("balanced", "fast"):
+        preset = PRESETS[name]
+        ratios = preset.forward_ratio, preset.backward_ratio
+        work = LayerWork(*ratios, kv=preset.kv, gradient=preset.gradient, recompute="lin")
+        panels.append((f"{name}, a preset", ratios, work, len(preset.dense_layers), Recent()))
+    panels.append(
+        ("half by a predictor", (0.5, 0.5), LayerWork(0.5, 0.5, kv="all", recompute="lin"), 2, Random(seed=3))
+    )
+    for place, (title, usual, work, ends, scorer) in enumerate(panels):
         axes = figure.add_subplot(2, 2, place + 1)
         for layer in range(layers):
-            ratios = (1.0, 1.0) if layer in (0, layers - 1) else (forward, backward)
-            selection = draw_selection(layout, layer, *ratios)
+            ratios = (1.0, 1.0) if ends and layer in (0, layers - 1) else usual
+            selection = select_by(scorer, layout, layer, *ratios)
             runs, passes = chosen_blocks(layout, selection.forward), chosen_blocks(layout, selection.backward)
             for k in range(blocks):
                 colour = RUNS if k in passes else FORWARD if k in runs else SKIPS
                 axes.add_patch(Rectangle((k, layer), 0.92, 0.88, facecolor=colour, edgecolor="none"))
         axes.plot([k + 0.46 for k in loss], [-0.45] * len(loss), "v", color=LOSS, markersize=4)
-        work = LayerWork(forward, backward, kv="kept", recompute="layer")
-        gain = ideal_gain(LLAMA_2_7B, 65536, work)
-        axes.set_title(f"{title} ({forward:g}, {backward:g}): {gain:.1f}x", loc="left", fontsize=10, color=INK)
+        gain = full_gain(work, ends, loss_share=1.0 if usual == (1.0, 1.0) else len(loss) / blocks)
+        axes.set_title(f"{title} ({usual[0]:g}, {usual[1]:g}): {gain:.1f}x", loc="left", fontsize=10, color=INK)
         axes.set(xlim=(-0.3, blocks + 0.2), ylim=(layers + 0.1, -1))
         axes.set_ylabel("layer", fontsize=8)
         axes.set_yticks([])
@@ -134,6 +148,13 @@ def draw_budgets(folder: Path = HERE) -> None:
     note = "deep blue: forward and backward · light blue: forward only · grey: skips · ▼ carries loss"
     figure.supxlabel(note, fontsize=9, color=INK)
     save(figure, "budgets", folder)
+
+
+def full_gain(work: LayerWork, dense_layers: int, loss_share: float, tokens: int = 65536) -> float:
+    """Operations of a dense step that recomputes its layers over those of a step with the head on its loss rows."""
+    baseline = step_flops(LLAMA_3_8B, tokens, [LayerWork(recompute="layer")] * LLAMA_3_8B.layers).total
+    ours = baseline / ideal_gain(LLAMA_3_8B, tokens, work, dense_layers=dense_layers)
+    return baseline / (ours - (1 - loss_share) * 4.0 * LLAMA_3_8B.width * LLAMA_3_8B.vocabulary * tokens)
 
 
 def saved_widths() -> dict[str, float]:
@@ -152,7 +173,7 @@ def saved_widths() -> dict[str, float]:
         ("fused, half skips; mlp recomputed", (0.5, 0.5), {"recompute": "mlp"}),
         ("fused, half skips; lin recomputed", (0.5, 0.5), {"recompute": "lin"}),
         ("fused, half skips; layer recomputed", (0.5, 0.5), {"recompute": "layer"}),
-        ("fused, exact forward, quarter backward", (1.0, 0.25), {"recompute": "none"}),
+        ("fused, as by default, 3 of 16 blocks backward", (1.0, 3 / 16), {"recompute": "none"}),
     ):
         held = []
         for layers in (2, 4):  # the difference leaves out embedding, head and loss
@@ -161,7 +182,8 @@ def saved_widths() -> dict[str, float]:
                 held.append(_held(model, ids_BT, labels_BT))
                 continue
             base = model.base_model.model
-            sparse = lemo.Plan.uniform(base, forward_ratio=plan[0], backward_ratio=plan[1], kv="kept")
+            how = {"kv": "all", "gradient": "keys"} if plan[0] == 1 > plan[1] else {"kv": "kept"}
+            sparse = lemo.Plan.uniform(base, forward_ratio=plan[0], backward_ratio=plan[1], **how)
             attached = lemo.attach(model, sparse, engine="fused", unsafe_no_bypass=True, self_test=False, **options)
             with attached:
                 held.append(_held(model, ids_BT, labels_BT))

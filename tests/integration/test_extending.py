@@ -86,7 +86,7 @@ def test_the_family_runs_in_the_fused_engine(written, monkeypatch):
 def test_the_scorer_ranks_blocks():
     names: dict = {"__name__": __name__}  # a dataclass looks its annotations up in its module
     for code in CODE:
-        if "class Recent" in code or "Recent()" in code:
+        if "class Latest" in code or "Latest()" in code:
             exec(compile(code, "extending.md", "exec"), names)
     assert names["kept"] == [0, 6, 7, 8, 9]
 
