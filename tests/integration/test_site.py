@@ -43,7 +43,10 @@ RUN_BY = {
     "results.md": "tests/report/test_tables.py",
 }
 # `shell` blocks: what cannot be run in a test as it stands, with the reason.
-NOT_RUN = {"first-run.md": "installs from a registry; the test builds the wheel without one"}
+NOT_RUN = {
+    "first-run.md": "installs from a registry; the test builds the wheel without one",
+    "cookbook/context-extension.md": "retrieval at real lengths; tests/cli/test_retrieval.py runs it at small ones",
+}
 
 
 @pytest.mark.parametrize("name", REFERENCE)
