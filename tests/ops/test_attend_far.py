@@ -129,7 +129,7 @@ def test_documents_of_two_stripes_draw_nothing():
 
 def test_rows_that_are_not_valid_do_not_count():
     """They lie at the end of their document and their gradient is 0."""
-    tensors, queries, keys, options = operands(Shape(documents=(70,), share=1.0))
+    tensors, _, keys, options = operands(Shape(documents=(70,), share=1.0))
     alive = 41
     rows = torch.arange(70) < alive
     mixed = Segments((0,), (70,), torch.cat([torch.arange(alive), torch.randperm(29) + alive]), rows)
@@ -193,7 +193,7 @@ def varlen_backward(tensors, spans, scaling):
     return made
 
 far_stripes.varlen_backward = varlen_backward
-far_stripes.GATHERED_KEYS = 384
+far_stripes.GATHERED_KEYS = 256
 shapes = {
     "runs": Shape(documents=(700,), heads=2, groups=1, share=0.3, block=50, order="NHD"),
     "packed": Shape(documents=(150, 1, 400), gap=3, share=0.2, heads=1, groups=1),
@@ -208,7 +208,8 @@ for name, shape in shapes.items():
         tensors = [t[:, chosen] if n in (0, 1, 4, 5) else t for n, t in enumerate(tensors)]
     far = plan_far(queries, keys, drawn(keys.lengths, 0.4, stripe=128), keys.lengths, stripe=128)
     single = [t.float() for t in tensors]
-    own_N = torch.cat([queries.position_N[q:q + n] + k for q, n, k in zip(queries.starts, queries.lengths, keys.starts)])
+    sides = zip(queries.starts, queries.lengths, keys.starts)
+    own_N = torch.cat([queries.position_N[q:q + n] + k for q, n, k in sides])
     for what in ("keys", "rows"):
         own = None if what == "keys" else tuple(t[:, own_N] for t in tensors[2:4])
         wanted = attend_backward(*tensors, queries, keys, far=far, own=own, backend="reference", **options)
@@ -219,7 +220,8 @@ for name, shape in shapes.items():
         for backend, actual in found.items():
             for part, got, expected in zip(("dq", "dk", "dv"), actual, wanted, strict=True):
                 assert got.dtype == torch.float32
-                errors[f"{name}, {what}, {backend}: {part}"] = float((got - expected).abs().max() / expected.abs().max())
+                error = (got - expected).abs().max() / expected.abs().max()
+                errors[f"{name}, {what}, {backend}: {part}"] = float(error)
 json.dump({"errors": errors, "used": used}, sys.stdout)
 """
 
@@ -233,6 +235,6 @@ def test_diagonals_and_rectangles_make_the_whole():
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads(done.stdout)
-    assert len(found["used"]) > 6 and max(found["used"]) > 1  # several calls, and several sequences in one
+    assert len(found["used"]) > 5 and max(found["used"]) > 1  # several calls, and several sequences in one
     assert len(found["errors"]) == 18
     assert all(error < 1e-5 for error in found["errors"].values()), found["errors"]

@@ -26,8 +26,9 @@ _CHOICES = {
     "mlp": ("shared", "own"),
     "ratio_of": RATIOS_OF,
 }
-_LATER = {"ratio_of": "all", "context_window": None}  # choices that plans of earlier versions do not state
-_FIELDS = ("block_size", *_CHOICES, "seed", "fingerprint", "context_window")
+# Choices that plans of earlier versions do not state.
+_LATER = {"ratio_of": "all", "context_window": None, "far_share": 1.0}
+_FIELDS = ("block_size", *_CHOICES, "seed", "fingerprint", "context_window", "far_share")
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,8 @@ class Plan:
         ratio_of: what ratios are shares of: `all` blocks, or those of the `context`; supervised ones then come on top.
         context_window: under exact forward, rows that pass no gradient attend to the keys of their chunk of so many
             rows of the document, of the chunk before and of the document's first block; None for all keys.
+        far_share: under exact forward, share of the stripes of far keys that attention's backward reads, drawn anew
+            in every step; below 1 the gradients of a layer's queries, keys and values are estimates without bias.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -98,6 +101,7 @@ class Plan:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     ratio_of: str = "all"
     context_window: int | None = None
+    far_share: float = 1.0
 
     def __post_init__(self) -> None:
         """Raises ConfigError for an unknown choice, or sizes that are no positive integers or do not fit each other."""
@@ -107,6 +111,7 @@ class Plan:
         if isinstance(self.block_size, bool) or not isinstance(self.block_size, int) or self.block_size < 1:
             raise ConfigError(f"block_size must be a positive integer, got {self.block_size!r}")
         check_context_window(self.context_window, self.block_size)
+        check_far_share(self.far_share, self.gradient)
         if self.mlp == "own" and any(x.backward_ratio < x.forward_ratio for x in self.layers):
             raise ConfigError("mlp 'own' needs equal forward and backward ratios: exact forward runs every MLP row")
 
@@ -200,6 +205,14 @@ def check_context_window(window: int | None, block_size: int) -> None:
     """Raises ConfigError unless the window is None or a positive multiple of the block size."""
     if window is not None and (type(window) is not int or window < 1 or window % block_size):
         raise ConfigError(f"context_window must be a positive multiple of block_size ({block_size}), got {window!r}")
+
+
+def check_far_share(share: float, gradient: str) -> None:
+    """Raises ConfigError unless the share lies in (0, 1], and is 1 where no far keys are read."""
+    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
+        raise ConfigError(f"far_share must lie in (0, 1], got {share!r}")
+    if share < 1 and gradient == "pairs":
+        raise ConfigError("far_share is for the gradients `rows` and `keys`: `pairs` reads kept keys only")
 
 
 _PLAIN = ("forward_ratio", "backward_ratio", "threshold", "mlp_ratio")

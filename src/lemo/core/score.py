@@ -278,6 +278,16 @@ def given(value: T | None, name: str, scorer: str) -> T:
     return value
 
 
+def pair_numbers(count: int, *, seed: int, layer: int, step: int, key: int) -> Tensor:
+    """(count, count) int64 numbers >= 0 for the pairs of a document's stripes, on the CPU.
+
+    They depend on what `Random` depends on, a document's key in place of its place in the batch, and on the pair.
+    """
+    state = _mix(_mix(torch.tensor([seed * 1_000_003 + layer * 8191 + step * 131_071])) + key)
+    first = _mix(_mix(state ^ 0x2545F4914F6CDD1D) + torch.arange(count))
+    return _mix(_mix(first)[:, None] + torch.arange(count)) & ((1 << 62) - 1)
+
+
 def _mix(state: Tensor) -> Tensor:
     """A bijective scrambling of int64 values (multiply and xor-shift; products wrap)."""
     state = (state ^ (state >> 31)) * 0x5851F42D4C957F2D

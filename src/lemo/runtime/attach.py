@@ -238,13 +238,14 @@ class Handle:
                 "torch.compile of the whole model leaves its layers uncompiled where rows are selected; compile the "
                 "layers one by one instead (layer.compile())"
             )
+        draws = self.plan.scorer == "random" or self.plan.far_share < 1
         context = BatchContext(
             self.plan,
             layout,
             step=self.sparse_batches,
             in_place=self.in_place,
             maskless=self._wants_no_mask(layout),
-            document_keys_D=document_keys(layout, arguments.get("input_ids")) if self.plan.scorer == "random" else None,
+            document_keys_D=document_keys(layout, arguments.get("input_ids")) if draws else None,
             fused=self.fused_layers(),
             recompute=self._fused.recompute(),
             offload=self._fused.offload(),

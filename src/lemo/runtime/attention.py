@@ -21,6 +21,7 @@ from lemo.ops.attend_local.plan import LocalRows
 from lemo.ops.attend_local.reference import local_mask
 from lemo.ops.attend_rows.reference import Rows
 from lemo.runtime.context import attend_near, put_far
+from lemo.runtime.far import attend_far
 from lemo.runtime.pairs import attend_pairs, attend_with_lse
 from lemo.runtime.rows import ACTIVE, LayerCall, RowRange
 
@@ -163,13 +164,22 @@ def _attend_rows(
     if call.dense is not None:
         return attend_pairs(query_HND, key_GND, value_GND, *call.dense, queries, scaling)
     simple = softcap is None and sinks is None and dropout == 0
+    if call.far is not None and (window is not None or not simple):
+        raise UnsupportedModelError(
+            f"far_share below 1 needs plain causal attention, but {type(module).__name__} has a sliding window, soft "
+            "cap, sinks or dropout"
+        )
     if call.keys is not None and call.keys.constant is not None and simple:
         own, limits = (key_GND, value_GND), {"scaling": scaling, "window": window}
+        if call.far is not None:
+            return attend_far(query_HND, own, call.keys.constant, (queries, call.keys.range), call.far, scaling)
         return attend_rows_constant(query_HND, own, call.keys.constant, queries, call.keys.range, **limits)
     keys = queries
     if call.keys is not None:
         keys = call.keys.range
         key_GND, value_GND = _all_keys(call, key_GND, value_GND)
+    if call.far is not None:
+        return attend_far(query_HND, (key_GND, value_GND), None, (queries, keys), call.far, scaling)
     if record is not None:
         record.key_GND, record.value_GND, record.scaling = key_GND, value_GND, scaling
         if call.context is not None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from lemo.core.layout import Layout
 from lemo.core.selection import RowSet
 from lemo.ops.attend_local.plan import LocalRows
+from lemo.ops.attend_rows.far import FarKeys
 from lemo.ops.attend_rows.reference import Rows
 
 if TYPE_CHECKING:
@@ -136,6 +137,7 @@ class LayerCall:
         dense: attention output (H, N, D) and log-sum-exp (H, N) of the queries from the exact pass, for the `pairs`
             gradient.
         context: the queries that attend locally, in the exact pass; None when all attend to all keys.
+        far: the far keys that backward reads; None for all.
         record: catches keys and values of this call.
         mlp: rows of the MLP when it has its own.
         exact: the pass without gradient that has to come first.
@@ -146,6 +148,7 @@ class LayerCall:
     keys: Keys | None = None
     dense: tuple[Tensor, Tensor] | None = None
     context: ContextRows | None = None
+    far: FarKeys | None = None
     record: Recorder | None = None
     mlp: MlpRows | None = None
     exact: ExactPass | None = None

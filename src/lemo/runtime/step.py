@@ -15,6 +15,7 @@ from lemo.errors import UnsupportedModelError
 from lemo.ops import gather_rows, scatter_rows
 from lemo.runtime.batch import BatchContext
 from lemo.runtime.context import attends_locally, context_rows
+from lemo.runtime.far import far_keys
 from lemo.runtime.fused.engine import make_call
 from lemo.runtime.rows import (
     CALL,
@@ -181,6 +182,8 @@ def _exact(step: _Step, selection: Selection) -> Tensor:
             call = replace(call, context=context)
 
     second = LayerCall(queries=RowRange.of_rows(layout, backward))
+    if not pairs:
+        second = replace(second, far=far_keys(step.context, step.index, second.queries, key_range))
     if gradient == "keys":
         _refuse_reentrant(step.dense_call.__self__)
         among = None if key_range is not call.queries else constant_rows

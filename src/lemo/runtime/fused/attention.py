@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lemo.ops import attend_backward, attend_forward, norm_rows, norm_rows_backward, rope_rows_
+from lemo.ops.attend_rows.far import FarKeys
 from lemo.ops.attend_rows.reference import Rows
 from lemo.runtime.context import attend_near, put_far
 from lemo.runtime.fused.call import FusedCall
@@ -108,12 +109,14 @@ class AttentionBackward:
         queries: documents and positions of the queries.
         keys: those of the keys.
         own: keys and values (G, n, D) of the query rows when all others are constants.
+        far: the far keys that count; None for all.
     """
 
     heads: State
     queries: Rows
     keys: Rows
     own: tuple[Tensor, Tensor] | None = None
+    far: FarKeys | None = None
 
     def run(self, parts: LayerParts, grad_nO: Tensor, output_nO: Tensor, lse_HN: Tensor) -> State:
         """Gradients of `query`, `key`, `value`: (rows, heads, D)."""
@@ -130,6 +133,7 @@ class AttentionBackward:
             scaling=parts.scaling,
             window=parts.window,
             own=self.own,
+            far=self.far,
         )
         return {name: g.transpose(0, 1) for name, g in zip(("query", "key", "value"), grads, strict=True)}
 

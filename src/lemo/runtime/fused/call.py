@@ -8,6 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 from lemo.core.bypass import Bypass
+from lemo.ops.attend_rows.far import FarKeys
 from lemo.ops.attend_rows.reference import Rows
 from lemo.runtime.fused.factors import AdapterFactors
 from lemo.runtime.fused.offload import Convoy
@@ -64,6 +65,7 @@ class FusedCall:
         adapters: factors of the adapters in this forward.
         offload: takes to the host what backward needs only for keys of rows that do not run or pass gradient; None
             leaves it on the device.
+        far: of exact forward, the far keys that attention's backward reads; None for all.
     """
 
     frame_rows: Tensor | None
@@ -82,6 +84,7 @@ class FusedCall:
     in_place: bool
     adapters: AdapterFactors
     offload: Convoy | None = None
+    far: FarKeys | None = None
 
     @property
     def keeps(self) -> str:

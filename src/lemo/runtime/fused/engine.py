@@ -14,6 +14,7 @@ from lemo.ops import plan_rows, writable
 from lemo.ops.attend_rows.reference import Rows
 from lemo.runtime.batch import BatchContext
 from lemo.runtime.context import attends_locally, context_rows
+from lemo.runtime.far import far_keys
 from lemo.runtime.fused.call import ExactRows, FusedCall
 from lemo.runtime.rows import MlpRows, RowRange, all_rows, inverse
 
@@ -57,6 +58,10 @@ def make_call(
         queries = _planned(RowRange.of_rows(layout, ran), keys, x_BTM)
     bypass = None if wanted is not None else plan.layers[index].bypass
     tables = _rope(kwargs, x_BTM)
+    rows = None if exact is None else _exact_rows(context, ran, exact, (places, frame_rows, queries, keys, x_BTM))
+    far = None
+    if selection.forward is not selection.backward and plan.gradient != "pairs":
+        far = far_keys(context, index, queries if rows is None else rows.range, keys)
     return FusedCall(
         frame_rows=frame_rows,
         keys=keys,
@@ -66,7 +71,7 @@ def make_call(
         valid_n=None if ran is None else ran.valid_N,
         skipped_s=None if runs is None or wanted is not None else runs.skipped_S,
         bypass=None if bypass is None else bypass.on(x_BTM.device, x_BTM.dtype),
-        exact=None if exact is None else _exact_rows(context, ran, exact, (places, frame_rows, queries, keys, x_BTM)),
+        exact=rows,
         mlp=mlp,
         cosine_PR=tables[0],
         sine_PR=tables[1],
@@ -74,6 +79,7 @@ def make_call(
         in_place=context.in_place and writable(x_BTM, True),
         adapters=context.adapters,
         offload=context.offload,
+        far=far,
     )
 
 

@@ -41,13 +41,16 @@ def run_fused(stream_BTM: Tensor, parts: LayerParts, call: FusedCall) -> Tensor:
         call: which rows do what.
 
     Raises:
-        UnsupportedModelError: in backward, when it runs a second time: saved activations were used up by the first.
+        UnsupportedModelError: in backward, when it runs a second time: saved activations were used up by the first;
+            a sample of far keys for attention with a window.
 
     *Cost*: saves, per backward row, its input (M numbers) and, at recompute level `lin`, the attention's output; at
     `mlp` also queries, keys, values and the rows between attention and MLP; at `none` also the maps into the MLP. Rows
     that only offer keys leave their inputs too, on the host where `call.offload` is there.
     *Numerics*: the adapters run in the layer's dtype; gradients of the bypass hold 1/rms constant.
     """
+    if call.far is not None and parts.window is not None:
+        raise UnsupportedModelError("far_share below 1 needs plain causal attention, but this layer has a window")
     return _FusedLayer.apply(stream_BTM, parts, call, *parts.tensors)
 
 
@@ -326,13 +329,13 @@ class _Backward:
         grad_output = parts.output.backward(output, {0: update}, self.gradients, rows_N=self.rows)
         assert grad_output is not None
         if call.exact is None:
-            work = AttentionBackward(heads, call.queries, call.keys)
+            work = AttentionBackward(heads, call.queries, call.keys, far=call.far)
         elif call.exact.pairs:
             work = AttentionBackward(heads, call.exact.range, call.exact.range)
         else:
             constants = heads | {"key": self.saved["all_key"], "value": self.saved["all_value"]}
             own = heads["key"], heads["value"]
-            work = AttentionBackward(constants, call.exact.range, call.keys, own)
+            work = AttentionBackward(constants, call.exact.range, call.keys, own, call.far)
         grads = work.run(parts, grad_output, output, lse)
         return unturn_heads(parts, call, grads, before, (self.rows, self.key_rows), self.gradients)
 
