@@ -112,7 +112,7 @@ def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], col
 
 
 def draw_budgets(folder: Path = HERE) -> None:
-    """Forward and backward budgets of the same batch, with the work they leave: presets, dense, and predictors."""
+    """Forward and backward budgets of the same batch, with the work they leave: dense, two presets, half of the rows."""
     blocks, layers = 24, 8
     layout = small_layout(blocks, 18, 21)
     loss = layout.supervised_K.nonzero().squeeze(-1).tolist()
@@ -124,9 +124,7 @@ def draw_budgets(folder: Path = HERE) -> None:
         ratios = preset.forward_ratio, preset.backward_ratio
         work = LayerWork(*ratios, kv=preset.kv, gradient=preset.gradient, recompute="lin")
         panels.append((f"{name}, a preset", ratios, work, len(preset.dense_layers), Recent()))
-    panels.append(
-        ("half by a predictor", (0.5, 0.5), LayerWork(0.5, 0.5, kv="all", recompute="lin"), 2, Random(seed=3))
-    )
+    panels.append(("half of the rows", (0.5, 0.5), LayerWork(0.5, 0.5, kv="all", recompute="lin"), 2, Random(seed=3)))
     for place, (title, usual, work, ends, scorer) in enumerate(panels):
         axes = figure.add_subplot(2, 2, place + 1)
         for layer in range(layers):
