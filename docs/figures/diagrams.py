@@ -112,7 +112,7 @@ def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], col
 
 
 def draw_budgets(folder: Path = HERE) -> None:
-    """Forward and backward budgets of the same batch, with the work they leave: dense, two presets, half of the rows."""
+    """Budgets of the same batch, with the work they leave: dense, two presets, half of the rows."""
     blocks, layers = 24, 8
     layout = small_layout(blocks, 18, 21)
     loss = layout.supervised_K.nonzero().squeeze(-1).tolist()
