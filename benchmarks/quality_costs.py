@@ -35,6 +35,7 @@ def sparse_work(spec: PlanSpec, lora_rank: int, recompute: str = "none", progres
         lora_rank=lora_rank,
         context_window=spec.context_window,
         block_size=spec.block_size,
+        far_share=spec.far_share,
     )
 
 

@@ -22,6 +22,7 @@ class PlanSpec:
         allocate: calibration chooses each layer's ratio at the cost of these.
         ratio_of: `all` rows, or rows of the `context`, to which loss rows are added.
         context_window: rows of a chunk, which with the chunk before is what rows without gradient see; None for all.
+        far_share: share of the far keys that attention's backward reads.
     """
 
     forward_ratio: float = 0.3
@@ -41,6 +42,7 @@ class PlanSpec:
     allocate: bool = False
     ratio_of: str = "all"
     context_window: int | None = None
+    far_share: float = 1.0
 
     @property
     def ratios_follow(self) -> bool:
@@ -125,7 +127,8 @@ class Method:
         for name, default in (("reweight", False), ("refit_every", None), ("span", None)):
             if found[name] == default:
                 del found[name]
-        for name, default in (("threshold", None), ("allocate", False), ("ratio_of", "all"), ("context_window", None)):
+        later = {"threshold": None, "allocate": False, "ratio_of": "all", "context_window": None, "far_share": 1.0}
+        for name, default in later.items():
             if self.plan is not None and found["plan"][name] == default:
                 del found["plan"][name]
         return found
@@ -232,6 +235,14 @@ ABLATIONS = {
         for w in (512, 1024, 2048, 4096)
         for tail, of, share in (("", "", LOSS_SHARE), ("_30", " with 30 % of rows", 0.3))
     },
+    "far_25": exact("the default, a quarter of the far keys in backward", far_share=0.25),
+    "far_25_42": exact(
+        "the default with 42 % of rows, a quarter of the far keys in backward, context rows see the last 2048 to 4096",
+        0.42,
+        far_share=0.25,
+        context_window=2048,
+    ),
+    "far_25_20": exact("the default with 20 % of rows, a quarter of the far keys in backward", 0.2, far_share=0.25),
     # skipping in forward as well
     **{
         f"both_{round(100 * f)}_{kv}": skip(

@@ -27,6 +27,7 @@ OPTIONS = {
     "kv": "kept",
     "gradient": "rows",  # of exact forward: `rows`, `pairs`, `keys`
     "context": "",  # window of rows that pass no gradient, of exact forward; empty for all keys
+    "far": "1.0",  # share of the far keys that backward reads, of exact forward
     "offload": "0",  # 1: what is saved for keys alone waits in host memory
     "dense": "0/-1",  # layers that run densely, joined by /; empty for none
     "scorer": "predictor",
@@ -56,6 +57,7 @@ def prepare(config: Any, setting: Setting, options: dict[str, str]) -> Prepared:
         scorer=options["scorer"],
         seed=setting.seed,
         context_window=int(options["context"]) if options["context"] else None,
+        far_share=float(options["far"]),
     )
     return attached(model, plan, options)
 

@@ -109,6 +109,8 @@ class SparsityConfig:
         dense_layers: layers that never skip; negative numbers count from the end.
         context_window: rows that run forward but pass no gradient attend to their chunk of so many rows of the
             document, the chunk before and the document's first block; a multiple of block_size. None for all rows.
+        far_share: share of the far keys (two stripes of 1,024 rows back or more) that attention's backward reads,
+            drawn anew in every step, weighed so that the gradient's expectation stays; for gradient rows and keys.
     """
 
     enabled: bool = True
@@ -125,6 +127,7 @@ class SparsityConfig:
     scorer: Literal["predictor", "random", "recent"] = "recent"
     dense_layers: tuple[int, ...] = ()
     context_window: int | None = None
+    far_share: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from benchmarks.quality_grids import GRIDS, Cell
 from benchmarks.quality_methods import METHODS
 from benchmarks.quality_study import Protocol, QualityStudy
 from lemo.measure.record import read_records
+from lemo.ops.attend_rows import far
 from lemo.train.data import write_npz
 from tests.train.tiny import byte_tokenizer, save_tiny_model
 
@@ -90,6 +91,9 @@ def test_later_choices_leave_the_hashes_of_earlier_cells():
     assert "context_window" not in METHODS["balanced"].setting()["plan"]
     assert METHODS["window_512"].setting()["plan"]["context_window"] == 512
     assert "context_window" not in METHODS["balanced"].plan.fit and METHODS["window_512_30"].loss_share == 0.3
+    assert "far_share" not in METHODS["balanced"].setting()["plan"]
+    assert METHODS["far_25_42"].setting()["plan"]["far_share"] == 0.25 and METHODS["far_25_42"].loss_share == 0.42
+    assert gain_at_64k(METHODS["far_25"])["llama-3-8b"] > gain_at_64k(METHODS["balanced"])["llama-3-8b"]
     assert gain_at_64k(METHODS["window_512"])["llama-3-8b"] > gain_at_64k(METHODS["balanced"])["llama-3-8b"]
 
 
@@ -129,6 +133,7 @@ def test_a_grid_needs_a_swept_rate(inputs: Path, tmp_path: Path, capsys):
         "oracle_mass",
         "hardest_weighted",
         "window_512",
+        "far_25",
         "refit_10",
         "threshold_+0.5",
         "allocated",
@@ -144,6 +149,8 @@ def test_methods_train_and_leave_no_trace(inputs: Path, tmp_path: Path, monkeypa
     before = model.eval()(ids).logits
     if method == "refit_10":
         monkeypatch.setitem(METHODS, method, replace(METHODS[method], refit_every=1))
+    if method == "far_25":
+        monkeypatch.setattr(far, "FAR_STRIPE", 16)
     if method == "window_512":
         shorter = replace(METHODS[method].plan, context_window=128)
         monkeypatch.setitem(METHODS, method, replace(METHODS[method], plan=shorter))

@@ -17,6 +17,7 @@ from benchmarks.training_cell import Job, make_batches, read_job, run_job
 from benchmarks.training_presets import Comparison, Group, estimate_turn_seconds, presets
 from benchmarks.training_records import make_records, read_cells
 from lemo.measure.record import read_records
+from lemo.ops.attend_rows import far
 from lemo.train.rehearsal import SHAPES, random_model, shape_config
 from tests.train.tiny import tiny_llama
 
@@ -60,7 +61,7 @@ def test_lemo_runs_the_rows_that_were_asked_for(setting, lora, engine):
     assert found["describe"]["backward_share"] == pytest.approx((1 + 0.5 + 1) / 3)
 
 
-def test_exact_forward_has_the_dense_loss_on_runs_of_rows_and_offload_changes_nothing(setting):
+def test_exact_forward_has_the_dense_loss_on_runs_of_rows_and_offload_changes_nothing(setting, monkeypatch):
     """The first loss is the plain model's on the same runs; offload repeats every later one to the bit."""
     rows = "share=0.25,span=32"
     exact = f"lemo:keep=0.3,forward=1.0,gradient=keys,scorer=random,kv=all,dense=,{rows}"
@@ -70,6 +71,10 @@ def test_exact_forward_has_the_dense_loss_on_runs_of_rows_and_offload_changes_no
     assert found["losses"] == offloaded["losses"]
     assert found["describe"]["forward_share"] == 1 and found["describe"]["backward_share"] < 0.5
     assert run(setting, exact + ",offload=yes")["status"] == "unsupported"
+    with monkeypatch.context() as patch:
+        patch.setattr(far, "FAR_STRIPE", 16)
+        sampled = run(setting, exact + ",far=0.25")
+    assert sampled["losses"][0] == found["losses"][0] and sampled["losses"] != found["losses"], sampled.get("reason")
     near = run(setting, exact + ",context=32")
     assert near["status"] == "ok" and near["losses"] != found["losses"], near.get("reason")
 

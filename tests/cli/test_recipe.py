@@ -123,6 +123,12 @@ def test_overrides_win_and_are_typed(tmp_path):
             "rows that skip layers without a bypass ruin the model",
         ),
         ("loss_rows: {share: 0.0}", "loss_rows.share must lie in (0, 1]"),
+        ("sparsity: {far_share: 0}", "far_share must lie in (0, 1], got 0"),
+        ("sparsity: {far_share: 0.5, gradient: pairs}", "`pairs` reads kept keys only"),
+        (
+            "sparsity: {forward_ratio: 0.5, backward_ratio: 0.5, far_share: 0.5}",
+            "sparsity.far_share is of exact forward",
+        ),
         ("sparsity: {context_window: 100}", "context_window must be a positive multiple of block_size (64), got 100"),
         (
             "sparsity: {forward_ratio: 0.5, backward_ratio: 0.5, context_window: 128}",

@@ -20,8 +20,10 @@ from lemo.measure.flops import (
     ideal_gain,
     layer_flops,
     local_pairs,
+    read_in_backward,
     step_flops,
 )
+from lemo.ops.attend_rows.far import far_counts
 
 LLAMA_2_7B = DecoderShape(32, 4096, 11008, 32, 32, 128, 32000)
 LLAMA_3_8B = DecoderShape(32, 4096, 14336, 32, 8, 128, 128256)
@@ -167,3 +169,23 @@ def test_a_context_window_shortens_the_forward_attention_of_context_rows_only():
     assert 0.75 * 0.94 < saved < 0.75
     dense = LayerWork(context_window=K)
     assert layer_flops(LLAMA_3_8B, 64 * K, dense) == layer_flops(LLAMA_3_8B, 64 * K, LayerWork())
+
+
+def test_a_share_of_the_far_keys_shortens_the_backward_attention_only():
+    full = LayerWork(1.0, 0.25, gradient="keys", kv="all")
+    whole, few = (layer_flops(LLAMA_3_8B, 64 * K, replace(full, far_share=share)) for share in (1.0, 0.25))
+    assert (few.forward, few.recompute) == (whole.forward, whole.recompute)
+    saved = (whole.backward - few.backward) / (2.5 * attention_flops(LLAMA_3_8B, 64 * K, 0.25))
+    assert 0.75 * 0.95 < saved < 0.75
+    short = (layer_flops(LLAMA_3_8B, 2 * K, replace(full, far_share=share)) for share in (1.0, 0.25))
+    assert len(set(short)) == 1
+    for other in (LayerWork(), LayerWork(0.5, 0.5, kv="all"), replace(full, gradient="pairs")):
+        assert layer_flops(LLAMA_3_8B, 64 * K, replace(other, far_share=0.25)) == layer_flops(LLAMA_3_8B, 64 * K, other)
+
+
+def test_pairs_that_backward_reads_are_those_that_are_drawn():
+    work = LayerWork(1.0, 0.25, gradient="keys", kv="all", far_share=0.25)
+    read = 0.0
+    for a, drawn in enumerate(far_counts(64, 0.25).tolist()):
+        read += 1024 * (512 + 1024 * (min(a, 1) + drawn))
+    assert read_in_backward(64 * K, work) == pytest.approx(read / ((64 * K) ** 2 / 2), rel=0.02)

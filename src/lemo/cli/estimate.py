@@ -248,7 +248,8 @@ def describe(found: Estimate) -> str:
     if setting.engine == "plain":
         return words
     near = "" if setting.context_window is None else f", the others attend within chunks of {setting.context_window}"
+    far = "" if setting.far_share == 1 else f", backward through {setting.far_share:.0%} of the far keys"
     return (
         f"{words}; {setting.forward_ratio:.2f} of the rows run a layer that skips, {setting.backward_ratio:.2f} pass "
-        f"gradient{near}, kv {setting.kv}; {setting.loss_share:.0%} of the rows carry loss"
+        f"gradient{near}{far}, kv {setting.kv}; {setting.loss_share:.0%} of the rows carry loss"
     )

@@ -93,6 +93,7 @@ class LayerWork:
         context_window: rows that run but pass no gradient see the keys of their chunk of so many rows, of the chunk
             before and of the first block; None for all keys.
         block_size: C.
+        far_share: share of the far keys that attention's backward reads, where backward rows are fewer.
     """
 
     forward_ratio: float = 1.0
@@ -105,6 +106,7 @@ class LayerWork:
     lora_rank: int = 0
     context_window: int | None = None
     block_size: int = 64
+    far_share: float = 1.0
 
     def __post_init__(self) -> None:
         """Raises ConfigError for ratios outside (0, 1], backward above forward, or an unknown recompute level."""
@@ -157,6 +159,16 @@ def forward_attention_flops(shape: DecoderShape, tokens: int, work: LayerWork) -
     return far + 4.0 * shape.heads * shape.head_dim * context
 
 
+def read_in_backward(tokens: int, work: LayerWork) -> float:
+    """Share of the pairs of a backward row and a key that attention's backward reads."""
+    if work.far_share == 1 or work.backward_ratio == work.forward_ratio or work.gradient == "pairs":
+        return 1.0
+    from lemo.ops.attend_rows.far import FAR_STRIPE
+
+    near = local_pairs(tokens, FAR_STRIPE, 0) / (tokens**2 / 2)
+    return near + work.far_share * (1 - near)
+
+
 def layer_flops(shape: DecoderShape, tokens: int, work: LayerWork) -> Flops:
     """One layer on one sequence of `tokens` tokens."""
     forward_rows, backward_rows = work.forward_ratio * tokens, work.backward_ratio * tokens
@@ -177,7 +189,8 @@ def layer_flops(shape: DecoderShape, tokens: int, work: LayerWork) -> Flops:
     skipped = tokens - forward_rows
     bypass = 4.0 * shape.width * work.bypass_rank * skipped
     backward = backward_rows * sum(row_backward.values())
-    backward += ATTENTION_BACKWARD * attention_flops(shape, tokens, work.backward_ratio, backward_keys)
+    read = read_in_backward(tokens, work)
+    backward += ATTENTION_BACKWARD * read * attention_flops(shape, tokens, work.backward_ratio, backward_keys)
     if work.gradient == "keys" and work.backward_ratio < work.forward_ratio:
         offering = tokens if work.kv == "all" else forward_rows
         backward += (offering - backward_rows) * (row_backward["k"] + row_backward["v"])

@@ -13,6 +13,7 @@ from lemo.measure.sizes import ModelSizes
 WIDE = 4  # bytes of the fp32 numbers that norms and softmax keep; 8 for a model in fp64
 INDEX = 8  # bytes of a row's number
 CHUNK, STRIPE = 2048, 4096  # queries and keys of a rectangle, see ops/attend_rows/stripes.py
+GATHERED = 65536  # keys of the rectangles of one call, see ops/attend_rows/far_stripes.py
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class LayerRows:
         keys: exact forward sends gradient into the keys of all rows.
         loss: rows of the last layer where it works on the rows that carry loss alone; None elsewhere.
         bypass: rows that skip take a low-rank update.
+        samples: backward of exact forward reads a sample of the far keys.
     """
 
     stream: int
@@ -56,6 +58,7 @@ class LayerRows:
     keys: bool = False
     loss: int | None = None
     bypass: bool = True
+    samples: bool = False
 
     @property
     def exact(self) -> bool:
@@ -343,7 +346,14 @@ class FusedLayerMemory:
         query = n * sizes.query * e
         work.add(grad_output=query)
         work.touch(2 * n * sizes.adapter.output * e)
-        if rows.offers:
+        if rows.offers and rows.samples:
+            gathered = min(GATHERED, rows.frame)
+            work.add(sums=n * sizes.query * 4, wide=2 * rows.frame * sizes.key * 4)
+            with self.ledger.scope("attention workspace") as vendor:
+                vendor.add(part=query + gathered * sizes.key * (4 * e + 4), space=self._space(n, gathered))
+            work.add(grads=query, delta=n * heads * 4, pair=2 * rows.frame * sizes.key * e)
+            work.drop("sums", "delta", "wide")
+        elif rows.offers:
             work.add(sums=n * sizes.query * 4, pair=2 * rows.frame * sizes.key * e)
             with self.ledger.scope("attention workspace") as vendor:
                 vendor.add(part=query + 2 * min(STRIPE, rows.frame) * sizes.key * e, space=self._space(n, STRIPE))

@@ -63,6 +63,7 @@ class StepSetting:
         forced_share: share of blocks that hold loss; that of the rows when None.
         offload: what the fused engine saves for keys alone waits in host memory.
         context_window: of exact forward, rows of a chunk; None where all rows attend to all keys.
+        far_share: of exact forward, share of the far keys that attention's backward reads.
     """
 
     tokens: int
@@ -84,6 +85,7 @@ class StepSetting:
     forced_share: float | None = None
     offload: bool = False
     context_window: int | None = None
+    far_share: float = 1.0
 
     def __post_init__(self) -> None:
         """Raises ConfigError for what no step can be."""
@@ -140,6 +142,7 @@ def layer_rows(sizes: ModelSizes, setting: StepSetting) -> list[LayerRows]:
             pairs=setting.gradient == "pairs",
             keys=setting.gradient == "keys",
             bypass=setting.bypass_rank > 0,
+            samples=setting.far_share < 1 and passes < runs,
         )
         many = min(setting.dense_layers, layers)
         first, last = many - many // 2, many // 2

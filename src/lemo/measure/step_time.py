@@ -12,6 +12,7 @@ from lemo.measure.flops import (
     forward_attention_flops,
     head_flops,
     layer_flops,
+    read_in_backward,
 )
 from lemo.measure.fused_memory import LayerRows
 from lemo.measure.sizes import ModelSizes
@@ -75,13 +76,14 @@ def _layer(sizes: ModelSizes, setting: StepSetting, rows: LayerRows, card: Card)
         bypass_rank=setting.bypass_rank if rows.bypass and rows.loss is None else 0,
         context_window=setting.context_window,
         block_size=setting.block_size,
+        far_share=setting.far_share,
     )
     flops = layer_flops(shape, tokens, work)
     key_share = 1.0 if rows.split else rows.queries / stream
     back = work.backward_ratio
     own = back if rows.exact and rows.pairs else key_share
     forward = forward_attention_flops(shape, tokens, work)
-    backward = ATTENTION_BACKWARD * attention_flops(shape, tokens, back, own)
+    backward = ATTENTION_BACKWARD * read_in_backward(tokens, work) * attention_flops(shape, tokens, back, own)
     again = attention_flops(shape, tokens, back, key_share) if setting.recompute == "layer" else 0.0
     linear = flops.total - forward - backward - again
     if sizes.experts is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lemo.config import RunConfig
-from lemo.core.plan import check_context_window
+from lemo.core.plan import check_context_window, check_far_share
 from lemo.errors import ConfigError
 
 
@@ -94,6 +94,12 @@ def _check_sparsity(run: RunConfig) -> None:
         raise ConfigError(
             "sparsity.context_window is for rows that run forward only, but sparsity.backward_ratio equals "
             "sparsity.forward_ratio: it would have no effect"
+        )
+    check_far_share(sparsity.far_share, sparsity.gradient)
+    if sparsity.far_share < 1 and sparsity.backward_ratio == sparsity.forward_ratio:
+        raise ConfigError(
+            "sparsity.far_share is of exact forward, but sparsity.backward_ratio equals sparsity.forward_ratio: it "
+            "would have no effect"
         )
     calibrates = sparsity.enabled and sparsity.plan is None and sparsity.forward_ratio < 1
     if calibrates and run.calibration.bypass_rank == 0:

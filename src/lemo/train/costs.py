@@ -31,6 +31,7 @@ def layer_cost(model: Any, plan: Plan, tokens: int, lora_rank: int = 0) -> Calla
             lora_rank=lora_rank,
             context_window=plan.context_window,
             block_size=plan.block_size,
+            far_share=plan.far_share,
         )
         return layer_flops(shape, tokens, work).total
 

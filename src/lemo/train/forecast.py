@@ -145,6 +145,7 @@ def _ratios(run: RunConfig, layers: int) -> dict[str, Any]:
             "predictor": sparsity.scorer == "predictor",
             "bypass_rank": run.calibration.bypass_rank if sparsity.forward_ratio < 1 else 0,
             "context_window": sparsity.context_window,
+            "far_share": sparsity.far_share,
         }
     plan = Plan.load(sparsity.plan)
     skipping = [layer for layer in plan.layers if not layer.is_dense]
@@ -159,6 +160,7 @@ def _ratios(run: RunConfig, layers: int) -> dict[str, Any]:
         "predictor": plan.scorer == "predictor",
         "bypass_rank": max(ranks, default=0),
         "context_window": plan.context_window,
+        "far_share": plan.far_share,
     }
 
 
@@ -285,6 +287,7 @@ def probe_step(run: RunConfig, found: Forecast, *, layers: int | None = None) ->
             block_size=setting.block_size,
             bypass_rank=setting.bypass_rank,
             context_window=setting.context_window,
+            far_share=setting.far_share,
         )
         model = add_adapter(model, run.lora)
         if setting.engine != "fused" and setting.recompute == "layer":

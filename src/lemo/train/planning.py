@@ -45,6 +45,7 @@ def skeleton_plan(model: Any, run: RunConfig) -> Plan:
         mlp=sparsity.mlp,
         ratio_of=sparsity.ratio_of,
         context_window=sparsity.context_window,
+        far_share=sparsity.far_share,
         seed=run.training.seed,
     )
     if len(always_dense) == len(plan.layers):
