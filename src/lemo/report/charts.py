@@ -128,6 +128,8 @@ def legend(names: Sequence[str]) -> str:
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Round numbers from at most `low` to at least `high`."""
+    if max(abs(low), abs(high)) < 1e-300:  # a step between denormals would be zero
+        low = high = 0.0
     span = high - low
     if span <= 1e-9 * max(abs(low), abs(high)):
         span = abs(high) or 1.0
