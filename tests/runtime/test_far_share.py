@@ -63,8 +63,7 @@ def test_a_document_of_two_stripes_is_untouched(engine, gradient, monkeypatch):
         assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
-@pytest.mark.parametrize("forward", [1.0, 0.75])
-@pytest.mark.parametrize("kv", ["kept", "all"])
+@pytest.mark.parametrize(("forward", "kv"), [(1.0, "all"), (0.75, "all"), (0.75, "kept")])
 @pytest.mark.parametrize("gradient", ["rows", "keys"])
 @pytest.mark.parametrize("family", FUSED)
 def test_fused_is_generic(family, gradient, kv, forward, monkeypatch):
@@ -126,10 +125,10 @@ def test_rows_that_a_threshold_drops_have_no_effect(gradient, kv, monkeypatch):
 @pytest.mark.parametrize("gradient", ["rows", "keys"])
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_mean_over_steps_is_the_exact_gradient(engine, gradient, monkeypatch):
-    """One layer: every gradient is linear in that of attention. Within six standard errors, tensor by tensor."""
+    """Through layers too: backward is linear, and layers draw independently. Within three standard errors a tensor."""
     in_double(monkeypatch)
-    model = tiny_model(dtype=torch.float64, num_hidden_layers=1)
-    plan, inputs, steps = sampled(model, gradient=gradient, scorer="recent"), batch(64, supervised_from=56), 200
+    model = tiny_model(dtype=torch.float64, num_hidden_layers=2)
+    plan, inputs, steps = sampled(model, gradient=gradient, scorer="recent"), batch(64, supervised_from=56), 100
     _, exact, _ = run(model, replace(plan, far_share=1.0), inputs, engine)
     found = []
     with attach(model, plan, engine=engine, self_test=False, unsafe_no_bypass=True):
