@@ -191,8 +191,9 @@ class _Session:
             return plan
         forward = sum(layer.forward_ratio for layer in sparse) / len(sparse)
         backward = sum(layer.backward_ratio for layer in sparse) / len(sparse)
+        does = "skip rows" if forward < 1 else f"run every row forward, gradient {plan.gradient}"
         self._say(
-            f"plan: {len(sparse)} of {len(plan.layers)} layers skip rows; forward {forward:.2f}, "
+            f"plan: {len(sparse)} of {len(plan.layers)} layers {does}; forward {forward:.2f}, "
             f"backward {backward:.2f}, blocks of {plan.block_size}, {plan.scorer} / {plan.policy}, kv {plan.kv}"
         )
         if plan.block_size != self.run.sparsity.block_size and self.run.loss_rows.share < 1:
