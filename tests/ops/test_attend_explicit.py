@@ -124,3 +124,5 @@ def test_what_does_not_fit_is_refused():
         attend_backward(output, *tensors, output, lse[:-1], queries, keys, **options)
     with pytest.raises(BackendError, match="attend_rows"):
         attend_forward(*tensors, queries, keys, **options, backend="triton")
+    with pytest.raises(BackendError, match="CUDA"):
+        attend_forward(*tensors, queries, keys, **options, backend="vendor")

@@ -158,6 +158,8 @@ def test_what_does_not_fit_is_refused():
         plan_far(queries, keys, tables, keys.lengths, stripe=STRIPE + 1)
     with pytest.raises(ValueError, match="documents"):
         plan_far(queries, keys, tables * 2, keys.lengths, stripe=STRIPE)
+    with pytest.raises(BackendError, match="CUDA"):
+        attend_backward(*tensors, queries, keys, far=far, backend="vendor", **options)
     with pytest.raises(BackendError, match="whole tiles"):
         attend_backward(*tensors, queries, keys, far=far, backend="triton", **options)
     kept = FarKeys(far.drawn, 128)  # some rows of a document are no keys

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lemo.errors import BackendError
 from lemo.ops.attend_rows import far_stripes, stripes, tiling, vendor
 from lemo.ops.attend_rows.checks import Options, check, why_not_triton
 from lemo.ops.attend_rows.far import FarKeys

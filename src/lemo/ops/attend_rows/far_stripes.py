@@ -144,7 +144,9 @@ def backward(
             target.transpose(0, 1).index_add_(0, index, found.transpose(0, 1).float())
     work = _diagonals(queries, keys, cut)
     d_query, delta = kernel.backward_query(grad, query, key, value, (output, lse), work, scaling, None, start=sums[0])
-    pair = kernel.backward_key(grad, query, key, value, (lse, delta), work, scaling, None, True, start=sums[1:])
+    pair = kernel.backward_key(
+        grad, query, key, value, (lse, delta), work, scaling, None, True, start=(sums[1], sums[2])
+    )
     return d_query, pair[0].to(key.dtype), pair[1].to(value.dtype)
 
 
