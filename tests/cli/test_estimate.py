@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 from typer.testing import CliRunner
 
+from lemo.cli.estimate import describe
 from lemo.cli.main import app
 from lemo.errors import ConfigError
 from lemo.measure.card import CARDS, find_card
@@ -89,6 +90,14 @@ def test_a_step_without_skipping_gains_nothing(sizes):
     assert gain(sizes, dense, CARDS["h100"]) == 1.0
     assert gain(sizes, StepSetting(8192, loss_share=1.0), CARDS["h100"]) == 1.0
     assert gain(sizes, StepSetting(131072, loss_share=0.2, backward_ratio=0.3, forward_ratio=0.3), CARDS["h100"]) > 2
+
+
+def test_a_sample_of_far_keys_takes_time_from_attention_alone(sizes):
+    exact = StepSetting(65536, loss_share=0.12, forward_ratio=1.0, backward_ratio=0.12, kv="all", gradient="keys")
+    whole, few = (make_estimate(sizes, replace(exact, far_share=x), CARDS["h100"]) for x in (1.0, 0.25))
+    assert few.time.attention_s < 0.9 * whole.time.attention_s
+    assert few.time.products_s == pytest.approx(whole.time.products_s)
+    assert "25% of the far keys" in describe(few) and "far keys" not in describe(whole)
 
 
 def test_shares_of_a_window():
