@@ -215,7 +215,7 @@ def estimate_step_seconds(setting: Setting, method: str) -> float:
     window = int(options["context"]) if options.get("context") else None
     work = LayerWork(forward, keep, recompute=level, context_window=window, **choices)
     dense = LayerWork(recompute=level)
-    ends = min(2, shape.layers)
+    ends = 0 if options.get("dense") == "" else min(2, shape.layers)
     flops = step_flops(shape, setting.tokens, [dense] * ends + [work] * (shape.layers - ends))
     return LAUNCH_S + flops.total / SPEED.get(name, SPEED_ELSE)
 
