@@ -14,9 +14,8 @@ from lemo.calibrate.report import recall
 from lemo.calibrate.streams import open_stream
 from lemo.config import CalibrationConfig
 from lemo.core.bypass import BypassFit
-from lemo.core.layout import Layout
 from lemo.core.plan import Plan
-from lemo.core.score import Random, Recent, ScoreInputs
+from lemo.core.score import ScoreInputs, scorer_named
 from lemo.runtime.batch import document_keys
 from lemo.runtime.stream import LayerStream
 
@@ -117,12 +116,9 @@ def _streams(model: nn.Module, plan: Plan, windows: Sequence[Window]) -> Iterato
 
 def _scores(plan: Plan, index: int, x_NM: Tensor, stream: LayerStream) -> Tensor:
     """What ranks blocks under the plan; a draw of its own for `random`."""
-    layout: Layout = stream.layout
-    predictor = plan.layers[index].predictor
-    if plan.scorer == "predictor" and predictor is not None:
-        return predictor.scores(x_NM, layout)
-    if plan.scorer == "recent":
-        return Recent().scores(ScoreInputs(layout))
-    keys = document_keys(layout, stream.input_ids_BT)
-    scores_K = Random(plan.seed).scores(ScoreInputs(layout, layer=index, document_keys_D=keys))
+    layout, predictor = stream.layout, plan.layers[index].predictor
+    name = "random" if plan.scorer == "predictor" and predictor is None else plan.scorer
+    keys = document_keys(layout, stream.input_ids_BT) if name == "random" else None
+    inputs = ScoreInputs(layout, x_NM=x_NM, layer=index, document_keys_D=keys)
+    scores_K = scorer_named(name, predictor=predictor, seed=plan.seed).scores(inputs)
     return scores_K.to(x_NM.device, torch.float32)

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lemo.errors import UnsupportedModelError
-from lemo.ops import attend_rows, attend_rows_constant
+from lemo.ops import attend_forward, attend_rows, attend_rows_constant
 from lemo.ops.attend_local.plan import LocalRows
 from lemo.ops.attend_local.reference import local_mask
 from lemo.ops.attend_rows.reference import Rows
 from lemo.runtime.context import attend_near, put_far
 from lemo.runtime.far import attend_far
-from lemo.runtime.pairs import attend_pairs, attend_with_lse
+from lemo.runtime.pairs import attend_pairs
 from lemo.runtime.rows import ACTIVE, LayerCall, RowRange
 
 NAME = "lemo"
@@ -186,7 +186,7 @@ def _attend_rows(
             options = (scaling, dropout, window, softcap, sinks)
             return _attend_locally(call, query_HND, (key_GND, value_GND), keys, options)
         if record.want_lse:
-            output_HND, lse_HN = attend_with_lse(query_HND, key_GND, value_GND, queries, keys, scaling)
+            output_HND, lse_HN = attend_forward(query_HND, key_GND, value_GND, queries, keys, scaling=scaling)
             record.output_HND, record.lse_HN = output_HND, lse_HN
             return output_HND
     if keys is queries and plain:
@@ -210,7 +210,7 @@ def _attend_locally(
     near_HND, lse_HN = attend_near(query_HND, pair, context, scaling, window)
     if not record.want_lse:
         return put_far(context, near_HND, attend_rows(passing, *pair, queries, keys, scaling=scaling, window=window))
-    far_HnD, far_Hn = attend_with_lse(passing, *pair, queries, keys, scaling)
+    far_HnD, far_Hn = attend_forward(passing, *pair, queries, keys, scaling=scaling)
     record.lse_HN = lse_HN.index_copy(1, context.places_n, far_Hn)
     record.output_HND = put_far(context, near_HND, far_HnD)
     return record.output_HND

@@ -12,7 +12,7 @@ from torch import Tensor
 from lemo.core.layout import Layout
 from lemo.core.plan import LayerPlan, Plan
 from lemo.core.policy import select
-from lemo.core.score import Random, Recent, ScoreInputs
+from lemo.core.score import Random, ScoreInputs, scorer_named
 from lemo.core.selection import RowSet, Selection
 from lemo.runtime.fused.call import Recompute
 from lemo.runtime.fused.factors import AdapterFactors
@@ -88,7 +88,7 @@ class BatchContext:
             return None
         with torch.no_grad():
             if layer.mlp_predictor is None or self.plan.scorer != "predictor":
-                scores_K = self._random(index, self.plan.seed + 1)
+                scores_K = Random(self.plan.seed + 1).scores(self._score_inputs(index, x_NM))
             else:
                 scores_K = layer.mlp_predictor.scores(x_NM, self.layout)
             kept_K = torch.zeros(len(scores_K), dtype=torch.bool, device=scores_K.device)
@@ -101,15 +101,12 @@ class BatchContext:
         return chosen.forward
 
     def _scores(self, index: int, layer: LayerPlan, x_NM: Tensor) -> Tensor:
-        if self.plan.scorer == "random":
-            return self._random(index, self.plan.seed)
-        if self.plan.scorer == "recent":
-            return Recent().scores(ScoreInputs(self.layout))
-        return layer.predictor.scores(x_NM, self.layout)
+        scorer = scorer_named(self.plan.scorer, predictor=layer.predictor, seed=self.plan.seed)
+        return scorer.scores(self._score_inputs(index, x_NM))
 
-    def _random(self, index: int, seed: int) -> Tensor:
-        inputs = ScoreInputs(self.layout, layer=index, step=self.step, document_keys_D=self.document_keys_D)
-        return Random(seed).scores(inputs)
+    def _score_inputs(self, index: int, x_NM: Tensor) -> ScoreInputs:
+        keys_D = self.document_keys_D
+        return ScoreInputs(self.layout, x_NM=x_NM, layer=index, step=self.step, document_keys_D=keys_D)
 
 
 def document_keys(layout: Layout, input_ids_BT: Tensor | None) -> Tensor | None:

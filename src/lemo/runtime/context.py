@@ -21,8 +21,8 @@ def attends_locally(plan: Plan, layout: Layout) -> bool:
 
 def context_rows(
     plan: Plan, layout: Layout, sides: tuple[Rows, Rows], passes: tuple[RowSet, Rows, Tensor], whole: bool
-) -> ContextRows | None:
-    """The rows of one exact pass that attend locally; None where that takes no key from any.
+) -> ContextRows:
+    """The rows of one exact pass that attend locally, where `attends_locally`.
 
     Args:
         plan: its window and block size.
@@ -32,8 +32,7 @@ def context_rows(
         whole: all rows of the batch run, and offer keys in the same order.
     """
     window = plan.context_window
-    if window is None or not attends_locally(plan, layout):
-        return None
+    assert window is not None
 
     def make() -> LocalRows:
         return plan_local(*sides, chunk=window, sink=plan.block_size, whole=whole)

@@ -17,6 +17,7 @@ from lemo.runtime.batch import RunDense, read_layout
 
 IGNORE = -100
 PLACEMENTS = ("random", "spread", "tail", "hardest")
+IN_RUNS = ("random", "spread")  # placements that a span applies to
 LEAST_SIZE = 0.25  # of the mean block loss: bounds the weight of easy blocks that are drawn by their loss
 WEIGHTS = "loss_weights"
 
@@ -89,7 +90,7 @@ class LossRows:
             raise ConfigError("placement 'tail' cannot be reweighted: it never draws the blocks before")
         if span is not None and (isinstance(span, bool) or not isinstance(span, int) or span < 1 or span % block_size):
             raise ConfigError(f"span of loss rows must be a multiple of the block size {block_size}, got {span!r}")
-        if span is not None and placement not in ("random", "spread"):
+        if span is not None and placement not in IN_RUNS:
             raise ConfigError(f"span of loss rows goes with placement random or spread, not with {placement!r}")
         self.collator = collator
         self.span_blocks = 1 if span is None else span // block_size

@@ -15,6 +15,7 @@ from lemo.runtime.model import causal_model, decoder_layers, dense_only, why_den
 from lemo.train.block_losses import BlockLosses
 from lemo.train.costs import layer_cost
 from lemo.train.data import LossRows, WindowCollator, WindowDataset, load_windows
+from lemo.train.loss_rows import IN_RUNS
 
 
 def dense_plan(model: Any, block_size: int = 64) -> Plan:
@@ -156,7 +157,7 @@ def training_collator(run: RunConfig, tokenizer: Any, model: Any = None) -> Any:
         rows.placement,
         seed=run.training.seed,
         block_size=run.sparsity.block_size,
-        span=rows.span if rows.placement in ("random", "spread") else None,
+        span=rows.span if rows.placement in IN_RUNS else None,
         reweight=rows.reweight,
         block_losses=losses,
     )

@@ -46,7 +46,7 @@ def make_call(
         # Behind this layer nobody reads the other rows. With gradient into all keys that is all there is to it; where
         # keys of rows that pass no gradient are constants, rows that do pass some have to be told apart: they run.
         wanted = loss_rows(layout) if exact is None or plan.gradient == "keys" else exact
-        exact = None if wanted is not exact else exact
+        exact = exact if wanted is exact else None
     whole = runs is None or (plan.kv == "all" and len(runs.skipped_S) > 0)
     frame_rows = None if whole else runs.rows_N
     keys = RowRange.of_batch(layout) if whole else RowRange.of_rows(layout, runs)
