@@ -291,7 +291,6 @@ class QualityStudy:
             scorer=spec.fitted_scorer,  # type: ignore[arg-type]
             bypass_rank=spec.bypass_rank,
             bypass_target=spec.bypass_target,  # type: ignore[arg-type]
-            compare_dense_fit=False,
             allocate="budget" if spec.allocate else "none",
             memory_limit_gib=16.0,
         )

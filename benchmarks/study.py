@@ -144,7 +144,6 @@ class Study:
             tune_windows=options.tune_windows,
             predictor_steps=options.predictor_steps,
             bypass_target=options.bypass_target,
-            compare_dense_fit=False,
         )
         return lemo.calibrate(
             model, batches[:split], config, plan=skeleton, held_out=batches[split:], output_dir=folder

@@ -18,6 +18,7 @@ from benchmarks.quality_grids import _RANKED as RANKED
 from benchmarks.quality_grids import GRIDS, Cell
 from benchmarks.quality_methods import METHODS
 from benchmarks.quality_study import Protocol, QualityStudy
+from lemo.cli.presets import PRESETS
 from lemo.measure.record import read_records
 from lemo.ops.attend_rows import far
 from lemo.train.data import write_npz
@@ -202,6 +203,16 @@ def test_training_never_reads_calibration_windows_and_mixes_domains_equally(inpu
     }
     for (batch,) in study.training_batches(METHODS["dense_4k"], 0, 6):
         assert not any(row.numpy().tobytes() in whole for row in batch["input_ids"] for whole in kept)
+
+
+def test_presets_are_those_of_the_command_line():
+    for name, preset in PRESETS.items():
+        method = METHODS[name]
+        spec = method.plan
+        assert (method.loss_share, method.span, method.placement) == (preset.loss_share, preset.span, "random")
+        names = ["forward_ratio", "backward_ratio", "dense_layers"]
+        names += ["gradient"] if preset.exact else ["kv", "bypass_rank"]
+        assert [getattr(spec, n) for n in names] == [getattr(preset, n) for n in names]
 
 
 def test_equal_flops_and_gains():

@@ -27,7 +27,6 @@ CONFIG = CalibrationConfig(
     predictor_rank=2,
     predictor_steps=4,
     bypass_rank=4,
-    compare_dense_fit=False,
     allocate="budget",
 )
 

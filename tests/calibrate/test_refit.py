@@ -25,7 +25,6 @@ CONFIG = CalibrationConfig(
     predictor_rank=3,
     predictor_steps=12,
     bypass_rank=4,
-    compare_dense_fit=False,
 )
 
 

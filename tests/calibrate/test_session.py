@@ -180,7 +180,7 @@ def test_a_layer_is_fitted_on_the_sparse_stream_of_the_layers_before(model, aim)
 
 @pytest.mark.parametrize("target", sorted(set(TARGETS) - {"attention_mass"}))
 def test_every_target_can_be_learnt_and_is_what_recall_is_measured_against(model, plain, target, tmp_path):
-    config = dataclasses.replace(CONFIG, target=target, compare_dense_fit=False)
+    config = dataclasses.replace(CONFIG, target=target)
     plan = _run(model, config, output_dir=tmp_path)
     assert plan.provenance["config"]["target"] == target
     assert all(layer.predictor is not None for layer in plan.layers[1:])
@@ -215,14 +215,14 @@ def test_exact_forward_needs_no_bypass(model):
 
 
 def test_pruning_keeps_within_the_goal(model, plain):
-    plan = _run(model, dataclasses.replace(CONFIG, prune_to=0.65, compare_dense_fit=False))
+    plan = _run(model, dataclasses.replace(CONFIG, prune_to=0.65))
     for layer, full in zip(plan.layers[1:], plain.layers[1:], strict=True):
         assert layer.predictor.parameter_count() <= 0.65 * full.predictor.parameter_count()
 
 
 @pytest.mark.parametrize("policy", ["threshold", "topk"])
 def test_tuning_keeps_the_mean_ratio(model, policy, tmp_path):
-    config = dataclasses.replace(CONFIG, tune_steps=1, compare_dense_fit=False)
+    config = dataclasses.replace(CONFIG, tune_steps=1)
     plan = _run(model, config, skeleton=_skeleton(model, policy=policy), output_dir=tmp_path)
     tuning = json.loads((tmp_path / "tune.json").read_text())
     assert plan.policy == policy and all(layer.threshold is not None for layer in plan.layers[1:])

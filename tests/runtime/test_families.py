@@ -120,7 +120,7 @@ def test_a_hybrid_is_calibrated_in_its_attention_layers():
     supervised = torch.arange(96)[None] > 80
     batches = [{"input_ids": batch(96, seed=i)["input_ids"], "supervised": supervised} for i in range(3)]
     nets = {"predictor_steps": 5, "predictor_width": 8, "predictor_rank": 4, "bypass_rank": 4}
-    settings = CalibrationConfig(windows=2, tune_windows=1, compare_dense_fit=False, **nets)
+    settings = CalibrationConfig(windows=2, tune_windows=1, **nets)
     plan = calibrate(model, batches, settings, plan=skeleton, progress=False)
     fitted = [layer.bypass is not None and layer.predictor is not None for layer in plan.layers]
     assert fitted == [False, True, False, True]

@@ -25,9 +25,7 @@ from lemo.train.trainer import LemoTrainer
 from tests.train.test_trainer import arguments, dataset
 from tests.train.tiny import save_tiny_model, tiny_llama, words
 
-CONFIG = CalibrationConfig(
-    pooled_features=4, predictor_width=4, predictor_rank=2, predictor_steps=4, bypass_rank=4, compare_dense_fit=False
-)
+CONFIG = CalibrationConfig(pooled_features=4, predictor_width=4, predictor_rank=2, predictor_steps=4, bypass_rank=4)
 COLLATOR = LossRows(WindowCollator(), 0.25, block_size=8)
 
 

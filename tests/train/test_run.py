@@ -258,7 +258,6 @@ def test_skipping_run_calibrates_and_evaluates_sparsely(base, tmp_path, quiet):
         predictor_rank=4,
         predictor_steps=5,
         bypass_rank=4,
-        compare_dense_fit=False,
     )
     result = train(dataclasses.replace(run, calibration=calibration), evaluate_loss, console=quiet)
     names = ("dense", "dense, loss rows", "sparse, loss rows")
