@@ -98,6 +98,8 @@ class Method:
         reweight: loss rows are weighed so that they estimate the loss of all rows without bias.
         refit_every: steps between fits of the bypass to the weights as they are.
         span: rows of a run of drawn blocks of loss rows; None draws single blocks.
+        rising_share: share of loss rows in the first and in the last step, on a line between them; `loss_share` is
+            its mean.
     """
 
     about: str
@@ -113,18 +115,25 @@ class Method:
     reweight: bool = False
     refit_every: int | None = None
     span: int | None = None
+    rising_share: tuple[float, float] | None = None
 
     @property
     def loss_block_size(self) -> int:
         """Rows of a drawn block."""
         return self.plan.block_size if self.plan is not None else 64
 
+    def set_share(self, collator: Any, progress: float) -> None:
+        """Share of loss rows at a progress of 0 to 1, where it moves."""
+        if self.rising_share is not None:
+            first, last = self.rising_share
+            collator.share = first + (last - first) * progress
+
     def setting(self) -> dict[str, Any]:
         """Everything that decides what the method does, for the hash of a cell."""
         found = asdict(self)
         del found["about"]
         # Choices that came later: a cell that does not make them keeps its hash.
-        for name, default in (("reweight", False), ("refit_every", None), ("span", None)):
+        for name, default in (("reweight", False), ("refit_every", None), ("span", None), ("rising_share", None)):
             if found[name] == default:
                 del found[name]
         later = {"threshold": None, "allocate": False, "ratio_of": "all", "context_window": None, "far_share": 1.0}
@@ -178,6 +187,7 @@ NULLS = {
     "dense_rows": Method("dense LoRA, loss on the default's rows", loss_share=LOSS_SHARE, span=SPAN),
     "dense_rows_22": Method("dense LoRA, loss on 22 % of rows, in runs", loss_share=0.22, span=SPAN),
     "dense_rows_30": Method("dense LoRA, loss on 30 % of rows, in runs", loss_share=0.3, span=SPAN),
+    "dense_rows_42": Method("dense LoRA, loss on 42 % of rows, in runs", loss_share=0.42, span=SPAN),
     "dense_rows_10": Method("dense LoRA, loss on 10 % of rows, in runs", loss_share=0.1, span=SPAN),
     "dense_4k": Method("dense LoRA on 4K windows, FLOPs of the default", pieces=4, flops_of="balanced"),
     "dense_8k": Method("dense LoRA on 8K windows, FLOPs of the default", pieces=2, flops_of="balanced"),
@@ -235,14 +245,39 @@ ABLATIONS = {
         for w in (512, 1024, 2048, 4096)
         for tail, of, share in (("", "", LOSS_SHARE), ("_30", " with 30 % of rows", 0.3))
     },
-    "far_25": exact("the default, a quarter of the far keys in backward", far_share=0.25),
-    "far_25_42": exact(
-        "the default with 42 % of rows, a quarter of the far keys in backward, context rows see the last 2048 to 4096",
-        0.42,
-        far_share=0.25,
-        context_window=2048,
+    **{
+        f"far_{round(100 * far)}_rows_{round(100 * s)}" + (f"_window_{w}" if w else ""): exact(
+            f"the default with {s:.0%} of rows, {far:.1%} of the far keys in backward"
+            + (f", context rows see the last {w} to {2 * w} rows" if w else ""),
+            s,
+            far_share=far,
+            context_window=w,
+        )
+        for far, s, w in (
+            (0.25, 0.12, None),
+            (0.25, 0.2, None),
+            (0.25, 0.3, None),
+            (0.125, 0.3, None),
+            (0.25, 0.12, 1024),
+            (0.25, 0.25, 2048),
+            (0.25, 0.3, 2048),
+            (0.25, 0.42, 2048),
+            (0.125, 0.42, 2048),
+            (0.125, 0.5, 2048),
+        )
+    },
+    "rows_far_12_30": exact(
+        "30 % of rows, keys of other rows constant, an eighth of the far keys", 0.3, far_share=0.125, gradient="rows"
     ),
-    "far_25_20": exact("the default with 20 % of rows, a quarter of the far keys in backward", 0.2, far_share=0.25),
+    "pairs_30_span_4096": exact(
+        "exact forward, pairs through 30 % of rows, in runs of 4096", 0.3, 4096, gradient="pairs"
+    ),
+    "rising": replace(
+        exact("the default, share of loss rows rising from 4 % to 20 %", backward_ratio=0.04), rising_share=(0.04, 0.2)
+    ),
+    "falling": replace(
+        exact("the default, share of loss rows falling from 20 % to 4 %", backward_ratio=0.04), rising_share=(0.2, 0.04)
+    ),
     # skipping in forward as well
     **{
         f"both_{round(100 * f)}_{kv}": skip(

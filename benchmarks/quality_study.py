@@ -173,8 +173,9 @@ class QualityStudy:
         ]
         collator = self.collator(method, seed)
         turns: list[int] = []
-        for _ in range(steps):
+        for step in range(steps):
             parts = []
+            method.set_share(collator, step / max(1, steps - 1))
             for _ in range(count):
                 turns = turns or torch.randperm(len(sources), generator=generator).tolist()
                 sample, epoch = sources[turns.pop()].draw()

@@ -93,8 +93,9 @@ def test_later_choices_leave_the_hashes_of_earlier_cells():
     assert METHODS["window_512"].setting()["plan"]["context_window"] == 512
     assert "context_window" not in METHODS["balanced"].plan.fit and METHODS["window_512_30"].loss_share == 0.3
     assert "far_share" not in METHODS["balanced"].setting()["plan"]
-    assert METHODS["far_25_42"].setting()["plan"]["far_share"] == 0.25 and METHODS["far_25_42"].loss_share == 0.42
-    assert gain_at_64k(METHODS["far_25"])["llama-3-8b"] > gain_at_64k(METHODS["balanced"])["llama-3-8b"]
+    mixed = METHODS["far_25_rows_42_window_2048"]
+    assert mixed.setting()["plan"]["far_share"] == 0.25 and mixed.loss_share == 0.42
+    assert gain_at_64k(METHODS["far_25_rows_12"])["llama-3-8b"] > gain_at_64k(METHODS["balanced"])["llama-3-8b"]
     assert gain_at_64k(METHODS["window_512"])["llama-3-8b"] > gain_at_64k(METHODS["balanced"])["llama-3-8b"]
 
 
@@ -134,8 +135,9 @@ def test_a_grid_needs_a_swept_rate(inputs: Path, tmp_path: Path, capsys):
         "oracle_mass",
         "hardest_weighted",
         "window_512",
-        "far_25",
+        "far_25_rows_12",
         "refit_10",
+        "rising",
         "threshold_+0.5",
         "allocated",
         "predict_mass_loss_rows",
@@ -150,7 +152,7 @@ def test_methods_train_and_leave_no_trace(inputs: Path, tmp_path: Path, monkeypa
     before = model.eval()(ids).logits
     if method == "refit_10":
         monkeypatch.setitem(METHODS, method, replace(METHODS[method], refit_every=1))
-    if method == "far_25":
+    if method == "far_25_rows_12":
         monkeypatch.setattr(far, "FAR_STRIPE", 16)
     if method == "window_512":
         shorter = replace(METHODS[method].plan, context_window=128)
