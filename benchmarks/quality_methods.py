@@ -306,6 +306,29 @@ ABLATIONS = {
             (0.2, "kept", "recent"),
         )
     },
+    **{
+        f"skip_{round(100 * k)}_{kv}_loss_{round(100 * s)}{'' if scorer == 'recent' else '_' + scorer}": skip(
+            f"{k:.0%} of rows, loss on {s:.0%}, kv {kv}, {scorer}", s, kv=kv, scorer=scorer, **_both(k)
+        )
+        for k, s, kv, scorer in (
+            (0.3, 0.25, "kept", "recent"),
+            (0.4, 0.3, "kept", "recent"),
+            (0.5, 0.4, "kept", "recent"),
+            (0.6, 0.5, "kept", "recent"),
+            (0.5, 0.4, "all", "recent"),
+            (0.5, 0.4, "kept", "random"),
+        )
+    },
+    **{
+        f"window_1024_30_span_{n}": exact(
+            f"30 % of rows, in runs of {n}, context rows see the last 1024 to 2048 rows", 0.3, n, context_window=1024
+        )
+        for n in (512, 2048)
+    },
+    "window_1024_30_spread": replace(
+        exact("30 % of rows, runs spread evenly, context rows see the last 1024 to 2048", 0.3, context_window=1024),
+        placement="spread",
+    ),
     "skip_blocks": skip("30 % of rows, loss on 20 % in single blocks", 0.2, span=None),
     "no_bypass": skip("30 % of rows, no bypass", strip_bypass=True),
     **{f"bypass_{r}": skip(f"30 % of rows, bypass of rank {r}", bypass_rank=r) for r in (16, 256)},

@@ -38,6 +38,8 @@ SCRIPT = "benchmarks/retrieval.py"
 TRAIN_SEED, PAIRED_SEED = 1, 2
 DENSE_REACHES, BLIND_AT_MOST = 0.7, 0.2
 _SPARSE = PlanSpec(0.15, 0.15)
+_EXACT = PlanSpec(1.0, 0.15, gradient="keys", scorer="recent", dense_layers=())
+_RECENT = PlanSpec(0.4, 0.4, kv="kept", scorer="recent", fitted_scorer="recent")
 METHODS = {
     "untrained": Method("before any training"),
     "dense": Method("dense LoRA"),
@@ -45,6 +47,10 @@ METHODS = {
     "skip_kept": Method("15 % of rows, skipped rows offer nothing", replace(_SPARSE, kv="kept")),
     "skip_30": Method("30 % of rows", replace(_SPARSE, forward_ratio=0.3, backward_ratio=0.3)),
     "exact": Method("exact forward, gradient through 15 %", replace(_SPARSE, forward_ratio=1.0)),
+    "keys": Method("exact forward, keys pass gradient, 15 %", _EXACT),
+    "window": Method("the same, context rows see the last 1024 to 2048", replace(_EXACT, context_window=1024)),
+    "recent_40": Method("40 % of rows, those before the answers, others offer nothing", _RECENT),
+    "recent_40_all": Method("40 % of rows, those before the answers", replace(_RECENT, kv="all")),
     "random": Method("15 % of rows, drawn at random", replace(_SPARSE, scorer="random")),
     "oracle": Method("15 % of rows, by what loss rows attend to", replace(_SPARSE, oracle="mass_loss_rows")),
 }
