@@ -234,6 +234,11 @@ def choose_groups(options: argparse.Namespace) -> list[Group]:
         found = [
             g for g in found if options.shape in (None, g.setting.shape) and options.lora in (None, g.setting.lora)
         ]
+    if options.without:
+        found = [
+            dataclasses.replace(g, methods=tuple(m for m in g.methods if not any(x in m for x in options.without)))
+            for g in found
+        ]
     changes = {
         "device": options.device,
         "dtype": options.dtype,
@@ -254,6 +259,9 @@ def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--methods", help="methods instead of a preset")
     add("--shape", help="only this shape of the preset; with --methods a shape or a folder with a config.json")
     add("--lora", choices=("qkvo", "all"))
+    add(
+        "--without", type=lambda text: text.split(","), default=[], help="leave methods with one of these in their name"
+    )
     add("--tokens", type=int, default=8192, help="with --methods")
     add("--work", type=Path, default=Path("runs/training.jsonl"), help="one line a turn")
     add("--out", type=Path, default=Path(__file__).parent / "results" / "training.jsonl")

@@ -80,6 +80,32 @@ def test_kept_queries_on_all_keys(name, backend, planned):
     _check(_both_passes(grad, tensors, rows, keys, scaling, backend), grad, tensors, queries, keys, scaling)
 
 
+@pytest.mark.parametrize("first", ["ours", "torch"])
+def test_graphs_of_other_code_on_the_same_sizes(first):
+    """torch keeps cuDNN's backward without the layout of the gradient: neither takes the other's."""
+    tensors, queries, _, scaling = _drawn("one head a group", True)
+    if first == "ours":  # sizes that the other order has not met
+        tensors = [t[:, :-64] for t in tensors]
+        queries = Segments((0,), (tensors[0].shape[1],), queries.position_N[:-64])
+    grad = torch.randn(tensors[0].shape, dtype=torch.bfloat16, device="cuda")
+
+    def theirs():
+        leaves = [t[None].requires_grad_() for t in tensors]
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION):
+            output = torch.nn.functional.scaled_dot_product_attention(*leaves, is_causal=True, scale=scaling)
+        return torch.autograd.grad(output, leaves, grad[None])
+
+    def ours():
+        return _both_passes(grad, tensors, queries, queries, scaling, "vendor")
+
+    assert grad.stride() != tensors[0].stride()
+    found, other = (ours(), theirs()) if first == "ours" else (theirs(), ours())[::-1]
+    _check(found, grad, tensors, queries, queries, scaling)
+    exact = _reference(grad, tensors, queries, queries, scaling, torch.float64)
+    for got, wanted in zip(other, exact[2:], strict=True):
+        assert float((got[0] - wanted).norm() / wanted.norm()) < 0.02
+
+
 @pytest.mark.parametrize("which", ["dense", "varlen"])
 def test_every_kernel_of_rectangles(which):
     from lemo.ops.attend_rows.tiling import Work

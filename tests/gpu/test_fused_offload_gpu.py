@@ -63,7 +63,8 @@ def test_offload_keeps_the_gradients(mode, kv, recompute, late, monkeypatch):
     model = adapted()
     plan = replace(plan_of(model, mode, kv, dense=(1,)), block_size=64)
     batches = [inputs_of(seed=1), inputs_of(3 * TOKENS // 4, seed=2)]
-    wanted, again = (grads_of(model, plan, batches, recompute=recompute) for _ in range(2))
+    # Sums by atomics differ from run to run, but not in every pair of runs.
+    wanted, *again = (grads_of(model, plan, batches, recompute=recompute) for _ in range(6))
     inner = Lane._copy
 
     def delayed(lane, *args, **options):
@@ -75,9 +76,12 @@ def test_offload_keeps_the_gradients(mode, kv, recompute, late, monkeypatch):
     if late != "neither":
         monkeypatch.setattr(Lane, "_copy", delayed)
     got = grads_of(model, plan, batches, recompute=recompute, offload=True)
-    noise, error = (float((x - wanted).norm() / wanted.norm()) for x in (again, got))
+    *noises, error = (float((x - wanted).norm() / wanted.norm()) for x in (*again, got))
+    noise = max(noises)
     print(f"{mode} {kv} {recompute} {late}: {error:.1e}, repetition {noise:.1e}")
-    assert torch.isfinite(got).all() and error <= 4 * noise + 1e-4
+    # Copies may lie otherwise, and a product of theirs be done by another algorithm: some entries are rounded the
+    # other way. A copy that came late or was overwritten is off by whole rows.
+    assert torch.isfinite(got).all() and error <= 4 * noise + torch.finfo(torch.bfloat16).eps / 8
 
 
 def test_most_of_the_frames_memory_is_saved():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -245,18 +246,29 @@ def _causal(
     pieces = []
     for start, length in zip(rows.starts, rows.lengths, strict=True):
         piece = slice(start, start + length)
-        pieces.append(
-            F.scaled_dot_product_attention(
-                query_HND[None, :, piece],
-                key_GND[None, :, piece],
-                value_GND[None, :, piece],
-                dropout_p=dropout,
-                is_causal=length > 1,
-                scale=scaling,
-                enable_gqa=grouped,
-            )[0]
+        output_1HND = F.scaled_dot_product_attention(
+            query_HND[None, :, piece],
+            key_GND[None, :, piece],
+            value_GND[None, :, piece],
+            dropout_p=dropout,
+            is_causal=length > 1,
+            scale=scaling,
+            enable_gqa=grouped,
         )
+        if output_1HND.requires_grad:
+            # torch keeps cuDNN's backward by the layout of query, key and value only: with a gradient that lies as
+            # the output does, one graph is right for every caller of the same sizes.
+            output_1HND.register_hook(partial(_laid_out_like, output_1HND.stride()))
+        pieces.append(output_1HND.squeeze(0))
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+
+
+def _laid_out_like(strides: tuple[int, ...], gradient: Tensor) -> Tensor:
+    """The gradient, moved to these strides where it has others."""
+    if gradient.stride() == strides:
+        return gradient
+    laid_out = torch.empty_strided(gradient.shape, strides, dtype=gradient.dtype, device=gradient.device)
+    return laid_out.copy_(gradient)
 
 
 def _positioned(

@@ -127,9 +127,19 @@ def _probe_rows(columns: int, causal: bool, device: torch.device) -> tuple[Rows,
 # ---- dense
 
 
+def _batched(tensor: Tensor) -> Tensor:
+    """(1, heads, rows, D) with a stride of the batch that no other code has.
+
+    torch keeps cuDNN's graphs by sizes and strides of query, key and value, and not by those of gradient and output. A
+    backward of other code on the same sizes whose gradient lies otherwise would be taken for ours, or ours for it:
+    gradients are then read in the wrong order. The stride of a batch of one is free, so ours keeps graphs of its own.
+    """
+    return tensor.as_strided((1, *tensor.shape), (tensor.numel() + 64, *tensor.stride()))
+
+
 def _cudnn_forward(query: Tensor, key: Tensor, value: Tensor, causal: bool, scaling: float) -> tuple[Tensor, Tensor]:
     output, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
-        query[None], key[None], value[None], None, True, 0.0, causal, False, scale=scaling
+        _batched(query), _batched(key), _batched(value), None, True, 0.0, causal, False, scale=scaling
     )
     return output[0], lse.reshape(query.shape[:2])
 
@@ -138,11 +148,11 @@ def _cudnn_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor, causal: bool, scaling: float
 ) -> Triple:
     heads, rows, _ = query.shape
-    # The graph is cached by the layout of query, key and value only: the others must have the query's.
+    # The graph is kept by the layout of query, key and value only: the others must have the query's.
     grad, output = (_laid_out_like(t, query) for t in (grad, output))
     seed = torch.zeros((), dtype=torch.int64, device=query.device)
     found = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-        grad[None], query[None], key[None], value[None], output[None],
+        _batched(grad), _batched(query), _batched(key), _batched(value), _batched(output),
         lse.contiguous().reshape(1, heads, rows, 1), seed, seed, None, None, None, rows, key.shape[1], 0.0, causal,
         scale=scaling,
     )  # fmt: skip
