@@ -1,5 +1,6 @@
 """Tensors in, tensors out: the operations the method is made of, each with a plain torch reference."""
 
+from lemo.ops.attend_local.backward import attend_local_backward
 from lemo.ops.attend_local.op import attend_local
 from lemo.ops.attend_local.plan import plan_local
 from lemo.ops.attend_rows.explicit import attend_backward, attend_forward
@@ -23,6 +24,7 @@ __all__ = [
     "attend_backward",
     "attend_forward",
     "attend_local",
+    "attend_local_backward",
     "attend_rows",
     "attend_rows_constant",
     "attend_rows_with_lse",
