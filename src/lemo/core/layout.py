@@ -40,6 +40,7 @@ class Layout:
         position_of_row_N: (B·T,) int64 on the device; row's place inside its document; 0 for padding.
         block_of_row_N: (B·T,) int64 on the device; -1 for padding.
         supervised_row_S: (S,) int64 ascending flat rows that carry loss, on the CPU.
+        local_K: supervised blocks whose supervised rows all attend locally; None where there is no such block.
     """
 
     batch: int
@@ -56,6 +57,7 @@ class Layout:
     position_of_row_N: Tensor
     block_of_row_N: Tensor
     supervised_row_S: Tensor
+    local_K: Tensor | None = None
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """What `make` returns, made once per batch: every layer asks for the same host-side arithmetic and copies."""
@@ -87,6 +89,7 @@ class Layout:
         *,
         block_size: int = 64,
         device: torch.device | str | None = None,
+        local_BT: Tensor | None = None,
     ) -> Layout:
         """Cuts a batch into documents and blocks.
 
@@ -96,6 +99,7 @@ class Layout:
             supervised_BT: (B, T) bool, rows that carry loss; None for none.
             block_size: C, rows per block.
             device: where the per-row tensors go; the device of `document_BT` when None.
+            local_BT: (B, T) bool, rows that carry loss and attend locally; None for none.
 
         Raises:
             ConfigError: `block_size` is not a positive integer.
@@ -127,12 +131,7 @@ class Layout:
         position_of_row[rows] = rows - document_start[document_of_row[rows]]
         block_of_row[rows] = first_block_D[document_of_row[rows]] + position_of_row[rows] // block_size
 
-        supervised = torch.zeros(len(block_document), dtype=torch.bool)
-        supervised_row = torch.zeros(0, dtype=torch.int64)
-        if supervised_BT is not None:
-            flags = supervised_BT.detach().to("cpu").reshape(-1).bool() & (block_of_row >= 0)
-            supervised_row = flags.nonzero().squeeze(-1)
-            supervised[block_of_row[supervised_row]] = True
+        supervised, supervised_row, local = _supervised(supervised_BT, local_BT, block_of_row, len(block_document))
         guards = torch.zeros_like(supervised)
         guards[first_block_D] = True
         guards[first_block_D + blocks_D - 1] = True
@@ -151,7 +150,29 @@ class Layout:
             position_of_row_N=position_of_row.to(device),
             block_of_row_N=block_of_row.to(device),
             supervised_row_S=supervised_row,
+            local_K=local,
         )
+
+
+def _supervised(
+    supervised_BT: Tensor | None, local_BT: Tensor | None, block_of_row: Tensor, blocks: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(K,) supervised blocks, (S,) supervised rows, and (K,) local blocks or None, on the CPU."""
+    supervised = torch.zeros(blocks, dtype=torch.bool)
+    if supervised_BT is None:
+        return supervised, torch.zeros(0, dtype=torch.int64), None
+    flags = supervised_BT.detach().bool()
+    if local_BT is not None:
+        # Both in one copy: the host waits for the device once.
+        flags = flags.to(torch.uint8) * (1 + (~local_BT.detach().to(flags.device).bool()).to(torch.uint8))
+    flags = flags.to("cpu").reshape(-1)
+    supervised_row = ((flags > 0) & (block_of_row >= 0)).nonzero().squeeze(-1)
+    supervised[block_of_row[supervised_row]] = True
+    if local_BT is None:
+        return supervised, supervised_row, None
+    local = supervised.clone()
+    local[block_of_row[supervised_row[flags[supervised_row] > 1]]] = False
+    return supervised, supervised_row, local if local.any() else None
 
 
 def _expand(start: Tensor, length: Tensor) -> Tensor:

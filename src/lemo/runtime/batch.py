@@ -14,11 +14,13 @@ from lemo.core.plan import LayerPlan, Plan
 from lemo.core.policy import select
 from lemo.core.score import Random, ScoreInputs, scorer_named
 from lemo.core.selection import RowSet, Selection
+from lemo.errors import ConfigError
 from lemo.runtime.fused.call import Recompute
 from lemo.runtime.fused.factors import AdapterFactors
 from lemo.runtime.fused.offload import Convoy
 
 _IGNORED = -100
+LOCAL_ROWS = "local_rows"  # keyword of a call of the model: (B, T) bool, loss rows that attend locally
 
 
 class RunDense(Exception):
@@ -120,7 +122,9 @@ def document_keys(layout: Layout, input_ids_BT: Tensor | None) -> Tensor | None:
     return torch.zeros(len(layout.document_start_D), dtype=torch.int64).index_add_(0, document_N[real], mixed)
 
 
-def read_layout(inputs: Mapping[str, Any], supervised_BT: Tensor | None, block_size: int) -> Layout:
+def read_layout(
+    inputs: Mapping[str, Any], supervised_BT: Tensor | None, block_size: int, local_BT: Tensor | None = None
+) -> Layout:
     """Documents and supervised rows of a call of the model.
 
     Documents follow what Transformers' dense attention would see: `seq_idx` or cumulative lengths where the batch has
@@ -132,8 +136,10 @@ def read_layout(inputs: Mapping[str, Any], supervised_BT: Tensor | None, block_s
             cu_seq_lens_q, labels, shift_labels.
         supervised_BT: (B, T) rows that carry loss, when labels do not say.
         block_size: C.
+        local_BT: (B, T) bool, rows that carry loss and attend locally; None for none.
 
     Raises:
+        ConfigError: `local_BT` is not (B, T).
         RunDense: masks that are not (B, T), or that hide rows inside a sequence.
     """
     source = inputs.get("input_ids")
@@ -144,7 +150,10 @@ def read_layout(inputs: Mapping[str, Any], supervised_BT: Tensor | None, block_s
     document_BT = _documents(inputs, batch, tokens)
     if supervised_BT is None:
         supervised_BT = supervised_rows(inputs)
-    return Layout.build(document_BT, supervised_BT, block_size=block_size, device=source.device)
+    if local_BT is not None and tuple(local_BT.shape) != (batch, tokens):
+        raise ConfigError(f"{LOCAL_ROWS} must be ({batch}, {tokens}) as the tokens are, got {tuple(local_BT.shape)}")
+    sizes = {"block_size": block_size, "device": source.device}
+    return Layout.build(document_BT, supervised_BT, local_BT=local_BT, **sizes)
 
 
 def supervised_rows(inputs: Mapping[str, Any]) -> Tensor | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,8 +14,9 @@ from torch import Tensor
 
 from lemo.core.layout import Layout
 from lemo.errors import ConfigError, LabelsError
-from lemo.runtime.batch import RunDense, read_layout
+from lemo.runtime.batch import LOCAL_ROWS, RunDense, read_layout
 
+_LOG = logging.getLogger("lemo")
 IGNORE = -100
 PLACEMENTS = ("random", "spread", "tail", "hardest")
 IN_RUNS = ("random", "spread")  # placements that a span applies to
@@ -46,6 +48,11 @@ class LossRows:
     batches that a step accumulates keep the same share. `hardest` then draws blocks in proportion to their loss. Only
     the segmented loss of an attached model knows weights.
 
+    With a `local_share` that share of blocks is drawn besides, among those that were not drawn: *local* loss rows,
+    which attend as rows without gradient do under a plan's `context_window`. The batch then has `local_rows` (B, T),
+    True for the rows of these blocks, and the attached model takes it from there. Which other rows are drawn does not
+    depend on it. Documents with masked rows before learned ones, as where only answers are learned, have no local rows.
+
     During evaluation all labels count: `LemoTrainer` sees to it; with a plain Trainer pass this object to
     `LemoCallback`.
     """
@@ -61,6 +68,7 @@ class LossRows:
         span: int | None = None,
         reweight: bool = False,
         block_losses: Callable[[Any], Tensor] | None = None,
+        local_share: float = 0.0,
     ) -> None:
         """Wraps a collator.
 
@@ -74,9 +82,11 @@ class LossRows:
             span: rows of a run of drawn blocks, a multiple of `block_size`; None draws single blocks.
             reweight: weigh rows so that the loss estimates that of all rows without bias.
             block_losses: loss of each block of a sample, (blocks,), for `hardest`; `train.block_losses.BlockLosses`.
+            local_share: share of blocks that carry loss and attend locally, besides `share`.
 
         Raises:
-            ConfigError: a value is out of range, `hardest` without losses, `tail` with weights, or a span with either.
+            ConfigError: a value is out of range, `hardest` without losses, `tail` with weights, a span with either, or
+                a local share with any of them.
         """
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
             raise ConfigError(f"share of loss rows must lie in (0, 1], got {share!r}")
@@ -92,9 +102,10 @@ class LossRows:
             raise ConfigError(f"span of loss rows must be a multiple of the block size {block_size}, got {span!r}")
         if span is not None and placement not in IN_RUNS:
             raise ConfigError(f"span of loss rows goes with placement random or spread, not with {placement!r}")
+        check_local_share(local_share, share, placement, reweight)
         self.collator = collator
         self.span_blocks = 1 if span is None else span // block_size
-        self.share = float(share)
+        self.share, self.local_share = float(share), float(local_share)
         self.placement = placement
         self.seed = seed
         self.block_size = block_size
@@ -102,6 +113,7 @@ class LossRows:
         self.block_losses = block_losses
         self.epoch = 0
         self.enabled = True
+        self._told = False
 
     def set_epoch(self, epoch: int) -> None:
         """Makes the following batches draw anew; call it before the epoch's first batch."""
@@ -135,7 +147,9 @@ class LossRows:
         supervised_BT = labels_BT != IGNORE
         if not shifted:
             supervised_BT = torch.cat([supervised_BT[:, 1:], torch.zeros_like(supervised_BT[:, :1])], dim=1)
-        keep_BT, weight_BT = self._draw(batch, supervised_BT, names, features)
+        keep_BT, weight_BT, local_BT = self._draw(batch, supervised_BT, names, features)
+        if self.local_share:
+            batch[LOCAL_ROWS] = local_BT
         if self.reweight:
             share = keep_BT.sum() / supervised_BT.sum().clamp_min(1)
             batch[WEIGHTS] = torch.where(keep_BT, weight_BT * share, 0.0)
@@ -146,8 +160,8 @@ class LossRows:
 
     def _draw(
         self, batch: Any, supervised_BT: Tensor, names: Sequence[str], features: Sequence[Any]
-    ) -> tuple[Tensor, Tensor]:
-        """(B, T) bool, supervised rows that lie in drawn blocks; (B, T) fp32, one over their block's chance."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T) bool, supervised rows in drawn blocks; fp32, one over their block's chance; bool, local rows."""
         rows, tokens = supervised_BT.shape
         try:
             layout = read_layout(batch, supervised_BT, self.block_size)
@@ -156,6 +170,7 @@ class LossRows:
         candidates = layout.supervised_K.nonzero().squeeze(-1)
         sequence_K = layout.block_start_K // tokens
         drawn_K = torch.zeros(len(layout.block_start_K), dtype=torch.bool)
+        local_K, plain_K = drawn_K.clone(), self._plain_blocks(layout)
         weight_K = torch.ones(len(drawn_K))
         for b in range(rows):
             mine = candidates[sequence_K[candidates] == b]
@@ -166,13 +181,43 @@ class LossRows:
             if self.placement == "hardest" and len(mine):
                 own = (sequence_K == b).nonzero().squeeze(-1)
                 losses = self._losses(features[b : b + 1] if alone else features, len(own))[mine - own[0]]
-            chosen, chance = self._choose(layout, mine, name, losses)
+            generator = self._generator(name)
+            chosen, chance = self._choose(layout, mine, generator, losses)
             drawn_K[mine[chosen]] = True
             weight_K[mine] = (1 / chance).float()
+            # Drawn after the others, which are then those that would be drawn without a local share.
+            local_K[self._choose_local(mine[~drawn_K[mine] & plain_K[mine]], len(mine), len(chosen), generator)] = True
         block_of_row = layout.block_of_row_N.cpu()
-        inside_N = (block_of_row >= 0) & drawn_K[block_of_row.clamp(min=0)]
-        weight_N = weight_K[block_of_row.clamp(min=0)].to(supervised_BT.device)
-        return inside_N.reshape(rows, tokens).to(supervised_BT.device) & supervised_BT, weight_N.reshape(rows, tokens)
+
+        def by_row(value_K: Tensor) -> Tensor:
+            return value_K[block_of_row.clamp(min=0)].reshape(rows, tokens).to(supervised_BT.device)
+
+        supervised_BT = supervised_BT & (block_of_row >= 0).reshape(rows, tokens).to(supervised_BT.device)
+        local_BT = by_row(local_K) & supervised_BT
+        return by_row(drawn_K | local_K) & supervised_BT, by_row(weight_K), local_BT
+
+    def _plain_blocks(self, layout: Layout) -> Tensor:
+        """(K,) bool: blocks of documents without a masked row before a learned one."""
+        count = len(layout.document_start_D)
+        document_S = torch.bucketize(layout.supervised_row_S, layout.document_start_D, right=True) - 1
+        learned_D = torch.bincount(document_S, minlength=count)
+        last_D = (layout.document_start_D - 1).scatter_reduce(0, document_S, layout.supervised_row_S, "amax")
+        plain_D = learned_D == last_D - layout.document_start_D + 1
+        if self.local_share and not self._told and not plain_D.any():
+            _LOG.warning("no local loss rows are drawn where labels are masked already, as in answer-only samples")
+            self._told = True
+        return plain_D[layout.block_document_K]
+
+    def _choose_local(self, blocks: Tensor, total: int, drawn: int, generator: np.random.Generator) -> Tensor:
+        """Those of `blocks`, which were not drawn, that carry loss besides the `drawn` ones of `total`."""
+        count = min(len(blocks), round((self.share + self.local_share) * total) - drawn)
+        if not self.local_share or count < 1:
+            return blocks[:0]
+        return blocks[self._evenly(len(blocks), count, generator)]
+
+    def _generator(self, name: str) -> np.random.Generator:
+        digest = hashlib.sha256(f"{self.seed}|{name}|{self.epoch}".encode()).digest()
+        return np.random.default_rng(int.from_bytes(digest[:16], "little"))
 
     def _losses(self, features: Sequence[Any], blocks: int) -> Tensor:
         """Loss of every block of a sequence."""
@@ -181,7 +226,9 @@ class LossRows:
             raise ConfigError(f"block_losses gave {len(found)} losses for a sequence of {blocks} blocks")
         return found
 
-    def _choose(self, layout: Layout, blocks: Tensor, name: str, losses: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _choose(
+        self, layout: Layout, blocks: Tensor, generator: np.random.Generator, losses: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """Indices into `blocks` of those that are drawn, and the chance of each block to be."""
         total = len(blocks)
         if total == 0:
@@ -190,19 +237,35 @@ class LossRows:
         even = torch.full((total,), count / total, dtype=torch.float64)
         if self.placement == "tail":
             return _from_the_end(layout.block_document_K[blocks])[:count].sort().values, even
-        digest = hashlib.sha256(f"{self.seed}|{name}|{self.epoch}".encode()).digest()
-        generator = np.random.default_rng(int.from_bytes(digest[:16], "little"))
         if losses is not None and self.reweight:
             chance = draw_chances(losses, count)
             return draw_by_chance(chance, generator), chance
         if losses is not None:
             return losses.argsort(descending=True, stable=True)[:count].sort().values, even
+        return self._evenly(total, count, generator), even
+
+    def _evenly(self, total: int, count: int, generator: np.random.Generator) -> Tensor:
+        """Ascending indices of `count` of `total` blocks, each with the same chance."""
         if self.span_blocks > 1:
-            return draw_runs(total, count, self.span_blocks, self.placement == "spread", generator), even
+            return draw_runs(total, count, self.span_blocks, self.placement == "spread", generator)
         if self.placement == "spread":
-            steps = np.floor((np.arange(count) + generator.random()) * total / count).astype(np.int64)
-            return torch.from_numpy(steps), even
-        return torch.from_numpy(np.sort(generator.permutation(total)[:count])), even
+            return torch.from_numpy(np.floor((np.arange(count) + generator.random()) * total / count).astype(np.int64))
+        return torch.from_numpy(np.sort(generator.permutation(total)[:count]))
+
+
+def check_local_share(local_share: float, share: float, placement: str, reweight: bool) -> None:
+    """Raises ConfigError unless so many blocks can be local loss rows besides `share`."""
+    number = not isinstance(local_share, bool) and isinstance(local_share, int | float)
+    if not number or not 0 <= local_share < 1:
+        raise ConfigError(f"local_share of loss rows must lie in [0, 1), got {local_share!r}")
+    if local_share == 0:
+        return
+    if share + local_share > 1 + 1e-9:
+        raise ConfigError(f"share and local_share of loss rows add up to {share + local_share:g}, above 1")
+    if placement not in IN_RUNS:
+        raise ConfigError(f"local_share of loss rows goes with placement random or spread, not with {placement!r}")
+    if reweight:
+        raise ConfigError("local_share of loss rows cannot be reweighted: the two kinds of rows are drawn differently")
 
 
 def draw_runs(total: int, count: int, span: int, spread: bool, generator: np.random.Generator) -> Tensor:
