@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lemo.ops.attend_local.op import LocalBackend
+from lemo.ops.attend_local.op import why_not_triton
+from lemo.ops.attend_local.pieces import Sinks
 from lemo.ops.attend_local.plan import LocalRows
 from lemo.ops.attend_local.reference import attend_local_backward_reference
 from lemo.ops.attend_rows import tiling
 from lemo.ops.attend_rows.checks import check
+from lemo.ops.backend import Backend, choose_backend
 
 Triple = tuple[Tensor, Tensor, Tensor]
 
@@ -24,7 +26,7 @@ def attend_local_backward(
     local: LocalRows,
     *,
     scaling: float,
-    backend: LocalBackend = "auto",
+    backend: Backend = "auto",
 ) -> Triple:
     """Gradients of `attend_local`, given its output and log-sum-exp at these queries.
 
@@ -39,9 +41,10 @@ def attend_local_backward(
         value_GKD: (G, K, D).
         output_HND: (H, N, D).
         lse_HN: (H, N) natural log-sum-exp.
-        local: documents, positions and the rule, of `plan_local`; a document may be without queries.
+        local: documents, positions and the rule, of `plan_local`; a document may be without queries. Kernels want rows
+            that are not valid at the end of their document, and the others in order.
         scaling: positive factor of the scores.
-        backend: as in `attend_local`.
+        backend: `triton`; `reference`; or `auto` to take the first of them that can run.
 
     Returns:
         Gradients of query (H, N, D), key and value (G, K, D). Heads inside rows in memory; 0 for rows outside all
@@ -50,6 +53,15 @@ def attend_local_backward(
     Raises:
         BackendError: the backend asked for cannot run; the message says why.
         ValueError: shapes, dtypes, devices or documents do not fit, or `scaling` is not positive.
+
+    Cost:
+        14·D·H FLOPs per pair that is seen, and a copy of every sink for each 1,024 queries of its document. The
+        reference computes all pairs, a run of queries at a time. No host synchronisation outside the reference,
+        whichever rows are queries or keys.
+
+    Numerics:
+        products of operands in the dtype of the input, sums in fp32 (fp64 for fp64 input). Kernels round gradients once
+        more where near keys and sinks meet. Repeated runs agree bit for bit.
     """
     check(query_HND, (key_GKD, value_GKD), local.queries, local.keys, (scaling, local.window))
     if grad_HND.shape != query_HND.shape or output_HND.shape != query_HND.shape:
@@ -61,6 +73,41 @@ def attend_local_backward(
         raise ValueError(f"log-sum-exp must be {tuple(query_HND.shape[:2])}, got {tuple(lse_HN.shape)}")
     tensors = (grad_HND, query_HND, key_GKD, value_GKD, output_HND, lse_HN)
     with torch.no_grad():
+        if choose_backend("attend_local", backend, lambda: why_not_triton(query_HND)) == "triton":
+            return _kernels(tensors, local, scaling)
         found = attend_local_backward_reference(tensors, local, scaling=scaling)
         d_query, d_key, d_value = (tiling.like_rows(t, True).copy_(t) for t in found)
         return d_query, d_key, d_value
+
+
+def _kernels(tensors: tuple[Tensor, ...], local: LocalRows, scaling: float) -> Triple:
+    """Sinks first for queries, so that the last pass writes all of them; last for keys, of which they are few."""
+    from lemo.ops.attend_rows import kernel
+
+    *operands, output, lse = tensors
+    lse, near, sinks = lse.contiguous(), local.near, local.sinks
+    start = None
+    if sinks is not None:
+        grad, query, *pair = operands
+        copied = [grad, query, *(t.transpose(0, 1).index_select(0, sinks.index_K).transpose(0, 1) for t in pair)]
+        start, delta = kernel.backward_query(*copied, (output, lse), sinks.work, scaling, local.window)
+        start = start.float()
+        # In fp32: the copies' gradients are added up.
+        zeros = [tiling.like_rows(t, False, torch.float32) for t in copied[2:]]
+        sums = kernel.backward_key(
+            *copied, (lse, delta), sinks.work, scaling, local.window, True, start=(zeros[0], zeros[1])
+        )
+    d_query, delta = kernel.backward_query(*operands, (output, lse), near.work, scaling, near.window, start=start)
+    pair = kernel.backward_key(*operands, (lse, delta), near.work, scaling, near.window, True)
+    if sinks is not None:
+        for target, copies in zip(pair, sums, strict=True):
+            _add_copies(target, copies, sinks)
+    return d_query, *pair
+
+
+def _add_copies(target_GKD: Tensor, copies_GCD: Tensor, sinks: Sinks) -> None:
+    at = 0
+    for first, size, copies in sinks.copies:
+        found = copies_GCD[:, at : at + size * copies].unflatten(1, (copies, size)).sum(1)
+        target_GKD[:, first : first + size] = target_GKD[:, first : first + size] + found
+        at += size * copies

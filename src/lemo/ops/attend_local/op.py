@@ -71,17 +71,18 @@ def attend_local(
 
 def _choose(backend: LocalBackend, query: Tensor, local: LocalRows) -> str:
     if backend in ("auto", "vendor"):
-        reason = vendor.why_not(query, local) or _why_not_triton(query)
+        reason = vendor.why_not(query, local) or why_not_triton(query)
         if reason is None:
             if backend == "auto":
                 log_choice("attend_local", "vendor", "it can run")
             return "vendor"
         if backend == "vendor":
             raise BackendError(f"attend_local: backend 'vendor' cannot run here: {reason}")
-    return choose_backend("attend_local", backend, lambda: _why_not_triton(query))
+    return choose_backend("attend_local", backend, lambda: why_not_triton(query))
 
 
-def _why_not_triton(query: Tensor) -> str | None:
+def why_not_triton(query: Tensor) -> str | None:
+    """Why the Triton kernels cannot run on this input; None if they can."""
     try:
         from lemo.ops.attend_rows import kernel  # noqa: F401 - imports triton
     except ImportError as error:

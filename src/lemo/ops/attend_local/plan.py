@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lemo.ops.attend_local.pieces import Near, Sinks, far_sinks, near_keys
 from lemo.ops.attend_rows.reference import Rows, documents
 from lemo.ops.attend_rows.stripes import ordered
 
@@ -52,6 +53,20 @@ class LocalRows:
             own = self.queries.position_N % self.chunk
             self._made["own"] = torch.stack([torch.maximum(first, end - 1 - own.int()), end])
         return self._made["own"]
+
+    @property
+    def near(self) -> Near:
+        """What kernels of the backward pass take for near keys. Made once."""
+        if "near" not in self._made:
+            self._made["near"] = near_keys(self)
+        return self._made["near"]
+
+    @property
+    def sinks(self) -> Sinks | None:
+        """What kernels of the backward pass take for sinks that are far; None where there are none. Made once."""
+        if "sinks" not in self._made:
+            self._made["sinks"] = far_sinks(self)
+        return self._made["sinks"]
 
     def windowed(self, window: int | None) -> LocalRows:
         """The same rows under a sliding window, made once."""
