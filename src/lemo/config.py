@@ -76,6 +76,8 @@ class LossRowsConfig:
     Attributes:
         share: share of blocks of plain text drawn as loss rows; 1.0 for all. `data.answer_only` samples are not
             drawn from: their answers always carry loss.
+        local_share: share of blocks that carry loss besides, but attend and pass gradient only within
+            `sparsity.context_window`, as rows without loss do; with placement `random` or `spread`.
         placement: how blocks are drawn; `hardest` takes those of the highest loss under the base model.
         span: rows of a run of drawn blocks under placement `random` and `spread`; None draws single blocks, as `tail`
             and `hardest` always do.
@@ -83,6 +85,7 @@ class LossRowsConfig:
     """
 
     share: float = 0.12
+    local_share: float = 0.0
     placement: Literal["random", "spread", "tail", "hardest"] = "random"
     span: int | None = 1024
     reweight: bool = False

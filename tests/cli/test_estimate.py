@@ -100,6 +100,25 @@ def test_a_sample_of_far_keys_takes_time_from_attention_alone(sizes):
     assert "25% of the far keys" in describe(few) and "far keys" not in describe(whole)
 
 
+def test_local_loss_rows_cost_less_than_others_and_more_than_none(sizes):
+    few = StepSetting(
+        65536, 0.12, forward_ratio=1.0, backward_ratio=0.12, kv="all", gradient="keys", context_window=1024
+    )
+    local, far = replace(few, local_share=0.25), replace(few, loss_share=0.37)
+    seconds = [make_estimate(sizes, x, CARDS["h100"]).time for x in (few, local, far)]
+    assert seconds[0].total_s < seconds[1].total_s < seconds[2].total_s
+    assert seconds[1].products_s == pytest.approx(seconds[2].products_s) and local.loss_rows == far.loss_rows
+    assert gain(sizes, few, CARDS["h100"]) > gain(sizes, local, CARDS["h100"]) > gain(sizes, far, CARDS["h100"]) > 1
+    text = describe(make_estimate(sizes, local, CARDS["h100"]))
+    assert "12% of the rows carry loss, 25% more" in text
+    short = [replace(x, tokens=2048) for x in (local, far)]
+    peaks = [make_estimate(sizes, x, CARDS["h100"]) for x in short]
+    assert peaks[0].peak_bytes == peaks[1].peak_bytes and peaks[0].time == peaks[1].time, "the window takes nothing"
+    for wrong in ({"context_window": None}, {"gradient": "rows"}, {"local_share": 0.9}):
+        with pytest.raises(ConfigError):
+            replace(local, **wrong)
+
+
 def test_shares_of_a_window():
     """Row t carries loss when token t + 1 is learned: rows 3 to 5 of 8 lie in both blocks of 4, rows 5 and 6 in one."""
     assert window_shares([-100] * 4 + [7, 7, 7, -100], 4) == (8, 3 / 8, 1.0)

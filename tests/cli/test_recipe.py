@@ -123,6 +123,19 @@ def test_overrides_win_and_are_typed(tmp_path):
             "rows that skip layers without a bypass ruin the model",
         ),
         ("loss_rows: {share: 0.0}", "loss_rows.share must lie in (0, 1]"),
+        ("loss_rows: {local_share: 1.0}", "loss_rows.local_share must lie in [0, 1)"),
+        ("loss_rows: {local_share: 0.2}", "loss_rows.local_share needs sparsity.context_window"),
+        (
+            "loss_rows: {local_share: 0.2}\nsparsity: {context_window: 128, gradient: rows}",
+            "loss_rows.local_share needs sparsity.context_window, within which such rows attend, and sparsity.gradient",
+        ),
+        ("loss_rows: {local_share: 0.9}\nsparsity: {context_window: 128}", "add up to 1.02, above 1"),
+        (
+            "loss_rows: {local_share: 0.2, placement: tail}\nsparsity: {context_window: 128}",
+            "goes with placement random or spread, not with 'tail'",
+        ),
+        ("loss_rows: {local_share: 0.2, reweight: true}\nsparsity: {context_window: 128}", "cannot be reweighted"),
+        ("loss_rows: {local_share: 0.2}\nsparsity: {enabled: false}", "sparsity.enabled is false"),
         ("sparsity: {far_share: 0}", "far_share must lie in (0, 1], got 0"),
         ("sparsity: {far_share: 0.5, gradient: pairs}", "`pairs` reads kept keys only"),
         (

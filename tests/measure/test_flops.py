@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lemo.errors import ConfigError
 from lemo.measure.flops import (
+    ATTENTION_BACKWARD,
     DecoderShape,
     LayerWork,
     attention_flops,
@@ -181,6 +182,25 @@ def test_a_share_of_the_far_keys_shortens_the_backward_attention_only():
     assert len(set(short)) == 1
     for other in (LayerWork(), LayerWork(0.5, 0.5, kv="all"), replace(full, gradient="pairs")):
         assert layer_flops(LLAMA_3_8B, 64 * K, replace(other, far_share=0.25)) == layer_flops(LLAMA_3_8B, 64 * K, other)
+
+
+@pytest.mark.parametrize("recompute", ["none", "mlp", "lin", "layer"])
+def test_local_rows_cost_what_backward_rows_do_but_for_attention(recompute):
+    work = LayerWork(1.0, 0.12, kv="all", gradient="keys", recompute=recompute, lora_rank=16, context_window=K)
+    local, far = replace(work, local_ratio=0.25), replace(work, backward_ratio=0.37)
+    short = [layer_flops(LLAMA_3_8B, 2 * K, x) for x in (local, far)]
+    assert short[0].total == pytest.approx(short[1].total), "no key is farther away than the window"
+    assert layer_flops(LLAMA_3_8B, 64 * K, local).forward == layer_flops(LLAMA_3_8B, 64 * K, work).forward
+    saved = layer_flops(LLAMA_3_8B, 64 * K, far).total - layer_flops(LLAMA_3_8B, 64 * K, local).total
+    times = 1 + ATTENTION_BACKWARD + (recompute == "layer")
+    full = attention_flops(LLAMA_3_8B, 64 * K, 0.25)
+    assert saved == pytest.approx(times * full * (1 - local_pairs(64 * K, K, 64) / ((64 * K) ** 2 / 2)))
+
+
+def test_local_rows_need_a_window_and_room():
+    for wrong in ({"context_window": None}, {"local_ratio": 0.9}, {"local_ratio": -0.1}):
+        with pytest.raises(ConfigError, match="local_ratio"):
+            LayerWork(1.0, 0.12, **{"gradient": "keys", "context_window": K, "local_ratio": 0.2} | wrong)
 
 
 def test_pairs_that_backward_reads_are_those_that_are_drawn():

@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 import lemo.runtime.layer as executor
 from lemo import attach
 from lemo.config import LoraConfig
-from lemo.measure.fused_memory import LayerRows, Workspace, parked_bytes, saved_bytes
+from lemo.measure.fused_memory import Workspace, parked_bytes, saved_bytes
+from lemo.measure.layer_rows import LayerRows
 from lemo.measure.sizes import read_sizes
 from lemo.measure.step_memory import MemoryConstants, StepSetting, last_rows, step_memory
 from lemo.runtime.fused.offload import Convoy, Lane
@@ -128,7 +129,13 @@ def test_peak_under_offload_is_close(family, mode, kv, recompute, monkeypatch):
     assert 0 < len(chunks) << 14 == walked.host_bytes
 
 
-def check_peak(family, mode, kv, recompute, monkeypatch, offload=False):
+@pytest.mark.parametrize("recompute", ["none", "lin", "layer"])
+def test_peak_with_a_window_is_close(recompute, monkeypatch):
+    """Rows that attend locally and those that see all keys have buffers of their own in the forward pass."""
+    check_peak("llama", "exact keys", "kept", recompute, monkeypatch, window=32)
+
+
+def check_peak(family, mode, kv, recompute, monkeypatch, offload=False, window=None):
     tokens, loss_from = 512, 307
     widths = {"hidden_size": 64, "intermediate_size": 160, "max_position_embeddings": tokens}
     monkeypatch.setattr("lemo.runtime.fused.mlp.CHUNK_ROWS", 256)
@@ -137,8 +144,9 @@ def check_peak(family, mode, kv, recompute, monkeypatch, offload=False):
     setting = StepSetting(
         tokens, 0.4, forward_ratio=forward, backward_ratio=backward, kv=kv, gradient=gradient, dense_layers=2,
         block_size=4, recompute=recompute, predictor=False, bypass_rank=4, offload=offload,
+        context_window=window,
     )  # fmt: skip
-    plan = plan_of(model, mode, kv, dense=(0, len(decoder_layers(model)) - 1), scorer="random")
+    plan = plan_of(model, mode, kv, (0, len(decoder_layers(model)) - 1), scorer="random", context_window=window)
     inputs = batch(tokens, supervised_from=loss_from)
     with (
         attach(model, plan, engine="fused", self_test=False, recompute=recompute, offload=offload) as handle,

@@ -23,6 +23,7 @@ KERNELS = {
         "attend_forward",
         "attend_backward",
     ),
+    "lemo.runtime.context": ("attend_local", "write_rows_"),
     "lemo.runtime.fused.mlp": ("norm_rows", "norm_rows_backward", "gated_act", "gated_act_backward"),
     "lemo.runtime.fused.final": ("norm_rows", "norm_rows_backward"),
 }

@@ -249,7 +249,8 @@ def describe(found: Estimate) -> str:
         return words
     near = "" if setting.context_window is None else f", the others attend within chunks of {setting.context_window}"
     far = "" if setting.far_share == 1 else f", backward through {setting.far_share:.0%} of the far keys"
+    local = "" if not setting.local_share else f", {setting.local_share:.0%} more do and attend within chunks as well"
     return (
         f"{words}; {setting.forward_ratio:.2f} of the rows run a layer that skips, {setting.backward_ratio:.2f} pass "
-        f"gradient{near}{far}, kv {setting.kv}; {setting.loss_share:.0%} of the rows carry loss"
+        f"gradient{near}{far}, kv {setting.kv}; {setting.loss_share:.0%} of the rows carry loss{local}"
     )

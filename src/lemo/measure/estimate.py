@@ -204,7 +204,8 @@ def changes(sizes: ModelSizes, setting: StepSetting, card: Card) -> list[Change]
 
 def dense_setting(setting: StepSetting) -> StepSetting:
     """The same step with every row in every layer, under the same engine."""
-    return replace(setting, forward_ratio=1.0, backward_ratio=1.0, kv="kept")
+    loss = setting.loss_share + setting.local_share
+    return replace(setting, forward_ratio=1.0, backward_ratio=1.0, kv="kept", loss_share=loss, local_share=0.0)
 
 
 def gain(sizes: ModelSizes, setting: StepSetting, card: Card) -> float:

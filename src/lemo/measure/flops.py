@@ -94,6 +94,8 @@ class LayerWork:
             before and of the first block; None for all keys.
         block_size: C.
         far_share: share of the far keys that attention's backward reads, where backward rows are fewer.
+        local_ratio: share of rows that pass gradient besides, but see the keys of `context_window` only, in both
+            directions.
     """
 
     forward_ratio: float = 1.0
@@ -107,15 +109,31 @@ class LayerWork:
     context_window: int | None = None
     block_size: int = 64
     far_share: float = 1.0
+    local_ratio: float = 0.0
 
     def __post_init__(self) -> None:
-        """Raises ConfigError for ratios outside (0, 1], backward above forward, or an unknown recompute level."""
+        """Raises ConfigError for ratios outside (0, 1], backward above forward, or an unknown recompute level.
+
+        Also for local rows without a window, or more rows with gradient than rows that run.
+        """
         if not 0 < self.backward_ratio <= self.forward_ratio <= 1:
             raise ConfigError(
                 f"ratios must satisfy 0 < backward ({self.backward_ratio}) <= forward ({self.forward_ratio}) <= 1"
             )
+        if self.local_ratio < 0 or self.passing_ratio > self.forward_ratio + 1e-9:
+            raise ConfigError(
+                f"local_ratio ({self.local_ratio}) must not be negative, nor exceed what backward "
+                f"({self.backward_ratio}) leaves of forward ({self.forward_ratio})"
+            )
+        if self.local_ratio and self.context_window is None:
+            raise ConfigError("local_ratio needs a context_window, within which such rows attend")
         if self.recompute not in RECOMPUTE_LEVELS:
             raise ConfigError(f"recompute must be one of {', '.join(RECOMPUTE_LEVELS)}, got {self.recompute!r}")
+
+    @property
+    def passing_ratio(self) -> float:
+        """Share of rows that pass gradient, wherever they attend."""
+        return self.backward_ratio + self.local_ratio
 
 
 @dataclass(frozen=True)
@@ -148,15 +166,40 @@ def local_pairs(tokens: int, window: int, block_size: int) -> float:
     return first**2 / 2 + chunks * window * (1.5 * window + block_size) + last
 
 
+def local_attention_flops(shape: DecoderShape, tokens: int, work: LayerWork, query_share: float) -> float:
+    """Forward of attention within the layer's `context_window`, for a share of rows."""
+    if work.context_window is None or query_share == 0:
+        return 0.0
+    key_share = 1.0 if work.kv == "all" else work.forward_ratio
+    pairs = local_pairs(tokens, work.context_window, work.block_size)
+    return 4.0 * shape.heads * shape.head_dim * query_share * key_share * pairs
+
+
 def forward_attention_flops(shape: DecoderShape, tokens: int, work: LayerWork) -> float:
-    """Forward of a layer's attention: rows with gradient see all keys, those without those of the window, if any."""
+    """Forward of a layer's attention: backward rows see all keys, the others those of the window, if there is one."""
     key_share = 1.0 if work.kv == "all" else work.forward_ratio
     if work.context_window is None:
         return attention_flops(shape, tokens, work.forward_ratio, key_share)
-    pairs = local_pairs(tokens, work.context_window, work.block_size)
-    context = (work.forward_ratio - work.backward_ratio) * key_share * pairs
     far = attention_flops(shape, tokens, work.backward_ratio, key_share)
-    return far + 4.0 * shape.heads * shape.head_dim * context
+    return far + local_attention_flops(shape, tokens, work, work.forward_ratio - work.backward_ratio)
+
+
+def backward_attention_flops(shape: DecoderShape, tokens: int, work: LayerWork) -> float:
+    """Backward of a layer's attention: of backward rows through the keys that it reads, of local rows locally."""
+    pairs = work.gradient == "pairs" and work.backward_ratio < work.forward_ratio
+    key_share = 1.0 if work.kv == "all" else work.forward_ratio
+    far = attention_flops(shape, tokens, work.backward_ratio, work.backward_ratio if pairs else key_share)
+    local = local_attention_flops(shape, tokens, work, work.local_ratio)
+    return ATTENTION_BACKWARD * (read_in_backward(tokens, work) * far + local)
+
+
+def again_attention_flops(shape: DecoderShape, tokens: int, work: LayerWork) -> float:
+    """Attention that backward computes again, of all rows that pass gradient."""
+    if work.recompute != "layer":
+        return 0.0
+    key_share = 1.0 if work.kv == "all" else work.forward_ratio
+    far = attention_flops(shape, tokens, work.backward_ratio, key_share)
+    return far + local_attention_flops(shape, tokens, work, work.local_ratio)
 
 
 def read_in_backward(tokens: int, work: LayerWork) -> float:
@@ -171,7 +214,7 @@ def read_in_backward(tokens: int, work: LayerWork) -> float:
 
 def layer_flops(shape: DecoderShape, tokens: int, work: LayerWork) -> Flops:
     """One layer on one sequence of `tokens` tokens."""
-    forward_rows, backward_rows = work.forward_ratio * tokens, work.backward_ratio * tokens
+    forward_rows, backward_rows = work.forward_ratio * tokens, work.passing_ratio * tokens
     mlp_share = 1.0 if work.mlp_ratio is None else min(1.0, work.mlp_ratio / work.forward_ratio)
     row = {name: _linear(sizes, work.lora_rank) for name, sizes in shape.linears.items()}
     row_backward = {name: _linear_backward(sizes, work.lora_rank) for name, sizes in shape.linears.items()}
@@ -179,25 +222,19 @@ def layer_flops(shape: DecoderShape, tokens: int, work: LayerWork) -> Flops:
         if name in row:
             row[name] *= mlp_share
             row_backward[name] *= mlp_share
-    key_share = 1.0 if work.kv == "all" else work.forward_ratio
-    pairs = work.gradient == "pairs" and work.backward_ratio < work.forward_ratio
-    backward_keys = work.backward_ratio if pairs else key_share
-
     forward = forward_rows * sum(row.values()) + forward_attention_flops(shape, tokens, work)
     if work.kv == "all":
         forward += (tokens - forward_rows) * (row["k"] + row["v"])
     skipped = tokens - forward_rows
     bypass = 4.0 * shape.width * work.bypass_rank * skipped
     backward = backward_rows * sum(row_backward.values())
-    read = read_in_backward(tokens, work)
-    backward += ATTENTION_BACKWARD * read * attention_flops(shape, tokens, work.backward_ratio, backward_keys)
+    backward += backward_attention_flops(shape, tokens, work)
     if work.gradient == "keys" and work.backward_ratio < work.forward_ratio:
         offering = tokens if work.kv == "all" else forward_rows
         backward += (offering - backward_rows) * (row_backward["k"] + row_backward["v"])
     again = {"none": (), "mlp": ("gate", "up"), "lin": tuple(row), "layer": tuple(row)}[work.recompute]
     recompute = backward_rows * sum(row.get(name, 0.0) for name in again)
-    if work.recompute == "layer":
-        recompute += attention_flops(shape, tokens, work.backward_ratio, key_share)
+    recompute += again_attention_flops(shape, tokens, work)
     return Flops(forward + bypass, recompute, backward + bypass)
 
 

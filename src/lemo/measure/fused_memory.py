@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lemo.measure.layer_rows import LayerRows
 from lemo.measure.ledger import Ledger, Scope
 from lemo.measure.sizes import ModelSizes
 
 WIDE = 4  # bytes of the fp32 numbers that norms and softmax keep; 8 for a model in fp64
 INDEX = 8  # bytes of a row's number
 CHUNK, STRIPE = 2048, 4096  # queries and keys of a rectangle, see ops/attend_rows/stripes.py
+BATCHED = 16384  # rows of one call of a batched kernel, see ops/attend_local/vendor.py
 GATHERED = 65536  # keys of the rectangles of one call, see ops/attend_rows/far_stripes.py
 
 
@@ -32,78 +34,6 @@ class Workspace:
         """For so many rows of queries and keys."""
         shared = self.grouped * keys if sizes.key < sizes.query else 0.0
         return sizes.query * (self.query * queries + shared)
-
-
-@dataclass(frozen=True)
-class LayerRows:
-    """Rows of one layer in one batch.
-
-    Attributes:
-        stream: B·T.
-        runs: rows that run the layer.
-        passes: rows that pass gradient.
-        kv_all: rows that skip still offer keys and values.
-        pairs: exact forward sends gradient through kept pairs only.
-        keys: exact forward sends gradient into the keys of all rows.
-        loss: rows of the last layer where it works on the rows that carry loss alone; None elsewhere.
-        bypass: rows that skip take a low-rank update.
-        samples: backward of exact forward reads a sample of the far keys.
-    """
-
-    stream: int
-    runs: int
-    passes: int
-    kv_all: bool = False
-    pairs: bool = False
-    keys: bool = False
-    loss: int | None = None
-    bypass: bool = True
-    samples: bool = False
-
-    @property
-    def exact(self) -> bool:
-        """More rows run than pass gradient."""
-        return self.passes < self.runs
-
-    @property
-    def whole(self) -> bool:
-        """The frame, the rows that offer keys, is the whole stream."""
-        return self.runs == self.stream or self.kv_all
-
-    @property
-    def frame(self) -> int:
-        """Rows of the frame."""
-        return self.stream if self.whole else self.runs
-
-    @property
-    def queries(self) -> int:
-        """Rows that run the layer now."""
-        return self.runs if self.loss is None else self.loss
-
-    @property
-    def split(self) -> bool:
-        """Only some rows of the frame run."""
-        return self.loss is not None or (self.whole and self.runs < self.stream)
-
-    @property
-    def selects(self) -> bool:
-        """Rows have numbers of their own: neither frame nor queries are simply the stream."""
-        return self.loss is not None or self.runs < self.stream
-
-    @property
-    def back(self) -> int:
-        """Rows of which the backward pass keeps something."""
-        return self.passes if self.exact else self.queries
-
-    @property
-    def back_frame(self) -> int:
-        """Rows of the frame that the backward pass keeps."""
-        return self.passes if self.exact and not self.keys else self.frame
-
-    @property
-    def offers(self) -> bool:
-        """In the backward pass, some rows of the frame offer keys and nothing else."""
-        return self.keys if self.exact else self.split
 
 
 def level_of(rows: LayerRows, recompute: str) -> str:
@@ -243,9 +173,18 @@ class FusedLayerMemory:
             work.touch(keys * shape.kv_heads * self.wide)
 
     def _attend_forward(self, work: Scope, queries: int) -> None:
-        work.add(output=queries * self.sizes.query * self.e, lse=queries * self.sizes.shape.heads * self.wide)
-        if self.rows.split:
-            work.touch(min(CHUNK, queries) * self.sizes.query * self.e + 3 * queries * INDEX)
+        query, lse = self.sizes.query * self.e, self.sizes.shape.heads * self.wide
+        work.add(output=queries * query, lse=queries * lse)
+        split = self.rows.split
+        if self.rows.near:
+            # All attend locally, chunks of them in one call of a vendor's kernel, whose last result is still there at
+            # the next. Queries that see all keys are gathered then, and what they get is put among the others'.
+            work.touch(min(2 * BATCHED, queries) * (query + lse))
+            queries, split = self.rows.far, True
+            work.add(passing=queries * query, far=queries * (query + lse))
+        if split:
+            work.touch(min(CHUNK, queries) * query + 3 * queries * INDEX)
+        work.drop("passing", "far")
 
     def _save(self, work: Scope) -> None:
         """Copies for the backward pass, and the end of what it does not need."""
@@ -346,6 +285,8 @@ class FusedLayerMemory:
         query = n * sizes.query * e
         work.add(grad_output=query)
         work.touch(2 * n * sizes.adapter.output * e)
+        if rows.local:
+            self._local_backward(work)
         if rows.offers and rows.samples:
             gathered = min(GATHERED, rows.frame)
             work.add(sums=n * sizes.query * 4, wide=2 * rows.frame * sizes.key * 4)
@@ -371,7 +312,18 @@ class FusedLayerMemory:
                 work.names["grads"] = work.names.pop("again")
         if sizes.head_norms:
             work.touch(query + n * heads * self.wide)
-        work.drop("grad_output")
+        work.drop("grad_output", "rows", "local")
+
+    def _local_backward(self, work: Scope) -> None:
+        """Of local rows: keys are gathered for every chunk that has some; the gradients of keys meet in fp32."""
+        rows, sizes, e = self.rows, self.sizes, self.e
+        query, pair = sizes.query * e, 2 * sizes.key * e
+        work.add(rows=3 * max(rows.local, rows.far) * query, sums=2 * rows.frame * sizes.key * 4)
+        with self.ledger.scope("attention workspace") as vendor:
+            vendor.add(part=rows.near_keys * 2 * pair, space=self._space(rows.local, rows.near_keys))
+        work.drop("sums")
+        # What is added to the gradients of the rows that see all keys.
+        work.add(local=rows.local * query + rows.frame * pair)
 
     def _space(self, queries: int, keys: int) -> float:
         return self.vendor.size_bytes(self.sizes, queries, min(keys, self.rows.back_frame))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from lemo.measure.fused_memory import LayerRows, index_bytes, saved_bytes
+from lemo.measure.fused_memory import index_bytes, saved_bytes
+from lemo.measure.layer_rows import LayerRows
 from lemo.measure.sizes import ModelSizes
 
 

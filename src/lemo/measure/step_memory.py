@@ -6,7 +6,8 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from lemo.errors import ConfigError
-from lemo.measure.fused_memory import INDEX, FusedLayerMemory, LayerRows, Workspace
+from lemo.measure.fused_memory import INDEX, FusedLayerMemory, Workspace
+from lemo.measure.layer_rows import LayerRows
 from lemo.measure.ledger import Ledger, Scope
 from lemo.measure.plain_memory import WIDE, PlainLayerMemory
 from lemo.measure.sizes import ModelSizes
@@ -14,6 +15,7 @@ from lemo.measure.sizes import ModelSizes
 Engine = Literal["fused", "generic", "plain"]
 STREAM, TRANSIT = "residual stream and its gradient", "saved: on its way to the host"
 LOGIT_BYTES = 12  # of Transformers' own loss, beside the logits: log-softmax, its gradient, and that of an fp32 copy
+BOUND = 4  # bytes of a place among the keys
 PREDICTOR_WIDTH, PREDICTOR_RANK, PREDICTOR_POOLS = 64, 32, 3
 
 
@@ -45,7 +47,7 @@ class StepSetting:
 
     Attributes:
         tokens: T of a sequence.
-        loss_share: share of rows that carry loss.
+        loss_share: share of rows that carry loss and attend to all keys.
         batch: sequences.
         forward_ratio: share of rows that run a layer that skips.
         backward_ratio: share that passes gradient.
@@ -60,10 +62,11 @@ class StepSetting:
         predictor: layers that skip have one.
         bypass_rank: R; 0 for none.
         pooled_features: width of the predictors' projection.
-        forced_share: share of blocks that hold loss; that of the rows when None.
+        forced_share: share of blocks that hold loss and attend to all keys; that of the rows when None.
         offload: what the fused engine saves for keys alone waits in host memory.
         context_window: of exact forward, rows of a chunk; None where all rows attend to all keys.
         far_share: of exact forward, share of the far keys that attention's backward reads.
+        local_share: share of rows that carry loss besides, and attend within `context_window`.
     """
 
     tokens: int
@@ -86,6 +89,7 @@ class StepSetting:
     offload: bool = False
     context_window: int | None = None
     far_share: float = 1.0
+    local_share: float = 0.0
 
     def __post_init__(self) -> None:
         """Raises ConfigError for what no step can be."""
@@ -96,6 +100,12 @@ class StepSetting:
                 raise ConfigError(f"{name} must lie in (0, 1], got {getattr(self, name)}")
         if self.backward_ratio > self.forward_ratio:
             raise ConfigError(f"backward_ratio {self.backward_ratio} exceeds forward_ratio {self.forward_ratio}")
+        if self.local_share < 0 or self.loss_share + self.local_share > 1 + 1e-9:
+            raise ConfigError(
+                f"loss_share {self.loss_share} and local_share {self.local_share} must add up to 1 or less"
+            )
+        if self.local_share and (self.context_window is None or self.gradient != "keys"):
+            raise ConfigError("local_share needs a context_window and gradient keys, of exact forward")
         if self.engine != "fused" and self.recompute in ("mlp", "lin"):
             raise ConfigError(f"recompute {self.recompute!r} is of the fused engine; the others know none and layer")
         if self.engine != "fused" and self.offload:
@@ -109,7 +119,12 @@ class StepSetting:
     @property
     def loss_rows(self) -> int:
         """Rows that carry loss."""
-        return max(1, round(self.loss_share * self.rows))
+        return max(1, round((self.loss_share + self.local_share) * self.rows))
+
+    @property
+    def windows(self) -> bool:
+        """Whether the window takes any key from any row: the second chunk still sees all."""
+        return self.context_window is not None and self.tokens > 2 * self.context_window
 
     @property
     def skips(self) -> bool:
@@ -121,7 +136,7 @@ class StepSetting:
         size = min(self.block_size, self.tokens)
         blocks = -(-self.tokens // size)
         share = self.loss_share if self.forced_share is None else self.forced_share
-        forced = min(blocks, round(share * blocks) + 2)
+        forced = min(blocks, round((share + self.local_share) * blocks) + 2)
         kept = max(-(-int(ratio * blocks * 1e6) // 10**6), forced)
         return self.batch * min(self.tokens, min(blocks, kept) * size)
 
@@ -143,6 +158,8 @@ def layer_rows(sizes: ModelSizes, setting: StepSetting) -> list[LayerRows]:
             keys=setting.gradient == "keys",
             bypass=setting.bypass_rank > 0,
             samples=setting.far_share < 1 and passes < runs,
+            local=_local_rows(setting, passes) if passes < runs else 0,
+            window=setting.context_window if setting.windows else None,
         )
         many = min(setting.dense_layers, layers)
         first, last = many - many // 2, many // 2
@@ -152,12 +169,19 @@ def layer_rows(sizes: ModelSizes, setting: StepSetting) -> list[LayerRows]:
     return found
 
 
+def _local_rows(setting: StepSetting, passes: int) -> int:
+    """Rows of a layer that pass gradient within the window; in short sequences they are as all others."""
+    size = min(setting.block_size, setting.tokens)
+    blocks = round(setting.local_share * (setting.tokens // size))
+    return min(setting.batch * blocks * size, passes - 1) if setting.windows else 0
+
+
 def last_rows(rows: LayerRows, loss: int) -> LayerRows:
     """Rows of the last layer where nobody reads others than the loss behind it."""
     if rows.exact and not rows.keys:
         # Keys of rows that pass no gradient are constants: rows that do pass some run.
         return replace(rows, loss=rows.passes)
-    return replace(rows, passes=rows.runs, loss=loss)
+    return replace(rows, passes=rows.runs, loss=loss, local=min(rows.local, loss - 1))
 
 
 def step_memory(sizes: ModelSizes, setting: StepSetting, constants: MemoryConstants = CONSTANTS) -> Ledger:
@@ -237,6 +261,9 @@ class _Step:
         ledger.add("adapter, gradients, optimizer", 4 * trained)
         # Ids, labels and their shifted copy, positions, and the layout's three numbers of each row.
         ledger.add("batch and positions", (4 + (3 if setting.engine != "plain" else 0)) * INDEX * setting.rows)
+        if setting.windows and setting.skips:
+            # Where the keys of a row that attends locally begin and end: four bounds, two of its own chunk.
+            ledger.add("batch and positions", 6 * BOUND * setting.rows)
         if sizes.rope:
             ledger.add("batch and positions", 2 * setting.tokens * sizes.shape.head_dim * self.e)
         if setting.skips:

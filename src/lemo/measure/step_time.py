@@ -6,15 +6,14 @@ from dataclasses import dataclass
 
 from lemo.measure.card import Card
 from lemo.measure.flops import (
-    ATTENTION_BACKWARD,
     LayerWork,
-    attention_flops,
+    again_attention_flops,
+    backward_attention_flops,
     forward_attention_flops,
     head_flops,
     layer_flops,
-    read_in_backward,
 )
-from lemo.measure.fused_memory import LayerRows
+from lemo.measure.layer_rows import LayerRows
 from lemo.measure.sizes import ModelSizes
 from lemo.measure.step_memory import StepSetting, layer_rows
 
@@ -69,7 +68,7 @@ def _layer(sizes: ModelSizes, setting: StepSetting, rows: LayerRows, card: Card)
     stream = rows.stream
     work = LayerWork(
         forward_ratio=rows.queries / stream,
-        backward_ratio=min(rows.back, rows.queries) / stream,
+        backward_ratio=(min(rows.back, rows.queries) - rows.local) / stream,
         kv="all" if rows.split else "kept",
         gradient="pairs" if rows.pairs else "keys" if rows.exact and rows.keys else "rows",
         recompute=setting.recompute,
@@ -77,14 +76,12 @@ def _layer(sizes: ModelSizes, setting: StepSetting, rows: LayerRows, card: Card)
         context_window=setting.context_window,
         block_size=setting.block_size,
         far_share=setting.far_share,
+        local_ratio=rows.local / stream,
     )
     flops = layer_flops(shape, tokens, work)
-    key_share = 1.0 if rows.split else rows.queries / stream
-    back = work.backward_ratio
-    own = back if rows.exact and rows.pairs else key_share
-    forward = forward_attention_flops(shape, tokens, work)
-    backward = ATTENTION_BACKWARD * read_in_backward(tokens, work) * attention_flops(shape, tokens, back, own)
-    again = attention_flops(shape, tokens, back, key_share) if setting.recompute == "layer" else 0.0
+    forward, backward, again = (
+        find(shape, tokens, work) for find in (forward_attention_flops, backward_attention_flops, again_attention_flops)
+    )
     linear = flops.total - forward - backward - again
     if sizes.experts is not None:
         linear *= 1.0 + _experts_over_one(sizes)

@@ -7,6 +7,7 @@ from typing import Any
 from lemo.config import RunConfig
 from lemo.core.plan import check_context_window, check_far_share
 from lemo.errors import ConfigError
+from lemo.train.loss_rows import check_local_share
 
 
 def check_run(run: RunConfig) -> None:
@@ -28,13 +29,12 @@ def check_run(run: RunConfig) -> None:
         value = _lookup(run, key)
         if value is not None and not 0 < value <= 1:
             raise ConfigError(f"{key} must lie in (0, 1], got {value!r}")
-    if not 0 <= run.data.held_out_share < 1:
-        raise ConfigError(f"data.held_out_share must lie in [0, 1), got {run.data.held_out_share!r}")
+    for key in _PARTS:
+        if not 0 <= _lookup(run, key) < 1:
+            raise ConfigError(f"{key} must lie in [0, 1), got {_lookup(run, key)!r}")
     if run.data.validation and run.data.held_out_share:
         raise ConfigError("data.held_out_share has no effect beside data.validation; remove one of them")
     _check_stopping(run)
-    if not 0 <= run.lora.dropout < 1:
-        raise ConfigError(f"lora.dropout must lie in [0, 1), got {run.lora.dropout!r}")
     if run.data.window_tokens < 2:
         raise ConfigError(f"data.window_tokens must be at least 2, got {run.data.window_tokens}")
     if run.training.max_steps == 0 or run.training.max_steps < -1:
@@ -62,12 +62,34 @@ def _check_loss_rows(run: RunConfig) -> None:
         raise ConfigError(
             f"loss_rows.span must be a multiple of sparsity.block_size ({block}) or null for single blocks, got {span}"
         )
+    _check_local_rows(run)
     if not run.loss_rows.reweight:
         return
     if run.loss_rows.placement == "tail":
         raise ConfigError("loss_rows.reweight cannot be had with placement tail: it never draws the blocks before")
     if run.training.loss == "model":
         raise ConfigError("loss_rows.reweight needs training.loss=segmented; the model's own loss knows no weights")
+
+
+def _check_local_rows(run: RunConfig) -> None:
+    """Local loss rows are drawn beside others, and are rows of exact forward that attend within a window."""
+    rows, sparsity = run.loss_rows, run.sparsity
+    if rows.local_share == 0:
+        return
+    check_local_share(rows.local_share, rows.share, rows.placement, rows.reweight)
+    if not sparsity.enabled:
+        raise ConfigError("loss_rows.local_share is of exact forward, but sparsity.enabled is false")
+    if sparsity.plan is None:
+        check_local_rows(run, sparsity.context_window, sparsity.gradient)
+
+
+def check_local_rows(run: RunConfig, context_window: int | None, gradient: str) -> None:
+    """Raises ConfigError unless a plan of this window and gradient can train the recipe's local loss rows."""
+    if run.loss_rows.local_share and (context_window is None or gradient != "keys"):
+        raise ConfigError(
+            "loss_rows.local_share needs sparsity.context_window, within which such rows attend, and sparsity.gradient "
+            f"keys; the plan has {context_window} and {gradient}"
+        )
 
 
 def _check_stopping(run: RunConfig) -> None:
@@ -149,6 +171,7 @@ _NOT_NEGATIVE = (
     "training.weight_decay",
     "training.max_grad_norm",
 )
+_PARTS = ("data.held_out_share", "lora.dropout", "loss_rows.local_share")
 _SHARES = (
     "loss_rows.share",
     "sparsity.forward_ratio",
@@ -162,6 +185,7 @@ _SHARES = (
 RANGES: tuple[tuple[dict[str, float], tuple[str, ...]], ...] = (
     ({"exclusiveMinimum": 0}, _POSITIVE),
     ({"minimum": 0}, _NOT_NEGATIVE),
+    ({"minimum": 0, "exclusiveMaximum": 1}, _PARTS),
     ({"exclusiveMinimum": 0, "maximum": 1}, _SHARES),
 )
 

@@ -21,6 +21,7 @@ from lemo.measure.profile import StepTimer
 from lemo.measure.sizes import ModelSizes, meta_model, read_sizes
 from lemo.measure.step_memory import StepSetting
 from lemo.measure.step_time import step_time
+from lemo.runtime.batch import LOCAL_ROWS
 from lemo.train.collate import IGNORE
 from lemo.train.data import load_windows
 from lemo.train.lora import add_adapter, check_targets, trainable_parameters
@@ -90,9 +91,9 @@ def forecast(run: RunConfig) -> Forecast:
     engine = _engine(run, sizes)
     if engine == "generic":
         notes.append("the fused engine does not know this model; its own layers run on rows")
-    share = 1.0 if run.loss_rows.share == 1 else run.loss_rows.share
+    share, local = run.loss_rows.share, run.loss_rows.local_share
     if run.data.answer_only:
-        share = ANSWER_SHARE
+        share, local = ANSWER_SHARE, 0.0
         notes.append(f"answers are taken to be {ANSWER_SHARE:.0%} of the rows; --data counts them")
     if run.training.offload and engine != "fused":
         notes.append("training.offload has no effect without the fused engine")
@@ -103,6 +104,7 @@ def forecast(run: RunConfig) -> Forecast:
     setting = StepSetting(
         tokens=run.data.window_tokens,
         loss_share=share,
+        local_share=local,
         batch=run.training.batch_size,
         engine=engine,  # type: ignore[arg-type]
         recompute=level,  # type: ignore[arg-type]
@@ -205,6 +207,7 @@ def data_gain(run: RunConfig, found: Forecast, tokenizer: Any, card: Card) -> Da
     dataset, _ = load_windows(run.data, tokenizer, "train", vocabulary=vocabulary, limit=SAMPLED_WINDOWS)
     shares = [window_shares(dataset[i]["labels"], found.setting.block_size) for i in range(len(dataset))]
     drawn = not run.data.answer_only and run.loss_rows.share < 1
+    all_loss = run.loss_rows.share + run.loss_rows.local_share
     cache: dict[tuple[int, float], tuple[float, float]] = {}
     gains, seconds = [], []
     for tokens, rows, blocks in shares:
@@ -220,14 +223,14 @@ def data_gain(run: RunConfig, found: Forecast, tokenizer: Any, card: Card) -> Da
     dense = sum(g * s for g, s in zip(gains, seconds, strict=True))
     tokens = sum(t for t, _, _ in shares)
     idle = [g < GAINS for g in gains]
-    forced_shares = [run.loss_rows.share if drawn else b for _, _, b in shares]
+    forced_shares = [all_loss if drawn else b for _, _, b in shares]
     return DataGain(
         windows=len(shares),
         gaining=1 - sum(idle) / len(idle),
         gain=dense / sum(seconds),
         best=max(gains),
         longest_tokens=max(t for t, _, _ in shares),
-        supervised_share=sum(t * (run.loss_rows.share if drawn else r) for t, r, _ in shares) / tokens,
+        supervised_share=sum(t * (all_loss if drawn else r) for t, r, _ in shares) / tokens,
         forced_share=sum(t * f for (t, _, _), f in zip(shares, forced_shares, strict=True)) / tokens,
         short=sum(i and f < found.setting.backward_ratio for i, f in zip(idle, forced_shares, strict=True)) / len(idle),
     )
@@ -308,10 +311,18 @@ def probe_step(run: RunConfig, found: Forecast, *, layers: int | None = None) ->
 def _two_steps(model: Any, setting: StepSetting, vocabulary: int, device: str) -> Probe:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     made = [
-        random_batch(vocabulary, setting.tokens, share=setting.loss_share, seed=i, block_size=setting.block_size)
+        random_batch(
+            vocabulary,
+            setting.tokens,
+            share=setting.loss_share,
+            seed=i,
+            block_size=setting.block_size,
+            local_share=setting.local_share,
+        )
         for i in range(setting.batch)
     ]
-    batch = {name: torch.cat([one[name] for one in made]).to(device) for name in ("input_ids", "labels")}
+    names = [name for name in ("input_ids", "labels", LOCAL_ROWS) if name in made[0]]
+    batch = {name: torch.cat([one[name] for one in made]).to(device) for name in names}
     timer, peaks = StepTimer(device), []
     for _ in range(2):
         with track_peak(device) as peak, timer.step():

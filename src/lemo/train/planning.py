@@ -10,9 +10,10 @@ from typing import Any
 from lemo.config import RunConfig
 from lemo.core.plan import Plan
 from lemo.errors import UnsupportedModelError
-from lemo.runtime.batch import supervised_rows
+from lemo.runtime.batch import LOCAL_ROWS, supervised_rows
 from lemo.runtime.model import causal_model, decoder_layers, dense_only, why_dense
 from lemo.train.block_losses import BlockLosses
+from lemo.train.checks import check_local_rows
 from lemo.train.costs import layer_cost
 from lemo.train.data import LossRows, WindowCollator, WindowDataset, load_windows
 from lemo.train.loss_rows import IN_RUNS
@@ -79,13 +80,16 @@ def make_plan(model: Any, run: RunConfig, tokenizer: Any, folder: str | Path | N
 
     Raises:
         PlanError: a plan that cannot be read.
+        ConfigError: local loss rows under a plan that knows none.
         ConfigError, DataError: from calibration.
     """
     sparsity = run.sparsity
     if not sparsity.enabled:
         return dense_plan(model, sparsity.block_size)
     if sparsity.plan is not None:
-        return Plan.load(sparsity.plan)
+        plan = Plan.load(sparsity.plan)
+        check_local_rows(run, plan.context_window, plan.gradient)
+        return plan
     skeleton = skeleton_plan(model, run)
     if not needs_calibration(run):
         return skeleton
@@ -160,6 +164,7 @@ def training_collator(run: RunConfig, tokenizer: Any, model: Any = None) -> Any:
         span=rows.span if rows.placement in IN_RUNS else None,
         reweight=rows.reweight,
         block_losses=losses,
+        local_share=rows.local_share,
     )
 
 
@@ -168,9 +173,11 @@ def validation_batches(
 ) -> Sequence[dict[str, Any]]:
     """Batches of one window each, with all labels, or with labels drawn as in training (`loss_rows`).
 
-    Drawn rows are not weighed: these batches are for evaluation. `model` is that of `training_collator`.
+    Drawn rows are not weighed, and none of them is local: these batches are for evaluation. `model` is that of
+    `training_collator`.
     """
     if not loss_rows:
-        run = replace(run, loss_rows=replace(run.loss_rows, share=1.0))
+        run = replace(run, loss_rows=replace(run.loss_rows, share=1.0, local_share=0.0))
     collator = training_collator(replace(run, loss_rows=replace(run.loss_rows, reweight=False)), tokenizer, model)
-    return [collator([dataset[index]]) for index in range(len(dataset))]
+    batches = [collator([dataset[index]]) for index in range(len(dataset))]
+    return [{name: value for name, value in batch.items() if name != LOCAL_ROWS} for batch in batches]

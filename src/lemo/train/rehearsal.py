@@ -178,6 +178,7 @@ def random_batch(
     block_size: int = 64,
     ids_T: Tensor | None = None,
     span: int | None = None,
+    local_share: float = 0.0,
 ) -> dict[str, Tensor]:
     """One sequence with a share of its blocks supervised, drawn as `LossRows` draws them.
 
@@ -189,13 +190,14 @@ def random_batch(
         block_size: C.
         ids_T: (T,) token ids to use instead of random ones.
         span: rows of a run of drawn blocks; None draws single blocks.
+        local_share: of the blocks that carry loss besides, and attend locally.
 
     Returns:
-        `input_ids` and `labels`, (1, T) int64 on the CPU.
+        `input_ids` and `labels`, (1, T) int64 on the CPU, and `local_rows`, (1, T) bool, where there are such blocks.
     """
     if ids_T is None:
         ids_T = torch.randint(0, vocabulary, (tokens,), generator=torch.Generator().manual_seed(seed))
     labels_T = ids_T.clone()
     labels_T[0] = IGNORE
     sample = {"input_ids": ids_T.numpy(), "labels": labels_T.numpy(), "sample_id": str(seed)}
-    return LossRows(WindowCollator(), share, block_size=block_size, span=span)([sample])
+    return LossRows(WindowCollator(), share, block_size=block_size, span=span, local_share=local_share)([sample])

@@ -294,7 +294,10 @@ class _Session:
         lines = report.lines()
         if title == "training data" and not self.run.data.answer_only and self.run.loss_rows.share < 1:
             share = self.run.loss_rows.share
-            lines.append(f"of these rows, {share:.0%} of blocks carry loss, placement {self.run.loss_rows.placement}")
+            local = self.run.loss_rows.local_share
+            more = f", {local:.0%} more carry loss and attend locally" if local else ""
+            where = self.run.loss_rows.placement
+            lines.append(f"of these rows, {share:.0%} of blocks carry loss{more}, placement {where}")
         self._say(f"{title}: " + "\n  ".join(lines))
 
 
