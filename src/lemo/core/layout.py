@@ -76,6 +76,10 @@ class Layout:
         """Rows that belong to a document."""
         return int(self.document_length_D.sum())
 
+    def rows_of(self, blocks_K: Tensor) -> Tensor:
+        """Ascending int64 flat rows of the blocks that are set in `blocks_K` (K,) bool, on the CPU."""
+        return _expand(self.block_start_K[blocks_K], self.block_length_K[blocks_K])
+
     @property
     def is_plain(self) -> bool:
         """Whether the batch is one document per sequence without padding."""

@@ -14,7 +14,8 @@ from lemo.core.plan import Plan
 from lemo.core.selection import Selection
 from lemo.errors import ConfigError, LabelsError, UnsupportedModelError
 from lemo.runtime.attention import NAME, register_mask
-from lemo.runtime.batch import BatchContext, RunDense, document_keys, read_layout
+from lemo.runtime.batch import LOCAL_ROWS, BatchContext, RunDense, document_keys, read_layout
+from lemo.runtime.context import check_local_rows
 from lemo.runtime.fused.attachment import Engine, FusedEngine
 from lemo.runtime.fused.call import Recompute
 from lemo.runtime.head import LemoModel, forward_parameters, model_class, segmented_forward, why_not_segmented
@@ -177,7 +178,8 @@ class Handle:
         arguments = dict(zip(names, args, strict=False)) | kwargs
         training = self.model.training and torch.is_grad_enabled()
         labelled = arguments.get("labels") is not None or arguments.get("shift_labels") is not None
-        context = self._open(arguments, training, torch.compiler.is_compiling())
+        local_BT = arguments.pop(LOCAL_ROWS, None)
+        context = self._open(arguments, training, torch.compiler.is_compiling(), local_BT)
         if (training or context is not None) and arguments.get("use_cache") is None and "use_cache" in names:
             arguments["use_cache"] = False
         segmented = labelled and own and self._segmented(training)
@@ -203,9 +205,13 @@ class Handle:
         return reason is None
 
     @torch.compiler.disable  # host arithmetic on sizes that follow from the data
-    def _open(self, arguments: dict[str, Any], training: bool, compiling: bool) -> BatchContext | None:
+    def _open(
+        self, arguments: dict[str, Any], training: bool, compiling: bool, local_BT: Tensor | None = None
+    ) -> BatchContext | None:
         """The batch for the layers, or None when this forward runs densely."""
         sparse_eval = self._options["sparse_eval"] and not training
+        if local_BT is not None and (training or sparse_eval):
+            check_local_rows(self.plan)
         dense = all(x.is_dense for x in self.plan.layers) and self._options["engine"] != "fused"
         if not (training or sparse_eval) or dense:
             skips = any(x.forward_ratio < 1 for x in self.plan.layers) or self.plan.context_window is not None
@@ -228,7 +234,7 @@ class Handle:
                 )
             if training and any(x.backward_ratio < x.forward_ratio for x in self.plan.layers):
                 check_no_dropout(self.model, self.fused_layers())
-            layout = read_layout(arguments, self._supervised, self.plan.block_size)
+            layout = read_layout(arguments, self._supervised, self.plan.block_size, local_BT)
         except RunDense as reason:
             self.dense_batches += training
             self.note(f"a batch ran densely: {reason}")

@@ -23,6 +23,7 @@ from lemo.ops.attend_local.reference import local_mask
 from lemo.ops.attend_rows.reference import Rows
 from lemo.runtime.context import attend_near, put_far
 from lemo.runtime.far import attend_far
+from lemo.runtime.local import attend_local_rows
 from lemo.runtime.pairs import attend_pairs
 from lemo.runtime.rows import ACTIVE, LayerCall, RowRange
 
@@ -179,6 +180,9 @@ def _attend_rows(
     if call.keys is not None:
         keys = call.keys.range
         key_GND, value_GND = _all_keys(call, key_GND, value_GND)
+    if call.parted is not None:
+        options = (scaling, dropout, window, softcap, sinks)
+        return _attend_parted(call, query_HND, (key_GND, value_GND), keys, options)
     if call.far is not None:
         return attend_far(query_HND, (key_GND, value_GND), None, (queries, keys), call.far, scaling)
     if record is not None:
@@ -207,14 +211,43 @@ def _attend_locally(
     local, queries = context.local.windowed(window), context.queries
     if softcap is not None or sinks is not None:
         near_HND = _positioned(query_HND, *pair, call.queries, keys, options, local)
+        if not len(context.places_n):
+            return near_HND
         return put_far(context, near_HND, _positioned(passing, *pair, queries, keys, options))
     near_HND, lse_HN = attend_near(query_HND, pair, context, scaling, window)
+    if not len(context.places_n):
+        return near_HND
     if not record.want_lse:
         return put_far(context, near_HND, attend_rows(passing, *pair, queries, keys, scaling=scaling, window=window))
     far_HnD, far_Hn = attend_forward(passing, *pair, queries, keys, scaling=scaling)
     record.lse_HN = lse_HN.index_copy(1, context.places_n, far_Hn)
     record.output_HND = put_far(context, near_HND, far_HnD)
     return record.output_HND
+
+
+def _attend_parted(
+    call: LayerCall, query_HND: Tensor, pair: tuple[Tensor, Tensor], keys: RowRange, options: tuple
+) -> Tensor:
+    """Attention of rows with gradient: of far ones to all keys, of local loss rows to those near them."""
+    parted, (scaling, _, window, softcap, sinks) = call.parted, options
+    assert parted is not None
+    local = parted.local.windowed(window)
+    near_HlD, far_HfD = (query_HND.index_select(1, places) for places in (parted.near_n, parted.far_n))
+    explicit = softcap is not None or sinks is not None
+    if explicit:
+        near_HlD = _positioned(near_HlD, *pair, local.queries, keys, options, local)
+    else:
+        near_HlD = attend_local_rows(near_HlD, pair, local, scaling)
+    if not len(parted.far_n):
+        return near_HlD
+    if explicit:
+        far_HfD = _positioned(far_HfD, *pair, parted.far, keys, options)
+    elif call.far is not None:
+        far_HfD = attend_far(far_HfD, pair, None, (parted.far, keys), call.far, scaling)
+    else:
+        far_HfD = attend_rows(far_HfD, *pair, parted.far, keys, scaling=scaling, window=window)
+    places = torch.cat([parted.near_n, parted.far_n])
+    return torch.empty_like(query_HND).index_copy(1, places, torch.cat([near_HlD, far_HfD], 1))
 
 
 def _scaling(query: Tensor, kwargs: dict) -> float:

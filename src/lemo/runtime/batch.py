@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,9 +15,11 @@ from lemo.core.policy import select
 from lemo.core.score import Random, ScoreInputs, scorer_named
 from lemo.core.selection import RowSet, Selection
 from lemo.errors import ConfigError
+from lemo.runtime.context import parts_rows
 from lemo.runtime.fused.call import Recompute
 from lemo.runtime.fused.factors import AdapterFactors
 from lemo.runtime.fused.offload import Convoy
+from lemo.runtime.rows import all_rows
 
 _IGNORED = -100
 LOCAL_ROWS = "local_rows"  # keyword of a call of the model: (B, T) bool, loss rows that attend locally
@@ -80,6 +82,10 @@ class BatchContext:
                     threshold=layer.threshold,
                     ratio_of=self.plan.ratio_of,
                 )
+            if selection.backward is None and parts_rows(self.plan, self.layout, index):
+                # Not the layer's dense call: all rows pass gradient, but some of them attend locally.
+                everything = self.layout.once("all rows, with gradient", lambda: replace(all_rows(self.layout)))
+                selection = Selection(selection.forward, everything)
         self.selections[index] = selection
         return selection
 

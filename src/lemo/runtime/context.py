@@ -1,16 +1,23 @@
-"""Which rows of exact forward attend locally: those that pass no gradient, under a plan's `context_window`."""
+"""Which rows of exact forward attend locally under a plan's `context_window`.
+
+Those that pass no gradient, and of those that do the *local loss rows*: the batch marks them (`local_rows`).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
 from lemo.core.layout import Layout
-from lemo.core.plan import Plan
+from lemo.core.plan import LayerPlan, Plan
 from lemo.core.selection import RowSet
+from lemo.errors import ConfigError
 from lemo.ops import attend_local, plan_local, write_rows_
 from lemo.ops.attend_local.plan import LocalRows
 from lemo.ops.attend_rows.reference import Rows
-from lemo.runtime.rows import ContextRows
+from lemo.runtime.rows import ContextRows, PartedRows, RowRange
 
 
 def attends_locally(plan: Plan, layout: Layout) -> bool:
@@ -20,7 +27,7 @@ def attends_locally(plan: Plan, layout: Layout) -> bool:
 
 
 def context_rows(
-    plan: Plan, layout: Layout, sides: tuple[Rows, Rows], passes: tuple[RowSet, Rows, Tensor], whole: bool
+    plan: Plan, layout: Layout, sides: tuple[Rows, Rows], far: tuple[Rows, Tensor], whole: bool
 ) -> ContextRows:
     """The rows of one exact pass that attend locally, where `attends_locally`.
 
@@ -28,7 +35,7 @@ def context_rows(
         plan: its window and block size.
         layout: of the batch.
         sides: documents and positions of the rows that run, and of the keys.
-        passes: the rows that pass gradient, their documents and positions, and their places among those that run.
+        far: documents and positions of the rows that attend to all keys, and their places among those that run.
         whole: all rows of the batch run, and offer keys in the same order.
     """
     window = plan.context_window
@@ -37,10 +44,10 @@ def context_rows(
     def make() -> LocalRows:
         return plan_local(*sides, chunk=window, sink=plan.block_size, whole=whole)
 
-    rows, queries, places_n = passes
+    queries, places_n = far
     # Packed without padding or not, rows of a whole batch come in the same order: but not at the same entries.
     key = ("local rows", window, len(sides[0].position_N))
-    return ContextRows(layout.once(key, make) if whole else make(), queries, places_n, rows.valid_N)
+    return ContextRows(layout.once(key, make) if whole else make(), queries, places_n, queries.valid_N)
 
 
 def attend_near(
@@ -58,3 +65,87 @@ def put_far(context: ContextRows, near_HND: Tensor, far_HnD: Tensor) -> Tensor:
     near_NO, far_nO = (t.transpose(0, 1).flatten(1).contiguous() for t in (near_HND, far_HnD))
     write_rows_(near_NO, context.places_n, far_nO, valid_n=context.valid_n)
     return near_NO.unflatten(1, (len(near_HND), -1)).transpose(0, 1)
+
+
+def check_local_rows(plan: Plan) -> None:
+    """Raises ConfigError unless local loss rows can run under the plan."""
+    wanted = "a batch has local loss rows (LossRows(local_share=...)), which need"
+    if plan.context_window is None:
+        raise ConfigError(f"{wanted} a plan with context_window: it says which keys they see")
+    if plan.gradient != "keys":
+        raise ConfigError(f"{wanted} a plan with gradient 'keys', not {plan.gradient!r}")
+    sparse = [layer for layer in plan.layers if not layer.is_dense]
+    if not sparse or not all(map(is_exact, sparse)):
+        raise ConfigError(f"{wanted} exact forward in every layer that is not dense: backward_ratio < forward_ratio")
+
+
+def is_exact(layer: LayerPlan) -> bool:
+    """Whether rows run a layer that pass no gradient through it."""
+    return layer.backward_ratio < layer.forward_ratio
+
+
+def parts_rows(plan: Plan, layout: Layout, index: int) -> bool:
+    """Whether some of the rows that pass gradient through layer `index` attend locally there, others to all keys."""
+    return layout.local_K is not None and is_exact(plan.layers[index]) and attends_locally(plan, layout)
+
+
+def part_rows(
+    plan: Plan, layout: Layout, rows: RowSet, keys: Rows, planned: Callable[[RowRange], Rows] | None = None
+) -> PartedRows:
+    """Rows that pass gradient, parted into local loss rows and far ones, where `parts_rows` says so. Without waiting.
+
+    Args:
+        plan: its window and block size.
+        layout: of the batch, with local blocks.
+        rows: that pass gradient: whole blocks, or the rows that carry loss alone.
+        keys: documents and positions of the key rows, all valid.
+        planned: makes far rows ready for attention on all keys.
+    """
+    window = plan.context_window
+    assert window is not None
+    near_N = _local_rows(layout, rows is loss_rows(layout))
+    near = layout.once(("range of local loss rows", near_N.capacity), lambda: RowRange.of_rows(layout, near_N))
+    local_N = layout.once("rows of local blocks", lambda: _mask_of_local(layout))
+    order_n = torch.argsort(local_N[rows.rows_N], stable=True)
+    far_n, near_n = order_n[: rows.capacity - near_N.capacity], order_n[rows.capacity - near_N.capacity :]
+    lengths = tuple(a - b for a, b in zip(rows.segment_lengths, near_N.segment_lengths, strict=True))
+    valid_N = None if rows.valid_N is None else rows.valid_N[far_n]
+    far = RowRange.of_rows(layout, RowSet(rows.rows_N[far_n], lengths, far_n[:0], valid_N))
+
+    def make() -> LocalRows:
+        return plan_local(near, keys, chunk=window, sink=plan.block_size)
+
+    # As in `context_rows`: all rows of a batch are the same keys in every layer, but not at the same entries.
+    key = ("keys of local loss rows", window, near_N.capacity, len(keys.position_N))
+    local = layout.once(key, make) if sum(keys.lengths) == layout.real_rows else make()
+    return PartedRows(far if planned is None or not len(far_n) else planned(far), far_n, local, near_n)
+
+
+def loss_rows(layout: Layout) -> RowSet:
+    """The rows that carry loss, and no other row of their blocks."""
+    return layout.once("loss rows", lambda: _row_set(layout, layout.supervised_row_S))
+
+
+def _local_rows(layout: Layout, loss_only: bool) -> RowSet:
+    """Rows of local blocks; of these those alone that carry loss."""
+
+    def make() -> RowSet:
+        rows_S = layout.rows_of(layout.local_K)
+        return _row_set(layout, rows_S[torch.isin(rows_S, layout.supervised_row_S)] if loss_only else rows_S)
+
+    return layout.once(("local loss rows", loss_only), make)
+
+
+def _row_set(layout: Layout, rows_S: Tensor) -> RowSet:
+    """Ascending flat rows of documents, from the host."""
+    document_S = torch.bucketize(rows_S, layout.document_start_D, right=True) - 1
+    lengths = torch.bincount(document_S, minlength=len(layout.document_start_D))
+    rows_N = rows_S.to(layout.device, non_blocking=True)
+    return RowSet(rows_N, tuple(lengths.tolist()), rows_N[:0])
+
+
+def _mask_of_local(layout: Layout) -> Tensor:
+    """(B·T,) uint8, 1 for rows of local blocks."""
+    mask_N = torch.zeros(layout.batch * layout.tokens, dtype=torch.uint8)
+    mask_N[layout.rows_of(layout.local_K)] = 1
+    return mask_N.to(layout.device, non_blocking=True)

@@ -33,7 +33,7 @@ def far_keys(context: BatchContext, index: int, queries: Rows, keys: Rows) -> Fa
     """
     share, layout, stripe = context.plan.far_share, context.layout, far.FAR_STRIPE
     lengths = tuple(layout.document_length_D.tolist())
-    if share == 1 or all(length <= 2 * stripe for length in lengths):
+    if share == 1 or not len(queries.position_N) or all(length <= 2 * stripe for length in lengths):
         return None
     documents = lengths if context.document_keys_D is None else context.document_keys_D.tolist()
     drawn = []

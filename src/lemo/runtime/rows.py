@@ -81,11 +81,11 @@ class Keys:
 
 @dataclass(frozen=True)
 class ContextRows:
-    """Rows of exact forward of which only those that pass gradient attend to all keys.
+    """Rows of exact forward of which only far rows attend to all keys: those with gradient that are not local.
 
     Attributes:
-        local: all rows that run, and the keys that those without gradient see.
-        queries: documents and positions of the rows that pass gradient.
+        local: all rows that run, and the keys that those see which are not far rows.
+        queries: documents and positions of the far rows.
         places_n: (n,) places of these among all that run.
         valid_n: (n,) bool, rows that do pass gradient; None for all.
     """
@@ -94,6 +94,23 @@ class ContextRows:
     queries: Rows
     places_n: Tensor
     valid_n: Tensor | None
+
+
+@dataclass(frozen=True)
+class PartedRows:
+    """Rows that pass gradient, parted by the keys that they attend to.
+
+    Attributes:
+        far: documents and positions of those that attend to all keys; there may be none.
+        far_n: (f,) their places among the rows that pass gradient.
+        local: the local loss rows, at least one, and the keys that they see.
+        near_n: (l,) their places.
+    """
+
+    far: Rows
+    far_n: Tensor
+    local: LocalRows
+    near_n: Tensor
 
 
 @dataclass(frozen=True)
@@ -137,6 +154,7 @@ class LayerCall:
         dense: attention output (H, N, D) and log-sum-exp (H, N) of the queries from the exact pass, for the `pairs`
             gradient.
         context: the queries that attend locally, in the exact pass; None when all attend to all keys.
+        parted: of the queries with gradient, those that attend locally and the others; None when none does.
         far: the far keys that backward reads; None for all.
         record: catches keys and values of this call.
         mlp: rows of the MLP when it has its own.
@@ -148,6 +166,7 @@ class LayerCall:
     keys: Keys | None = None
     dense: tuple[Tensor, Tensor] | None = None
     context: ContextRows | None = None
+    parted: PartedRows | None = None
     far: FarKeys | None = None
     record: Recorder | None = None
     mlp: MlpRows | None = None

@@ -14,7 +14,7 @@ from lemo.core.selection import RowSet, Selection
 from lemo.errors import UnsupportedModelError
 from lemo.ops import gather_rows, scatter_rows
 from lemo.runtime.batch import BatchContext
-from lemo.runtime.context import attends_locally, context_rows
+from lemo.runtime.context import attends_locally, context_rows, part_rows, parts_rows
 from lemo.runtime.far import far_keys
 from lemo.runtime.fused.engine import make_call
 from lemo.runtime.rows import (
@@ -176,14 +176,19 @@ def _exact(step: _Step, selection: Selection) -> Tensor:
                 call = replace(call, keys=_offered_keys(step, rows))
             else:
                 own_N, key_range = value_places, call.queries
-        if local:
-            passes = backward, RowRange.of_rows(layout, backward), value_places
-            context = context_rows(step.context.plan, layout, (call.queries, key_range), passes, forward is None)
-            call = replace(call, context=context)
 
     second = LayerCall(queries=RowRange.of_rows(layout, backward))
+    far, far_places = second.queries, value_places
+    if parts_rows(step.context.plan, layout, step.index):
+        parted = part_rows(step.context.plan, layout, backward, key_range)
+        far, far_places = parted.far, value_places[parted.far_n]
+        second = replace(second, parted=parted)
+    if local:
+        sides = call.queries, key_range
+        context = context_rows(step.context.plan, layout, sides, (far, far_places), forward is None)
+        call = replace(call, context=context)
     if not pairs:
-        second = replace(second, far=far_keys(step.context, step.index, second.queries, key_range))
+        second = replace(second, far=far_keys(step.context, step.index, far, key_range))
     if gradient == "keys":
         _refuse_reentrant(step.dense_call.__self__)
         among = None if key_range is not call.queries else constant_rows

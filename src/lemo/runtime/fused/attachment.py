@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from lemo.errors import ConfigError, UnsupportedModelError
 from lemo.families import find_family
 from lemo.runtime.batch import BatchContext
+from lemo.runtime.context import loss_rows
 from lemo.runtime.fused.call import LEVELS, Recompute
-from lemo.runtime.fused.engine import loss_rows
 from lemo.runtime.fused.final import install_norm, remove_norm
 from lemo.runtime.fused.offload import Convoy, HostMemory
 from lemo.runtime.fused.parts import Norm, read_norm

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from lemo.ops import attend_backward, attend_forward, norm_rows, norm_rows_backward, rope_rows_
+from lemo.ops import (
+    attend_backward,
+    attend_forward,
+    attend_local,
+    attend_local_backward,
+    norm_rows,
+    norm_rows_backward,
+    rope_rows_,
+)
 from lemo.ops.attend_rows.far import FarKeys
 from lemo.ops.attend_rows.reference import Rows
 from lemo.runtime.context import attend_near, put_far
 from lemo.runtime.fused.call import FusedCall
 from lemo.runtime.fused.maps import Gradients
 from lemo.runtime.fused.parts import LayerParts, Norm
+from lemo.runtime.rows import PartedRows
 
 State = dict[str, Tensor]
 
@@ -87,13 +96,37 @@ def attend(parts: LayerParts, heads: State, queries: Rows, keys: Rows) -> tuple[
     return output_HND.transpose(0, 1).flatten(1), lse_HN
 
 
+def attend_passing(parts: LayerParts, heads: State, call: FusedCall) -> tuple[Tensor, Tensor]:
+    """`attend` for a call whose queries all pass gradient; some of them may be local loss rows."""
+    parted = call.parted
+    if parted is None:
+        return attend(parts, heads, call.queries, call.keys)
+    local = parted.local.windowed(parts.window)
+    query = heads["query"].index_select(1, parted.near_n)
+    near_HlD, near_Hl = attend_local(query, heads["key"], heads["value"], local, scaling=parts.scaling)
+    near_lO = near_HlD.transpose(0, 1).flatten(1)
+    if not len(parted.far_n):
+        return near_lO, near_Hl
+    far_fO, far_Hf = attend(parts, heads | select_heads(heads, {"query": parted.far_n}), parted.far, call.keys)
+    output_nO = near_lO.new_empty(len(near_lO) + len(far_fO), near_lO.shape[1])
+    lse_Hn = near_Hl.new_empty(len(near_Hl), len(output_nO))
+    for places, output, lse in ((parted.near_n, near_lO, near_Hl), (parted.far_n, far_fO, far_Hf)):
+        output_nO.index_copy_(0, places, output)
+        lse_Hn.index_copy_(1, places, lse)
+    return output_nO, lse_Hn
+
+
 def attend_frame(parts: LayerParts, heads: State, call: FusedCall) -> tuple[Tensor, Tensor]:
-    """`attend` for the rows that run; those of exact forward that pass no gradient may attend locally."""
-    context = None if call.exact is None else call.exact.context
+    """`attend` for the rows that run; those of exact forward may attend locally, but for far rows with gradient."""
+    if call.exact is None:
+        return attend_passing(parts, heads, call)
+    context = call.exact.context
     if context is None:
         return attend(parts, heads, call.queries, call.keys)
     pair = heads["key"], heads["value"]
     near_HND, lse_HN = attend_near(heads["query"], pair, context, parts.scaling, parts.window)
+    if not len(context.places_n):
+        return near_HND.transpose(0, 1).flatten(1), lse_HN
     passing = heads | select_heads(heads, {"query": context.places_n})
     far_nO, far_Hn = attend(parts, passing, context.queries, call.keys)
     output_HND = put_far(context, near_HND, far_nO.unflatten(1, (-1, parts.head_dim)).transpose(0, 1))
@@ -110,6 +143,7 @@ class AttentionBackward:
         keys: those of the keys.
         own: keys and values (G, n, D) of the query rows when all others are constants.
         far: the far keys that count; None for all.
+        parted: the queries, when some of them attend locally.
     """
 
     heads: State
@@ -117,9 +151,12 @@ class AttentionBackward:
     keys: Rows
     own: tuple[Tensor, Tensor] | None = None
     far: FarKeys | None = None
+    parted: PartedRows | None = None
 
     def run(self, parts: LayerParts, grad_nO: Tensor, output_nO: Tensor, lse_HN: Tensor) -> State:
         """Gradients of `query`, `key`, `value`: (rows, heads, D)."""
+        if self.parted is not None:
+            return self._run_parted(self.parted, parts, (grad_nO, output_nO), lse_HN)
         shape = (-1, parts.head_dim)
         grads = attend_backward(
             grad_nO.unflatten(-1, shape).transpose(0, 1),
@@ -136,6 +173,27 @@ class AttentionBackward:
             far=self.far,
         )
         return {name: g.transpose(0, 1) for name, g in zip(("query", "key", "value"), grads, strict=True)}
+
+    def _run_parted(self, parted: PartedRows, parts: LayerParts, rows: tuple[Tensor, Tensor], lse_HN: Tensor) -> State:
+        """Gradients from local loss rows, then those from far rows beside or on top of them."""
+        near = parted.near_n
+        query = self.heads["query"].index_select(1, near)
+        grad, output = (t.index_select(0, near).unflatten(-1, (-1, parts.head_dim)).transpose(0, 1) for t in rows)
+        operands = (grad, query, self.heads["key"], self.heads["value"], output, lse_HN.index_select(1, near))
+        local = parted.local.windowed(parts.window)
+        found = attend_local_backward(*operands, local, scaling=parts.scaling)
+        sums = {name: g.transpose(0, 1) for name, g in zip(("query", "key", "value"), found, strict=True)}
+        del grad, query, output, operands, found
+        if not len(parted.far_n):
+            return sums
+        far = parted.far_n
+        work = replace(
+            self, heads=self.heads | select_heads(self.heads, {"query": far}), queries=parted.far, parted=None
+        )
+        grads = work.run(parts, *(t.index_select(0, far) for t in rows), lse_HN.index_select(1, far))
+        d_query = sums["query"].new_empty(len(rows[0]), *sums["query"].shape[1:])
+        d_query.index_copy_(0, near, sums["query"]).index_copy_(0, far, grads["query"])
+        return {"query": d_query} | {name: sums[name].add_(grads[name]) for name in ("key", "value")}
 
 
 def unturn_heads(

@@ -12,7 +12,7 @@ from lemo.ops.attend_rows.far import FarKeys
 from lemo.ops.attend_rows.reference import Rows
 from lemo.runtime.fused.factors import AdapterFactors
 from lemo.runtime.fused.offload import Convoy
-from lemo.runtime.rows import ContextRows, MlpRows, RowRange
+from lemo.runtime.rows import ContextRows, MlpRows, PartedRows, RowRange
 
 Recompute = Literal["none", "mlp", "lin", "layer"]
 LEVELS = ("none", "mlp", "lin", "layer")
@@ -30,7 +30,7 @@ class ExactRows:
         valid_n: (n,) bool, rows that do pass gradient; None for all.
         pairs: gradient through kept pairs only, instead of over all keys.
         keys: gradient also into the keys and values of every row of the frame.
-        context: the other rows that run attend locally, as this says; None when they attend to all keys.
+        context: rows that run attend locally but for far ones, as this says; None when all attend to all keys.
     """
 
     places_n: Tensor
@@ -66,6 +66,7 @@ class FusedCall:
         offload: takes to the host what backward needs only for keys of rows that do not run or pass gradient; None
             leaves it on the device.
         far: of exact forward, the far keys that attention's backward reads; None for all.
+        parted: of exact forward, the rows that pass gradient, when some of them attend locally.
     """
 
     frame_rows: Tensor | None
@@ -85,6 +86,7 @@ class FusedCall:
     adapters: AdapterFactors
     offload: Convoy | None = None
     far: FarKeys | None = None
+    parted: PartedRows | None = None
 
     @property
     def keeps(self) -> str:

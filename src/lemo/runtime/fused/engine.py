@@ -13,10 +13,10 @@ from lemo.core.selection import RowSet, Selection
 from lemo.ops import plan_rows, writable
 from lemo.ops.attend_rows.reference import Rows
 from lemo.runtime.batch import BatchContext
-from lemo.runtime.context import attends_locally, context_rows
+from lemo.runtime.context import attends_locally, context_rows, loss_rows, part_rows, parts_rows
 from lemo.runtime.far import far_keys
 from lemo.runtime.fused.call import ExactRows, FusedCall
-from lemo.runtime.rows import MlpRows, RowRange, all_rows, inverse
+from lemo.runtime.rows import MlpRows, PartedRows, RowRange, all_rows, inverse
 
 
 def make_call(
@@ -50,18 +50,24 @@ def make_call(
     whole = runs is None or (plan.kv == "all" and len(runs.skipped_S) > 0)
     frame_rows = None if whole else runs.rows_N
     keys = RowRange.of_batch(layout) if whole else RowRange.of_rows(layout, runs)
-    ran = wanted or runs
+    ran, parted = wanted or runs, None
+    if parts_rows(plan, layout, index):
+        parted = part_rows(plan, layout, wanted or passes, keys, lambda far: _planned(far, keys, x_BTM))
     if ran is None or (ran is runs and not whole):
         places, queries = None, keys
     else:
         places = ran.rows_N if whole else inverse(frame_rows, layout.batch * layout.tokens)[ran.rows_N]
-        queries = _planned(RowRange.of_rows(layout, ran), keys, x_BTM)
+        queries = RowRange.of_rows(layout, ran)
+        if parted is None or exact is not None:
+            queries = _planned(queries, keys, x_BTM)
     bypass = None if wanted is not None else plan.layers[index].bypass
     tables = _rope(kwargs, x_BTM)
-    rows = None if exact is None else _exact_rows(context, ran, exact, (places, frame_rows, queries, keys, x_BTM))
+    sides = (places, frame_rows, queries, keys, x_BTM)
+    rows = None if exact is None else _exact_rows(context, ran, exact, sides, parted)
     far = None
     if selection.forward is not selection.backward and plan.gradient != "pairs":
-        far = far_keys(context, index, queries if rows is None else rows.range, keys)
+        attending = queries if rows is None else rows.range
+        far = far_keys(context, index, attending if parted is None else parted.far, keys)
     return FusedCall(
         frame_rows=frame_rows,
         keys=keys,
@@ -80,10 +86,13 @@ def make_call(
         adapters=context.adapters,
         offload=context.offload,
         far=far,
+        parted=parted,
     )
 
 
-def _exact_rows(context: BatchContext, ran: RowSet | None, passes: RowSet, call: tuple) -> ExactRows:
+def _exact_rows(
+    context: BatchContext, ran: RowSet | None, passes: RowSet, call: tuple, parted: PartedRows | None
+) -> ExactRows:
     """`call`: places in the frame and flat rows of it, who runs and who offers keys, and the residual stream."""
     layout, plan = context.layout, context.plan
     places, frame_rows, queries, keys, x_BTM = call
@@ -94,13 +103,16 @@ def _exact_rows(context: BatchContext, ran: RowSet | None, passes: RowSet, call:
         ran_n = passes.rows_N if ran is None else inverse(ran.rows_N, size)[passes.rows_N]
         places = passes.rows_N if frame_rows is None else ran_n
     span = RowRange.of_rows(layout, passes)
-    if plan.gradient == "keys":
+    if plan.gradient == "keys" and parted is None:
         span = _planned(span, keys, x_BTM)
     local = None
     if ran is not passes and attends_locally(plan, layout):
-        far = span if plan.gradient == "keys" else _planned(span, keys, x_BTM)
+        if parted is None:
+            far = (span if plan.gradient == "keys" else _planned(span, keys, x_BTM)), ran_n
+        else:
+            far = parted.far, ran_n[parted.far_n]
         whole = queries is keys and (ran is None or ran.capacity == layout.real_rows)
-        local = context_rows(plan, layout, (queries, keys), (passes, far, ran_n), whole)
+        local = context_rows(plan, layout, (queries, keys), far, whole)
     pairs, into_keys = (plan.gradient == name for name in ("pairs", "keys"))
     return ExactRows(places, ran_n, passes.rows_N, span, passes.valid_N, pairs, into_keys, local)
 
@@ -110,19 +122,6 @@ def _planned(queries: RowRange, keys: RowRange, x_BTM: Tensor) -> Rows:
     if x_BTM.is_cuda and x_BTM.dtype in (torch.bfloat16, torch.float16):
         return plan_rows(queries, keys)
     return queries
-
-
-def loss_rows(layout: Layout) -> RowSet:
-    """The rows that carry loss, and no other row of their blocks."""
-    return layout.once("loss rows", lambda: _loss_rows(layout))
-
-
-def _loss_rows(layout: Layout) -> RowSet:
-    rows_S = layout.supervised_row_S
-    document_S = torch.bucketize(rows_S, layout.document_start_D, right=True) - 1
-    lengths = torch.bincount(document_S, minlength=len(layout.document_start_D))
-    rows_N = rows_S.to(layout.device, non_blocking=True)
-    return RowSet(rows_N, tuple(lengths.tolist()), rows_N[:0])
 
 
 def _everything(layout: Layout) -> RowSet | None:

@@ -14,8 +14,8 @@ from lemo.ops import bypass_rows_, bypass_rows_backward_, norm_rows, write_rows_
 from lemo.runtime.fused.attention import (
     AttentionBackward,
     State,
-    attend,
     attend_frame,
+    attend_passing,
     make_heads,
     project_back,
     select_heads,
@@ -315,7 +315,7 @@ class _Backward:
         before = state if parts.head_norms else {}
         heads = turn_heads(parts, call, state, rows)
         if level == "layer":
-            output, lse = attend(parts, heads, call.queries, call.keys)
+            output, lse = attend_passing(parts, heads, call)
         else:
             output, lse = saved["output"], saved["lse"]
         ran = frame if compact.places_n is None else frame.index_select(0, compact.places_n)
@@ -329,7 +329,7 @@ class _Backward:
         grad_output = parts.output.backward(output, {0: update}, self.gradients, rows_N=self.rows)
         assert grad_output is not None
         if call.exact is None:
-            work = AttentionBackward(heads, call.queries, call.keys, far=call.far)
+            work = AttentionBackward(heads, call.queries, call.keys, far=call.far, parted=call.parted)
         elif call.exact.pairs:
             work = AttentionBackward(heads, call.exact.range, call.exact.range)
         else:
