@@ -7,9 +7,19 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lemo.ops.attend_local import vendor
-from lemo.ops.attend_local.cases import local_case, local_of, reference, run
-from lemo.testing import check_error_budget
+from lemo.ops import attend_local_backward
+from lemo.ops.attend_local import pieces, vendor
+from lemo.ops.attend_local.cases import (
+    backward_case,
+    local_case,
+    local_of,
+    operands_of,
+    reference,
+    reference_backward,
+    run,
+    run_backward,
+)
+from lemo.testing import check_error_budget, poisoned_allocations
 from tests.gpu.test_fused_gpu import adapted, step
 from tests.runtime.oracle import batch
 from tests.runtime.test_fused import plan_of
@@ -64,6 +74,78 @@ def test_kernels_meet_their_reference(name, backend, dtype, monkeypatch):
 def test_rows_that_only_our_kernel_takes(name, dtype, monkeypatch):
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
     _agrees(name, KERNEL_ONLY[name], dtype, "triton")
+
+
+BACKWARD = {
+    "head dimension 64": {"documents": (3000,), "chunk": 512, "sink": 64, "heads": 6, "groups": 2},
+    "head dimension 128": {"documents": (2900,), "chunk": 512, "sink": 64, "heads": 8, "groups": 2, "head_dim": 128},
+    "all rows": {"documents": (4096,), "share": 1.0, "compact": True, "chunk": 1024, "sink": 64, "head_dim": 128},
+    "empty chunks": {"documents": (9000,), "share": 0.04, "chunk": 512, "sink": 64, "heads": 4, "groups": 1},
+    "packed": {"documents": (1300, 64, 1, 517, 2049, 700), "chunk": 512, "sink": 64, "heads": 4, "groups": 2},
+    "gaps between documents": {"documents": (1300, 1700), "gap": 37, "chunk": 512, "sink": 64, "heads": 2, "groups": 1},
+    "chunks of no whole tiles": {"documents": (3000, 900), "chunk": 600, "sink": 48, "heads": 4, "groups": 2},
+    "one key head a query head": {"documents": (2600,), "chunk": 512, "sink": 64, "heads": 4, "groups": 4},
+    "many queries": {"documents": (7000,), "share": 0.9, "chunk": 512, "sink": 64, "heads": 3, "groups": 1},
+}
+BACKWARD_KERNEL_ONLY = {
+    "small chunks": {"documents": (1500, 200), "chunk": 48, "sink": 16, "heads": 2, "groups": 1},
+    "a tile of one chunk": {"documents": (1000,), "chunk": 128, "sink": 128, "heads": 2, "groups": 1},
+    "some rows among themselves": {"documents": (3000, 900), "compact": True, "chunk": 512, "sink": 64},
+    "window of two chunks and more": {"documents": (2000,), "chunk": 256, "sink": 64, "window": 700},
+    "window between one chunk and two": {"documents": (2000,), "chunk": 256, "sink": 64, "window": 400},
+    "window shorter than a chunk": {"documents": (2000,), "chunk": 256, "sink": 64, "window": 200},
+}
+
+
+def _backward_case(name, options):
+    return backward_case(name, **({"head_dim": 64, "order": "NHD", "block": 64} | options))
+
+
+def _backward_agrees(name, options, dtype, backend):
+    case = _backward_case(name, options)
+    exact = reference_backward(**case.inputs(0, torch.float64, "cuda"))
+    working = reference_backward(**case.inputs(0, dtype, "cuda"))
+    with poisoned_allocations():
+        found = run_backward(**case.inputs(0, dtype, "cuda"), backend=backend)
+    for what, got, near, wanted in zip(("query", "key", "value"), found, working, exact, strict=True):
+        check_error_budget(got, near, wanted, ulps=8.0, what=f"{name}, {backend}: gradient of {what}")
+
+
+@pytest.mark.parametrize("gathered", [65536, 3000], ids=["one call", "many calls"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", ["triton", "vendor"])
+@pytest.mark.parametrize("name", BACKWARD)
+def test_gradients_meet_their_reference(name, backend, dtype, gathered, monkeypatch):
+    if backend == "triton" and gathered != 65536:
+        pytest.skip("only vendor kernels gather keys")
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    monkeypatch.setattr(pieces, "GATHERED_KEYS", gathered)
+    _backward_agrees(name, BACKWARD[name], dtype, backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", BACKWARD_KERNEL_ONLY)
+def test_gradients_that_only_our_kernel_takes(name, dtype, monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    _backward_agrees(name, BACKWARD_KERNEL_ONLY[name], dtype, "triton")
+
+
+@pytest.mark.parametrize("backend", ["triton", "vendor"])
+def test_gradients_wait_for_nothing(backend):
+    """Nor does a plan that is new; and our kernel's repeated runs agree."""
+    inputs = _backward_case("packed", BACKWARD["packed"]).inputs(0, torch.bfloat16, "cuda")
+    operands, local = operands_of(inputs)
+    first = attend_local_backward(*operands, local, **inputs, backend=backend)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        second = attend_local_backward(*operands, replace(local, _made={}), **inputs, backend=backend)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    if backend == "triton":
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    else:
+        torch.testing.assert_close(first, second, rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])

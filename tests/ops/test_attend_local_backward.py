@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
+
 import pytest
 import torch
 
 from lemo.errors import BackendError
 from lemo.ops import attend_local_backward, plan_local
-from lemo.ops.attend_local.cases import SPEC, local_of
+from lemo.ops.attend_local import pieces, vendor
+from lemo.ops.attend_local.cases import SPEC, backward_case, local_of
 from lemo.ops.attend_local.reference import attend_local_reference, local_mask
-from lemo.ops.attend_rows.reference import Segments
+from lemo.ops.attend_rows.reference import Segments, attend_backward_reference
 
 NAMES = ("query_HND", "key_GKD", "value_GKD")
 
@@ -47,13 +51,19 @@ def test_near_and_sinks_are_the_rule(chunk, window):
     keys = Segments((2, 90), (80, 9), torch.cat([torch.arange(-2, 88), torch.arange(9)]))
     local = plan_local(queries, keys, chunk=chunk, sink=min(chunk, 4), window=window)
     seen = torch.zeros(34, 99, dtype=torch.int64)
-    add_pairs(seen, local.near.work, local.near.window, torch.arange(99))
+    add_pairs(seen, local.near(2).work, local.near(2).window, torch.arange(99))
     if local.sinks is not None:
         add_pairs(seen, local.sinks.work, window, local.sinks.index_K)
+    own = torch.zeros_like(seen)
+    add_pairs(own, local.near(1).work, local.near(1).window, torch.arange(99))
     for rows, columns in ((slice(0, 25), slice(2, 82)), (slice(25, 34), slice(90, 99))):
-        assert torch.equal(seen[rows, columns], local_mask(local, rows, columns).long())
-        seen[rows, columns] = 0
-    assert not seen.any()
+        mask = local_mask(local, rows, columns)
+        assert torch.equal(seen[rows, columns], mask.long())
+        chunks = (side.position_N[part] // chunk for side, part in ((queries, rows), (keys, columns)))
+        mask &= next(chunks)[:, None] == next(chunks)
+        assert torch.equal(own[rows, columns], mask.long())
+        seen[rows, columns] = own[rows, columns] = 0
+    assert not seen.any() and not own.any()
 
 
 def add_pairs(seen, work, window, index):
@@ -101,3 +111,53 @@ def test_what_does_not_fit_is_refused():
         attend_local_backward(grad, *rest[:-1], rest[-1][:, 1:], local, scaling=scaling)
     with pytest.raises(BackendError, match="attend_local"):
         attend_local_backward(grad, *rest, local, scaling=scaling, backend="triton")
+
+
+def varlen_stand_in(tensors, spans, scaling):
+    """What a vendor's kernel for sequences of varied length computes."""
+    sums = tuple(torch.zeros_like(t) for t in tensors[1:4])
+    ends = zip(itertools.pairwise(spans.query_S.tolist()), itertools.pairwise(spans.key_S.tolist()), strict=True)
+    for (begin, end), (first, last) in ends:
+        assert 0 < end - begin <= spans.most[0] and 0 < last - first <= spans.most[1]
+        rows, columns = (Segments((0,), (n,), torch.zeros(n).long()) for n in (end - begin, last - first))
+        grad, query, key, value, output, lse = tensors
+        cut = [t[:, begin:end] for t in (grad, query)] + [t[:, first:last] for t in (key, value)]
+        cut += [t[:, begin:end] for t in (output, lse)]
+        columns = replace(columns, valid_N=torch.ones(last - first).bool())
+        found = attend_backward_reference(tuple(cut), rows, columns, scaling=scaling)
+        for target, part, span in zip(sums, found, (slice(begin, end), *[slice(first, last)] * 2), strict=True):
+            target[:, span] += part
+    return sums
+
+
+@pytest.mark.parametrize("gathered", [1, 40, 65536])
+@pytest.mark.parametrize("documents", [(90,), (50, 7, 1, 64), (16, 33, 32)], ids=str)
+def test_rectangles_and_own_chunks_make_the_whole(documents, gathered, monkeypatch):
+    """With stand-ins for the kernels: keys are gathered, and their gradients added where they came from."""
+    monkeypatch.setattr(vendor, "varlen_backward", varlen_stand_in)
+    monkeypatch.setattr(pieces, "GATHERED_KEYS", gathered)
+    tensors, local, scaling, expected = drawn(backward_case("", 16, 4, documents=documents, heads=4, groups=2, gap=3))
+    local = replace(local, position_on_host_N=local.queries.position_N)
+    assert sum(part.rows.stop - part.rows.start for part in local.rectangles) == sum(
+        int((local.queries.position_N[s : s + n] >= 16).sum())
+        for s, n in zip(local.queries.starts, local.queries.lengths, strict=True)
+    )
+    before = vendor.backward_before(tuple(t.double() for t in tensors), local, scaling)
+    own = local.near(1)
+    sides = (own.work.rows, *own.work.segments[:2]), (own.work.others, *own.work.segments[2:])
+    queries, keys = (Segments(starts, lengths, places) for places, starts, lengths in sides)
+    among_own = attend_backward_reference(tensors, queries, keys, scaling=scaling, window=own.window)
+    for first, second, wanted in zip(before, among_own, expected, strict=True):
+        torch.testing.assert_close(first + second, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_vendor_kernels_say_what_they_cannot_do():
+    tensors, local, scaling, _ = drawn(SPEC.cases[0])
+    with pytest.raises(BackendError, match="CUDA"):
+        attend_local_backward(*tensors, local, scaling=scaling, backend="vendor")
+
+
+def test_positions_on_the_host_must_fit():
+    rows = Segments((0,), (9,), torch.arange(9))
+    with pytest.raises(ValueError, match="on the host"):
+        plan_local(rows, rows, chunk=2, sink=1, position_on_host_N=torch.arange(8))

@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lemo.ops.attend_local.op import why_not_triton
+from lemo.errors import BackendError
+from lemo.ops.attend_local import vendor
+from lemo.ops.attend_local.op import LocalBackend, why_not_triton
 from lemo.ops.attend_local.pieces import Sinks
 from lemo.ops.attend_local.plan import LocalRows
 from lemo.ops.attend_local.reference import attend_local_backward_reference
 from lemo.ops.attend_rows import tiling
 from lemo.ops.attend_rows.checks import check
-from lemo.ops.backend import Backend, choose_backend
+from lemo.ops.backend import choose_backend, log_choice
 
 Triple = tuple[Tensor, Tensor, Tensor]
 
@@ -26,7 +28,7 @@ def attend_local_backward(
     local: LocalRows,
     *,
     scaling: float,
-    backend: Backend = "auto",
+    backend: LocalBackend = "auto",
 ) -> Triple:
     """Gradients of `attend_local`, given its output and log-sum-exp at these queries.
 
@@ -44,7 +46,8 @@ def attend_local_backward(
         local: documents, positions and the rule, of `plan_local`; a document may be without queries. Kernels want rows
             that are not valid at the end of their document, and the others in order.
         scaling: positive factor of the scores.
-        backend: `triton`; `reference`; or `auto` to take the first of them that can run.
+        backend: `triton`; `vendor` to have the chunk before and the sink by FlashAttention-2, and a row's own chunk by
+            the kernels; `reference`; or `auto` to take the first of vendor, triton and reference that can run.
 
     Returns:
         Gradients of query (H, N, D), key and value (G, K, D). Heads inside rows in memory; 0 for rows outside all
@@ -55,13 +58,15 @@ def attend_local_backward(
         ValueError: shapes, dtypes, devices or documents do not fit, or `scaling` is not positive.
 
     Cost:
-        14·D·H FLOPs per pair that is seen, and a copy of every sink for each 1,024 queries of its document. The
-        reference computes all pairs, a run of queries at a time. No host synchronisation outside the reference,
-        whichever rows are queries or keys.
+        14·D·H FLOPs per pair that is seen, and a copy of every sink for each 1,024 queries of its document. `vendor`:
+        10·D·H per pair but those of the own chunk; keys and values are gathered for every chunk that has queries,
+        65,536 at a time, and summed in fp32. The reference computes all pairs, a run of queries at a time. No host
+        synchronisation outside the reference, whichever rows are queries or keys.
 
     Numerics:
         products of operands in the dtype of the input, sums in fp32 (fp64 for fp64 input). Kernels round gradients once
-        more where near keys and sinks meet. Repeated runs agree bit for bit.
+        more where near keys and sinks meet. Repeated runs agree bit for bit, but for `vendor`, which adds in no fixed
+        order: deterministic algorithms rule it out.
     """
     check(query_HND, (key_GKD, value_GKD), local.queries, local.keys, (scaling, local.window))
     if grad_HND.shape != query_HND.shape or output_HND.shape != query_HND.shape:
@@ -73,11 +78,40 @@ def attend_local_backward(
         raise ValueError(f"log-sum-exp must be {tuple(query_HND.shape[:2])}, got {tuple(lse_HN.shape)}")
     tensors = (grad_HND, query_HND, key_GKD, value_GKD, output_HND, lse_HN)
     with torch.no_grad():
-        if choose_backend("attend_local", backend, lambda: why_not_triton(query_HND)) == "triton":
+        chosen = _choose(backend, query_HND, local)
+        if chosen == "vendor":
+            return _with_vendor(tensors, local, scaling)
+        if chosen == "triton":
             return _kernels(tensors, local, scaling)
         found = attend_local_backward_reference(tensors, local, scaling=scaling)
         d_query, d_key, d_value = (tiling.like_rows(t, True).copy_(t) for t in found)
         return d_query, d_key, d_value
+
+
+def _choose(backend: LocalBackend, query: Tensor, local: LocalRows) -> str:
+    if backend in ("auto", "vendor"):
+        reason = vendor.why_not_backward(query, local) or why_not_triton(query)
+        if reason is None:
+            if backend == "auto":
+                log_choice("attend_local_backward", "vendor", "it can run")
+            return "vendor"
+        if backend == "vendor":
+            raise BackendError(f"attend_local_backward: backend 'vendor' cannot run here: {reason}")
+    return choose_backend("attend_local_backward", backend, lambda: why_not_triton(query))
+
+
+def _with_vendor(tensors: tuple[Tensor, ...], local: LocalRows, scaling: float) -> Triple:
+    """Rectangles by the vendor's kernel; ours goes on from their sums with the rows' own chunks."""
+    from lemo.ops.attend_rows import kernel
+
+    *operands, output, lse = tensors
+    lse, own = lse.contiguous(), local.near(1)
+    start, *sums = vendor.backward_before((*operands, output, lse), local, scaling)
+    d_query, delta = kernel.backward_query(*operands, (output, lse), own.work, scaling, own.window, start=start)
+    d_key, d_value = kernel.backward_key(
+        *operands, (lse, delta), own.work, scaling, own.window, True, start=(sums[0], sums[1])
+    )
+    return d_query, d_key.to(operands[2].dtype), d_value.to(operands[3].dtype)
 
 
 def _kernels(tensors: tuple[Tensor, ...], local: LocalRows, scaling: float) -> Triple:
@@ -85,7 +119,7 @@ def _kernels(tensors: tuple[Tensor, ...], local: LocalRows, scaling: float) -> T
     from lemo.ops.attend_rows import kernel
 
     *operands, output, lse = tensors
-    lse, near, sinks = lse.contiguous(), local.near, local.sinks
+    lse, near, sinks = lse.contiguous(), local.near(2), local.sinks
     start = None
     if sinks is not None:
         grad, query, *pair = operands

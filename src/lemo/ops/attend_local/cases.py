@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -40,19 +41,21 @@ def reference(**inputs: Any) -> tuple[Tensor, Tensor]:
 def run_backward(**inputs: Any) -> tuple[Tensor, ...]:
     """attend_local_backward of what the specification's forward pass gives."""
     backend = inputs.pop("backend", "auto")
-    operands, local = _operands(inputs)
+    operands, local = operands_of(inputs)
     return attend_local_backward(*operands, local, backend=backend, **inputs)
 
 
 def reference_backward(**inputs: Any) -> tuple[Tensor, ...]:
     """The same by the specification."""
-    operands, local = _operands(inputs)
+    operands, local = operands_of(inputs)
     return attend_local_backward_reference(operands, local, **inputs)
 
 
-def _operands(inputs: Inputs) -> tuple[tuple[Tensor, ...], LocalRows]:
-    """Takes all but options out of `inputs`."""
+def operands_of(inputs: Inputs) -> tuple[tuple[Tensor, ...], LocalRows]:
+    """Gradient, query, key, value, output and log-sum-exp, and the rows; takes all but options out of `inputs`."""
     local, grad = local_of(inputs), inputs.pop("grad_HND")
+    if local.whole or local.keys is not local.queries:
+        local = replace(local, position_on_host_N=local.queries.position_N.cpu())
     tensors = tuple(inputs.pop(name) for name in ("query_HND", "key_GKD", "value_GKD"))
     return (grad, *tensors, *attend_local_reference(*tensors, local, scaling=inputs["scaling"])), local
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lemo.ops.attend_local.pieces import Near, Sinks, far_sinks, near_keys
+from lemo.ops.attend_local.pieces import Near, Rectangle, Sinks, far_sinks, near_keys, rectangles
 from lemo.ops.attend_rows.reference import Rows, documents
 from lemo.ops.attend_rows.stripes import ordered
 
@@ -24,6 +25,7 @@ class LocalRows:
         sink: first rows of a document, which all its rows see.
         window: keys farther back than this are not seen; None for no window.
         whole: every row of every document is a query and a key.
+        position_on_host_N: (N,) int64 positions of the queries on the CPU, where every row of every document is a key.
     """
 
     queries: Rows
@@ -32,6 +34,7 @@ class LocalRows:
     sink: int
     window: int | None = None
     whole: bool = False
+    position_on_host_N: Tensor | None = field(default=None, repr=False, compare=False)
     _made: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -54,19 +57,24 @@ class LocalRows:
             self._made["own"] = torch.stack([torch.maximum(first, end - 1 - own.int()), end])
         return self._made["own"]
 
-    @property
-    def near(self) -> Near:
-        """What kernels of the backward pass take for near keys. Made once."""
-        if "near" not in self._made:
-            self._made["near"] = near_keys(self)
-        return self._made["near"]
+    def near(self, chunks: int) -> Near:
+        """Keys of the own chunk and, if `chunks` is 2, of the one before, as kernels take them. Made once."""
+        return self._once(("near", chunks), lambda: near_keys(self, chunks))
 
     @property
     def sinks(self) -> Sinks | None:
-        """What kernels of the backward pass take for sinks that are far; None where there are none. Made once."""
-        if "sinks" not in self._made:
-            self._made["sinks"] = far_sinks(self)
-        return self._made["sinks"]
+        """Sinks that are not among near keys, for the kernels of the backward pass; None without any. Made once."""
+        return self._once("sinks", lambda: far_sinks(self))
+
+    @property
+    def rectangles(self) -> tuple[Rectangle, ...]:
+        """What a vendor's kernel may have of the backward pass, where positions are on the host. Made once."""
+        return self._once("rectangles", lambda: rectangles(self))
+
+    def _once(self, key: Any, make: Callable[[], Any]) -> Any:
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     def windowed(self, window: int | None) -> LocalRows:
         """The same rows under a sliding window, made once."""
@@ -83,7 +91,14 @@ class LocalRows:
 
 
 def plan_local(
-    queries: Rows, keys: Rows, *, chunk: int, sink: int, window: int | None = None, whole: bool = False
+    queries: Rows,
+    keys: Rows,
+    *,
+    chunk: int,
+    sink: int,
+    window: int | None = None,
+    whole: bool = False,
+    position_on_host_N: Tensor | None = None,
 ) -> LocalRows:
     """The rule of `attend_local` for some rows: good for every layer that attends with them.
 
@@ -96,10 +111,13 @@ def plan_local(
         chunk: rows of a chunk.
         sink: first rows of a document that all its rows see; at most a chunk.
         window: keys farther back than this are not seen.
-        whole: promises that every row of every document is a query and a key. Vendor kernels need it.
+        whole: promises that every row of every document is a query and a key. Vendor kernels of the forward pass need
+            it.
+        position_on_host_N: (N,) int64 positions of the queries on the CPU, all valid; promises that every row of every
+            document is a key. Vendor kernels of the backward pass need it.
 
     Raises:
-        ValueError: sizes that are not positive, a sink longer than a chunk, documents that do not fit.
+        ValueError: sizes that are not positive, a sink longer than a chunk, documents or positions that do not fit.
     """
     if chunk < 1 or not 0 <= sink <= chunk or (window is not None and window < 1):
         raise ValueError(f"chunk {chunk} and window {window} must be positive, and sink {sink} in [0, chunk]")
@@ -107,7 +125,10 @@ def plan_local(
         raise ValueError("queries and keys must have the same documents, each with a start and a length")
     if whole and tuple(queries.lengths) != tuple(keys.lengths):
         raise ValueError("documents that are whole have as many queries as keys")
-    return LocalRows(queries, keys, chunk, sink, window, whole)
+    on_host = position_on_host_N
+    if on_host is not None and (on_host.is_cuda or on_host.shape != queries.position_N.shape):
+        raise ValueError(f"positions on the host must be {tuple(queries.position_N.shape)} on the CPU")
+    return LocalRows(queries, keys, chunk, sink, window, whole, on_host)
 
 
 def _bounds(local: LocalRows) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lemo.ops.attend_local.plan import LocalRows
 from lemo.ops.attend_rows.tiling import like_rows
-from lemo.ops.attend_rows.vendor import PROBE_ERROR
+from lemo.ops.attend_rows.vendor import PROBE_ERROR, Triple, varlen_backward, varlen_runs
 from lemo.ops.attend_rows.vendor import why_not as why_no_attention
 
 Batched = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
@@ -100,6 +100,40 @@ def forward_before(
             output[:, rows] = found.transpose(0, 1).flatten(1, 2)
             lse[:, rows] = weight.transpose(0, 1).flatten(1, 2)
     return output, lse
+
+
+def why_not_backward(query: Tensor, local: LocalRows) -> str | None:
+    """Why no vendor kernel can take part in the backward pass on this input; None if one can."""
+    reason = why_no_attention(query, local.window)
+    if reason is not None:
+        return reason
+    if local.position_on_host_N is None:
+        return "the host does not know the queries' positions, see plan_local"
+    if local.chunk < SHORTEST or not local.rectangles:
+        return f"no query is behind a first chunk of {SHORTEST} rows or more"
+    if not varlen_runs(query.dtype, query.shape[2], query.device):
+        return "the kernel for varied lengths failed its probe"
+    return None
+
+
+def backward_before(tensors: tuple[Tensor, ...], local: LocalRows, scaling: float) -> Triple:
+    """Gradients of query, key and value in fp32, heads inside rows, through the chunk before and the sink.
+
+    Args:
+        tensors: gradient, query, key, value, output and log-sum-exp of the rows.
+        local: rows whose positions the host knows.
+        scaling: factor of the scores.
+    """
+    grad, query, key, value, output, lse = tensors
+    d_query, d_key, d_value = (like_rows(t, False, torch.float32) for t in (query, key, value))
+    for part in local.rectangles:
+        pair = (t.transpose(0, 1).index_select(0, part.index_K).transpose(0, 1) for t in (key, value))
+        cut = [t[:, part.rows] for t in (grad, query, output, lse)]
+        found = varlen_backward((*cut[:2], *pair, *cut[2:]), part.spans, scaling)
+        d_query[:, part.rows] = found[0]
+        for target, gathered in zip((d_key, d_value), found[1:], strict=True):
+            target.transpose(0, 1).index_add_(0, part.index_K, gathered.transpose(0, 1).to(target.dtype))
+    return d_query, d_key, d_value
 
 
 def _batches(length: int, chunk: int) -> Iterator[tuple[int, int, int]]:
