@@ -31,7 +31,7 @@ import lemo
 from benchmarks.quality_compare import write_comparisons
 from benchmarks.quality_costs import describe, sequence_flops
 from benchmarks.quality_grids import GRIDS, START_SECONDS, WINDOWS, Cell, predicted_seconds
-from benchmarks.quality_methods import Method
+from benchmarks.quality_specs import Method
 from benchmarks.quality_study import DOMAINS, Protocol, QualityStudy
 from benchmarks.quality_train import in_force, recalls, train
 from lemo.core.plan import Plan

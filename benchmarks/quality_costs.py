@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from statistics import fmean
 
-from benchmarks.quality_methods import METHODS, Method, PlanSpec
+from benchmarks.quality_methods import METHODS
+from benchmarks.quality_specs import Method, PlanSpec
 from lemo.measure.flops import DecoderShape, Flops, LayerWork, ideal_gain, layer_flops, step_flops
 
 LLAMA_3_8B = DecoderShape(32, 4096, 14336, 32, 8, 128, 128256)
@@ -22,12 +23,18 @@ def at_least(spec: PlanSpec, share: float) -> PlanSpec:
     return replace(spec, backward_ratio=backward, forward_ratio=forward)
 
 
-def sparse_work(spec: PlanSpec, lora_rank: int, recompute: str = "none", progress: float = 0.0) -> LayerWork:
-    """Work of a layer that skips, with ratios risen by `progress` towards 1."""
+def sparse_work(
+    spec: PlanSpec, lora_rank: int, recompute: str = "none", progress: float = 0.0, local_share: float = 0.0
+) -> LayerWork:
+    """Work of a layer that skips, with ratios risen by `progress` towards 1.
+
+    `local_share`: of the rows that pass gradient, those which attend locally.
+    """
     forward, backward = (r + (1 - r) * progress for r in (spec.forward_ratio, spec.backward_ratio))
     return LayerWork(
         forward_ratio=forward,
-        backward_ratio=backward,
+        backward_ratio=backward - local_share,
+        local_ratio=local_share,
         kv="all" if spec.kv == "all" else "kept",
         gradient=spec.gradient,  # type: ignore[arg-type]
         recompute=recompute,  # type: ignore[arg-type]
@@ -53,7 +60,8 @@ def method_flops(method: Method, shape: DecoderShape, window: int, lora_rank: in
         supervised: share of rows that carry loss when the data decides (instruction data).
     """
     window //= method.pieces
-    share = supervised or method.loss_share
+    local = 0.0 if supervised else method.local_share
+    share = supervised or method.loss_share + local
     dense = LayerWork(lora_rank=lora_rank)
     if method.rival == "shifted_groups":
         total = step_flops(shape, window, [dense] * shape.layers, share)
@@ -71,7 +79,7 @@ def method_flops(method: Method, shape: DecoderShape, window: int, lora_rank: in
     rises = [0.0] if method.ramp is None else [method.ramp.progress(i, 100) for i in range(100)]
     found = []
     for progress in rises:
-        work = sparse_work(spec, lora_rank, progress=progress)
+        work = sparse_work(spec, lora_rank, progress=progress, local_share=local)
         works = [dense] * len(spec.dense_layers) + [work] * skipping
         found.append(step_flops(shape, window, works, share))
     predictor = 2.0 * shape.width * shape.heads * window * skipping if spec.scorer == "predictor" else 0.0
@@ -108,7 +116,8 @@ def gain_at_64k(method: Method, recompute: str = "lin") -> dict[str, float]:
     """
     if method.plan is None or not method.forced or method.ramp is not None or method.plan.ratios_follow:
         return {}
-    work = sparse_work(at_least(method.plan, method.loss_share), 16, recompute)
+    loss_share = method.loss_share + method.local_share
+    work = sparse_work(at_least(method.plan, loss_share), 16, recompute, local_share=method.local_share)
     shapes = {"llama-3-8b": LLAMA_3_8B, "llama-2-7b": LLAMA_2_7B}
     return {name: _full_gain(shape, work, len(method.plan.dense_layers), method) for name, shape in shapes.items()}
 
@@ -118,7 +127,7 @@ def _full_gain(shape: DecoderShape, work: LayerWork, dense_layers: int, method: 
     plain = ideal_gain(shape, tokens, work, dense_layers=dense_layers)
     baseline = step_flops(shape, tokens, [LayerWork(recompute="layer", lora_rank=work.lora_rank)] * shape.layers).total
     ours = baseline / plain
-    ours -= (1 - method.loss_share) * 4.0 * shape.width * shape.vocabulary * tokens
+    ours -= (1 - method.loss_share - method.local_share) * 4.0 * shape.width * shape.vocabulary * tokens
     if method.plan is not None and method.plan.scorer == "predictor":
         ours += 2.0 * shape.width * shape.heads * tokens * (shape.layers - dense_layers)
     return baseline / ours

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import lemo
-from benchmarks.quality_methods import Method, PlanSpec
+from benchmarks.quality_specs import Method, PlanSpec
 from lemo.config import CalibrationConfig, DataConfig, LoraConfig, ModelConfig
 from lemo.core.plan import Plan
 from lemo.errors import DataError
@@ -209,16 +209,8 @@ class QualityStudy:
         size, losses = method.loss_block_size, None
         if method.placement == "hardest":
             losses = self._block_losses.setdefault(size, BlockLosses(self.model(), plain, size))
-        return LossRows(
-            plain,
-            method.loss_share,
-            method.placement,
-            seed,
-            size,
-            span=method.span,
-            reweight=method.reweight,
-            block_losses=losses,
-        )
+        further = {name: getattr(method, name) for name in ("span", "reweight", "local_share")}
+        return LossRows(plain, method.loss_share, method.placement, seed, size, block_losses=losses, **further)
 
     def plan(self, method: Method) -> Plan | None:
         """The plan that a method trains under: fitted where it must be, cached in the plans' folder."""
@@ -259,7 +251,7 @@ class QualityStudy:
             **protocol,
             **spec.fit,
             "model": self.folder.name,
-            "loss": [method.loss_share, method.placement, method.span],
+            "loss": [method.loss_share, method.placement, method.span, *filter(None, [method.local_share])],
         }
 
     def _fit(self, spec: PlanSpec, method: Method) -> Plan:
@@ -309,8 +301,12 @@ class QualityStudy:
             lemo.calibrate(model, fitted, config, plan=skeleton, **options)
 
     def validation(self, method: Method) -> list[tuple[str, dict[str, Tensor], Tensor]]:
-        """(domain, batch with all labels, (1, T) rows that the method's draw supervises) of every validation window."""
-        key = (method.loss_share, method.placement, method.span, method.loss_block_size, method.documents)
+        """(domain, batch with all labels, (1, T) rows that the method's draw supervises) of every validation window.
+
+        Local rows are among these, but nothing says so: scored under the plan they attend to all keys.
+        """
+        rows = (method.loss_share, method.local_share, method.placement, method.span)
+        key = (*rows, method.loss_block_size, method.documents)
         if key not in self._validation:
             everything, drawn = WindowCollator(), self.collator(method, 0)
             made = []

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.quality_methods import Method
+from benchmarks.quality_specs import Method
 from benchmarks.quality_study import QualityStudy
 from lemo.calibrate.collect import Window
 from lemo.calibrate.refit import predictor_recall, refit_bypass

@@ -24,7 +24,7 @@ from typing import Any
 
 import lemo
 from benchmarks.quality import dense_plan
-from benchmarks.quality_methods import Method, PlanSpec
+from benchmarks.quality_specs import Method, PlanSpec
 from benchmarks.quality_study import Protocol, QualityStudy
 from benchmarks.quality_train import train
 from lemo.eval.needle import Prompt, Riddle, exact_matches, make_prompt, multi_key

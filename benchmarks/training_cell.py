@@ -76,14 +76,20 @@ class Trainer:
     PHASES = ("forward", "backward", "optimizer")
 
     def __init__(
-        self, prepared: Prepared, setting: Setting, vocabulary: int, batches: int, span: int | None = None
+        self,
+        prepared: Prepared,
+        setting: Setting,
+        vocabulary: int,
+        batches: int,
+        span: int | None = None,
+        local_share: float = 0.0,
     ) -> None:
         self.prepared, self.cuda = prepared, setting.device.startswith("cuda")
         trained = [p for p in prepared.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=self.cuda)
         self.batches = [
             {name: x.to(setting.device) for name, x in batch.items()}
-            for batch in make_batches(setting, vocabulary, batches, span)
+            for batch in make_batches(setting, vocabulary, batches, span, local_share)
         ]
         self.losses: list[float] = []
         self.seconds: list[float] = []
@@ -122,9 +128,17 @@ class Trainer:
 
 
 def make_batches(
-    setting: Setting, vocabulary: int, count: int, span: int | None = None
+    setting: Setting, vocabulary: int, count: int, span: int | None = None, local_share: float = 0.0
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """The same batches for every method of a setting. `span`: rows of a run of supervised blocks."""
+    """The same batches for every method of a setting.
+
+    Args:
+        setting: what methods share.
+        vocabulary: V.
+        count: of batches.
+        span: rows of a run of supervised blocks.
+        local_share: of blocks that are supervised besides, and attend locally.
+    """
     text = None if setting.data is None else np.load(setting.data)["tokens"]
     for index in range(count):
         ids = None
@@ -143,6 +157,7 @@ def make_batches(
             block_size=setting.block_size,
             ids_T=ids,
             span=span,
+            local_share=local_share,
         )
 
 
@@ -159,7 +174,8 @@ def run_job(job: Job) -> dict[str, Any]:
         prepared = peer.prepare(config, setting, options)
         # As many as warm-up steps: kernels are compiled for every number of rows before a step is timed.
         vocabulary, span = config.get_text_config().vocab_size, int(options["span"]) if "span" in options else None
-        trainer = Trainer(prepared, setting, vocabulary, max(1, job.warmup), span)
+        local = float(options.get("local", 0))
+        trainer = Trainer(prepared, setting, vocabulary, max(1, job.warmup), span, local)
         result |= {"options": options, "build_s": time.perf_counter() - started}
         with _kept_by(trainer, result):
             _measure(trainer, job, result)

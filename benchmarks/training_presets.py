@@ -211,7 +211,7 @@ def estimate_step_seconds(setting: Setting, method: str) -> float:
     keep = float(options.get("keep", 0.5)) if name == "lemo" else 1.0
     forward = float(options.get("forward") or keep) if name == "lemo" else keep
     choices: Any = {"kv": options.get("kv", "kept"), "gradient": options.get("gradient", "rows")}
-    choices["far_share"] = float(options.get("far", 1.0))
+    choices |= {"far_share": float(options.get("far", 1.0)), "local_ratio": float(options.get("local", 0))}
     window = int(options["context"]) if options.get("context") else None
     work = LayerWork(forward, keep, recompute=level, context_window=window, **choices)
     dense = LayerWork(recompute=level)

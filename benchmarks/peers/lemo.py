@@ -28,6 +28,7 @@ OPTIONS = {
     "gradient": "rows",  # of exact forward: `rows`, `pairs`, `keys`
     "context": "",  # window of rows that pass no gradient, of exact forward; empty for all keys
     "far": "1.0",  # share of the far keys that backward reads, of exact forward
+    "local": "0",  # share of blocks that carry loss and attend within the context window, besides `share`
     "offload": "0",  # 1: what is saved for keys alone waits in host memory
     "dense": "0/-1",  # layers that run densely, joined by /; empty for none
     "scorer": "predictor",

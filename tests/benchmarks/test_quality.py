@@ -16,7 +16,7 @@ from benchmarks.quality_compare import Cells, domain_means
 from benchmarks.quality_costs import equal_steps, gain_at_64k, sequence_flops
 from benchmarks.quality_grids import _RANKED as RANKED
 from benchmarks.quality_grids import GRIDS, Cell
-from benchmarks.quality_methods import METHODS
+from benchmarks.quality_methods import METHODS, dense_twin
 from benchmarks.quality_study import Protocol, QualityStudy
 from lemo.cli.presets import PRESETS
 from lemo.measure.record import read_records
@@ -99,6 +99,28 @@ def test_later_choices_leave_the_hashes_of_earlier_cells():
     assert gain_at_64k(METHODS["window_512"])["llama-3-8b"] > gain_at_64k(METHODS["balanced"])["llama-3-8b"]
 
 
+def test_local_loss_rows_count_by_their_kind():
+    few, local, many = METHODS["window_1024"], METHODS["local_12_25"], METHODS["dense_rows"]
+    assert "local_share" not in few.setting() and local.setting()["local_share"] == 0.25
+    assert (local.loss_share, local.plan.backward_ratio, local.plan.context_window) == (0.12, 0.12, 1024)
+    gains = [gain_at_64k(method)["llama-3-8b"] for method in (few, local, METHODS["window_1024_30"])]
+    assert gains[0] > gains[1] > gains[2], "12 %, 12 % and 25 % local ones, 30 %"
+    shape, sizes = quality.SMOLLM2, (16384, 16)
+    costs = [sequence_flops(m, shape, *sizes) for m in (few, local, many)]
+    assert costs[0] < costs[1] < costs[2] and dense_twin("local_12_25") is None
+
+
+def test_far_rows_are_drawn_as_without_local_ones(inputs: Path):
+    study, (far_only, both) = _study(inputs), (METHODS[n] for n in ("window_1024", "local_12_25"))
+    pairs = zip(*(study.training_batches(m, 3, 3) for m in (far_only, both)), strict=True)
+    for (before,), (after,) in pairs:
+        local = torch.nn.functional.pad(after["local_rows"][:, :-1], (1, 0))  # of rows, to their labels
+        assert torch.equal(after["labels"].masked_fill(local, -100), before["labels"]) and local.any()
+        assert "local_rows" not in before
+    for (_, batch, few), (_, _, more) in zip(*(study.validation(m) for m in (far_only, both)), strict=True):
+        assert more.sum() > few.sum() and not (few & ~more).any() and "local_rows" not in batch
+
+
 def test_shares_of_a_grid_are_all_of_it_once(inputs: Path, tmp_path: Path, monkeypatch):
     monkeypatch.setitem(GRIDS, "pilot", [Cell(n, s) for s in (0, 1) for n in ("dense_all", "balanced", *RANKED)])
     monkeypatch.setattr(quality.Grid, "done", lambda self, cell: cell == Cell("balanced", 1))
@@ -135,6 +157,7 @@ def test_a_grid_needs_a_swept_rate(inputs: Path, tmp_path: Path, capsys):
         "oracle_mass",
         "hardest_weighted",
         "window_512",
+        "local_12_25",
         "far_25_rows_12",
         "refit_10",
         "rising",
@@ -154,7 +177,7 @@ def test_methods_train_and_leave_no_trace(inputs: Path, tmp_path: Path, monkeypa
         monkeypatch.setitem(METHODS, method, replace(METHODS[method], refit_every=1))
     if method == "far_25_rows_12":
         monkeypatch.setattr(far, "FAR_STRIPE", 16)
-    if method == "window_512":
+    if method in ("window_512", "local_12_25"):
         shorter = replace(METHODS[method].plan, context_window=128)
         monkeypatch.setitem(METHODS, method, replace(METHODS[method], plan=shorter))
     assert grid.run() == 0

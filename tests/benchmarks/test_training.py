@@ -77,6 +77,10 @@ def test_exact_forward_has_the_dense_loss_on_runs_of_rows_and_offload_changes_no
     assert sampled["losses"][0] == found["losses"][0] and sampled["losses"] != found["losses"], sampled.get("reason")
     near = run(setting, exact + ",context=32")
     assert near["status"] == "ok" and near["losses"] != found["losses"], near.get("reason")
+    local = run(setting, exact + ",context=32,local=0.25")
+    assert local["status"] == "ok", local.get("reason")
+    assert local["describe"]["backward_share"] > near["describe"]["backward_share"] + 0.15
+    assert run(setting, exact + ",local=0.25")["status"] == "unsupported", "no window"
 
 
 @pytest.mark.parametrize("share", [0.25, 0.4])

@@ -129,25 +129,33 @@ def test_peak_under_offload_is_close(family, mode, kv, recompute, monkeypatch):
     assert 0 < len(chunks) << 14 == walked.host_bytes
 
 
+@pytest.mark.parametrize("local", [False, True], ids=["", "local loss rows"])
 @pytest.mark.parametrize("recompute", ["none", "lin", "layer"])
-def test_peak_with_a_window_is_close(recompute, monkeypatch):
-    """Rows that attend locally and those that see all keys have buffers of their own in the forward pass."""
-    check_peak("llama", "exact keys", "kept", recompute, monkeypatch, window=32)
+def test_peak_with_a_window_is_close(recompute, local, monkeypatch):
+    """Rows that attend locally and those that see all keys have buffers of their own, forward and backward."""
+    check_peak("llama", "exact keys", "kept", recompute, monkeypatch, window=32, local=local)
 
 
-def check_peak(family, mode, kv, recompute, monkeypatch, offload=False, window=None):
+def check_peak(family, mode, kv, recompute, monkeypatch, offload=False, window=None, local=False):
     tokens, loss_from = 512, 307
     widths = {"hidden_size": 64, "intermediate_size": 160, "max_position_embeddings": tokens}
     monkeypatch.setattr("lemo.runtime.fused.mlp.CHUNK_ROWS", 256)
     model, sizes = adapted(family, **widths)
     forward, backward, gradient = MODES[mode]
+    ends = (0, len(decoder_layers(model)) - 1) if window is None else ()  # dense layers would hide what a window takes
     setting = StepSetting(
-        tokens, 0.4, forward_ratio=forward, backward_ratio=backward, kv=kv, gradient=gradient, dense_layers=2,
+        tokens, 0.4, forward_ratio=forward, backward_ratio=backward, kv=kv, gradient=gradient,
+        dense_layers=len(ends),
         block_size=4, recompute=recompute, predictor=False, bypass_rank=4, offload=offload,
         context_window=window,
     )  # fmt: skip
-    plan = plan_of(model, mode, kv, (0, len(decoder_layers(model)) - 1), scorer="random", context_window=window)
+    plan = plan_of(model, mode, kv, ends, scorer="random", context_window=window)
     inputs = batch(tokens, supervised_from=loss_from)
+    share, half = (tokens - loss_from) / tokens, (tokens - loss_from) // 8 * 4
+    setting = replace(setting, loss_share=share)
+    if local:
+        inputs["local_rows"] = torch.arange(tokens).expand(1, -1) >= tokens - half
+        setting = replace(setting, loss_share=share - half / tokens, local_share=half / tokens)
     with (
         attach(model, plan, engine="fused", self_test=False, recompute=recompute, offload=offload) as handle,
         counting(monkeypatch) as live,
@@ -156,9 +164,10 @@ def check_peak(family, mode, kv, recompute, monkeypatch, offload=False, window=N
         loss.backward()
     trained = sizes.adapter.parameters * 4
     nothing = MemoryConstants(fixed_bytes=0, attention=Workspace(0.0, 0.0))
-    walked = step_memory(sizes, replace(setting, loss_share=(tokens - loss_from) / tokens), nothing)
+    walked = step_memory(sizes, setting, nothing)
     standing = sizes.parameters * 4 + 3 * trained + 2 * 8 * tokens
     expected = walked.peak_bytes - standing
     assert handle.sparse_batches == 1
-    assert 0.95 * expected <= live.peak <= 1.05 * expected, (live.peak, expected, walked.peak_moment)
+    least = 0.93 if local else 0.95  # the sums in fp32 of a kernel for local rows are not seen here
+    assert least * expected <= live.peak <= 1.05 * expected, (live.peak, expected, walked.peak_moment)
     return walked

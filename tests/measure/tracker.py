@@ -22,6 +22,8 @@ KERNELS = {
         "rope_rows_",
         "attend_forward",
         "attend_backward",
+        "attend_local",
+        "attend_local_backward",
     ),
     "lemo.runtime.context": ("attend_local", "write_rows_"),
     "lemo.runtime.fused.mlp": ("norm_rows", "norm_rows_backward", "gated_act", "gated_act_backward"),

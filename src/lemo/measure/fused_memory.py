@@ -86,6 +86,8 @@ def index_bytes(rows: LayerRows) -> float:
         found += INDEX * rows.runs / 2 if rows.whole else 0.0
     if rows.exact:
         found += 3 * INDEX * rows.passes
+    if rows.local:
+        found += INDEX * (3 * rows.back + rows.far)
     return found
 
 
@@ -180,8 +182,10 @@ class FusedLayerMemory:
             # All attend locally, chunks of them in one call of a vendor's kernel, whose last result is still there at
             # the next. Queries that see all keys are gathered then, and what they get is put among the others'.
             work.touch(min(2 * BATCHED, queries) * (query + lse))
+            # Where all pass gradient, as in the last layer, each kind is gathered and computed by itself.
+            near = 0 if self.rows.exact else self.rows.local
             queries, split = self.rows.far, True
-            work.add(passing=queries * query, far=queries * (query + lse))
+            work.add(passing=(queries + near) * query, far=queries * (query + lse) + near * (query + lse))
         if split:
             work.touch(min(CHUNK, queries) * query + 3 * queries * INDEX)
         work.drop("passing", "far")
@@ -260,7 +264,10 @@ class FusedLayerMemory:
         work.drop("low")
         self._turn(work, n, frame)
         if self.level == "layer":
-            work.add(output=n * sizes.query * e + n * sizes.shape.heads * self.wide)
+            output = sizes.query * e + sizes.shape.heads * self.wide
+            work.add(output=n * output)
+            if rows.local:
+                work.touch(n * (sizes.query * e + output))
         if split:
             work.add(ran=n * width * e)
         work.add(middle=n * width * e)
@@ -281,12 +288,13 @@ class FusedLayerMemory:
 
     def _attention_backward(self, work: Scope) -> None:
         rows, sizes, e = self.rows, self.sizes, self.e
-        n, heads = rows.back, sizes.shape.heads
+        n, heads = rows.far, sizes.shape.heads
         query = n * sizes.query * e
-        work.add(grad_output=query)
-        work.touch(2 * n * sizes.adapter.output * e)
+        work.add(grad_output=rows.back * sizes.query * e)
+        work.touch(2 * rows.back * sizes.adapter.output * e)
         if rows.local:
             self._local_backward(work)
+            work.add(gathered=3 * query)
         if rows.offers and rows.samples:
             gathered = min(GATHERED, rows.frame)
             work.add(sums=n * sizes.query * 4, wide=2 * rows.frame * sizes.key * 4)
@@ -310,20 +318,24 @@ class FusedLayerMemory:
                 work.drop("again", "delta")
             else:
                 work.names["grads"] = work.names.pop("again")
+        if rows.local:
+            work.add(all_grads=rows.back * sizes.query * e)
+            # Gradients of keys are added up where those of local rows lie.
+            work.drop("gathered", "grads", "local")
         if sizes.head_norms:
-            work.touch(query + n * heads * self.wide)
-        work.drop("grad_output", "rows", "local")
+            work.touch(rows.back * (sizes.query * e + heads * self.wide))
+        work.drop("grad_output")
 
     def _local_backward(self, work: Scope) -> None:
-        """Of local rows: keys are gathered for every chunk that has some; the gradients of keys meet in fp32."""
+        """Of local rows: keys are gathered for every chunk that has some; all gradients meet in fp32."""
         rows, sizes, e = self.rows, self.sizes, self.e
-        query, pair = sizes.query * e, 2 * sizes.key * e
-        work.add(rows=3 * max(rows.local, rows.far) * query, sums=2 * rows.frame * sizes.key * 4)
+        query, pair = rows.local * sizes.query, 2 * rows.frame * sizes.key
+        gathered = min(GATHERED, rows.near_keys)
+        work.add(gathered=3 * query * e, sums=(query + pair) * 4)
         with self.ledger.scope("attention workspace") as vendor:
-            vendor.add(part=rows.near_keys * 2 * pair, space=self._space(rows.local, rows.near_keys))
-        work.drop("sums")
-        # What is added to the gradients of the rows that see all keys.
-        work.add(local=rows.local * query + rows.frame * pair)
+            vendor.add(part=query * e + 4 * gathered * sizes.key * e, space=self._space(rows.local, gathered))
+        work.add(local=(query + pair) * e)
+        work.drop("gathered", "sums")
 
     def _space(self, queries: int, keys: int) -> float:
         return self.vendor.size_bytes(self.sizes, queries, min(keys, self.rows.back_frame))

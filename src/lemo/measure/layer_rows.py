@@ -47,11 +47,11 @@ class LayerRows:
 
     @property
     def near_keys(self) -> int:
-        """Keys that local rows read in backward: those of each chunk that has some, at most two for a run of them."""
+        """Keys that local rows read before their own chunk; a run of a chunk's length lies in two of them."""
         if self.window is None:
             return 0
         chunks = min(-(-self.frame // self.window), 2 * -(-self.local // self.window))
-        return 2 * self.window * chunks
+        return self.window * chunks
 
     @property
     def exact(self) -> bool:
