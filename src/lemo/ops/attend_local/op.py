@@ -32,8 +32,8 @@ def attend_local(
     """o_i = Σ_j softmax_j(scaling · q_i·k_j) v_j over the keys j that i sees locally, and the scores' log-sum-exp.
 
     i sees j of its document when position_j <= position_i and j is in the chunk of i, in the chunk before it, or among
-    the document's first `sink` rows (`plan_local`); a window takes keys farther back out. There is no gradient: these
-    are rows of exact forward that pass none.
+    the document's first `sink` rows (`plan_local`); a window takes keys farther back out. Autograd gets no gradient:
+    `attend_local_backward` is the other pass.
 
     Args:
         query_HND: (H, N, D) floating, any strides.
