@@ -34,10 +34,10 @@ CASES = {
 }
 
 
-def marked(far_blocks=FAR, local_blocks=LOCAL, *, tokens=48, rows=1, seed=1):
+def marked(far_blocks=FAR, local_blocks=LOCAL, *, tokens=48, rows=1, block=BLOCK):
     """A batch with loss on some blocks of rows, some of them marked as local."""
-    inputs = batch(tokens, rows, supervised_from=0, seed=seed)
-    block_T = torch.arange(tokens) // BLOCK
+    inputs = batch(tokens, rows, supervised_from=0)
+    block_T = torch.arange(tokens) // block
     wanted = torch.isin(block_T, torch.tensor((*far_blocks, *local_blocks)))
     inputs["labels"][:, 1:].masked_fill_(~wanted[:-1], -100)
     inputs["labels"][:, 0] = -100

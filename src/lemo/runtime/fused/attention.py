@@ -102,7 +102,7 @@ def attend_passing(parts: LayerParts, heads: State, call: FusedCall) -> tuple[Te
     if parted is None:
         return attend(parts, heads, call.queries, call.keys)
     local = parted.local.windowed(parts.window)
-    query = heads["query"].index_select(1, parted.near_n)
+    query = select_heads(heads, {"query": parted.near_n})["query"]
     near_HlD, near_Hl = attend_local(query, heads["key"], heads["value"], local, scaling=parts.scaling)
     near_lO = near_HlD.transpose(0, 1).flatten(1)
     if not len(parted.far_n):
@@ -177,7 +177,7 @@ class AttentionBackward:
     def _run_parted(self, parted: PartedRows, parts: LayerParts, rows: tuple[Tensor, Tensor], lse_HN: Tensor) -> State:
         """Gradients from local loss rows, then those from far rows beside or on top of them."""
         near = parted.near_n
-        query = self.heads["query"].index_select(1, near)
+        query = select_heads(self.heads, {"query": near})["query"]
         grad, output = (t.index_select(0, near).unflatten(-1, (-1, parts.head_dim)).transpose(0, 1) for t in rows)
         operands = (grad, query, self.heads["key"], self.heads["value"], output, lse_HN.index_select(1, near))
         local = parted.local.windowed(parts.window)
