@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lemo.ops import attend_local_backward
+from lemo.ops import attend_local, attend_local_backward, plan_local
 from lemo.ops.attend_local import pieces, vendor
 from lemo.ops.attend_local.cases import (
     backward_case,
@@ -19,6 +19,7 @@ from lemo.ops.attend_local.cases import (
     run,
     run_backward,
 )
+from lemo.ops.attend_rows.reference import Segments
 from lemo.testing import check_error_budget, poisoned_allocations
 from tests.gpu.test_fused_gpu import adapted, step
 from tests.runtime.oracle import batch
@@ -128,6 +129,33 @@ def test_gradients_meet_their_reference(name, backend, dtype, gathered, monkeypa
 def test_gradients_that_only_our_kernel_takes(name, dtype, monkeypatch):
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
     _backward_agrees(name, BACKWARD_KERNEL_ONLY[name], dtype, "triton")
+
+
+@pytest.mark.parametrize("compact", [True, False], ids=["among themselves", "on all keys"])
+def test_rows_that_are_not_valid_do_not_count(compact):
+    """They lie at the end of their document: finite forward, and without gradient no trace of them backward."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    position = torch.randperm(1500, generator=generator, device="cuda")
+    valid = torch.arange(700, device="cuda") < 600
+    chosen = torch.cat([position[:600].sort().values, position[600:700]])
+    few = Segments((0,), (600,), chosen[:600])
+    mixed = Segments((0,), (700,), chosen, valid)
+    keys = Segments((0,), (1500,), torch.arange(1500, device="cuda"))
+    count = 700 if compact else 1500
+    tensors = [torch.randn(2, n, 64, generator=generator, device="cuda").bfloat16() for n in (700, 700, count, count)]
+    grad = tensors.pop(0) * valid[:, None]
+    local = plan_local(mixed, mixed if compact else keys, chunk=128, sink=64)
+    saved = attend_local(*tensors, local, scaling=0.3, backend="triton")
+    assert all(t.isfinite().all() for t in saved)
+    found = attend_local_backward(grad, *tensors, *saved, local, scaling=0.3, backend="triton")
+    alone = plan_local(few, few if compact else keys, chunk=128, sink=64)
+    cut = [tensors[0][:, :600], *(t[:, : 600 if compact else count] for t in tensors[1:])]
+    expected = attend_local(*cut, alone, scaling=0.3, backend="triton")
+    torch.testing.assert_close(saved[0][:, :600], expected[0])
+    gradients = attend_local_backward(grad[:, :600], *cut, *expected, alone, scaling=0.3, backend="triton")
+    for actual, wanted in zip(found, gradients, strict=True):
+        torch.testing.assert_close(actual[:, : wanted.shape[1]], wanted, rtol=0.02, atol=0.02)
+        assert not actual[:, wanted.shape[1] :].any()
 
 
 @pytest.mark.parametrize("backend", ["triton", "vendor"])

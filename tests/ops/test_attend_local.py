@@ -50,6 +50,18 @@ def test_bounds_are_the_mask(case):
     assert local.reaches_far or not far.any()
 
 
+def test_rows_that_are_not_valid_see_something():
+    """Kernels would divide by nothing; the others see what they see without them."""
+    keys = _whole(40, 9)
+    position = torch.tensor([3, 30, 31, 39, 12, 5, 6, 1])
+    valid = torch.tensor([1, 1, 1, 1, 0, 1, 1, 0]).bool()
+    mixed = Segments((0, 5), (5, 3), position, valid)
+    seen = plan_local(mixed, keys, chunk=8, sink=4).seen_4N
+    assert (seen[1] > seen[0]).all()
+    few = Segments((0, 4), (4, 2), position[valid])
+    assert torch.equal(seen[:, valid], plan_local(few, keys, chunk=8, sink=4).seen_4N)
+
+
 @pytest.mark.parametrize("lengths", [(70,), (64, 17, 1, 33), (16, 5)])
 def test_a_window_of_all_keys_is_causal_attention(lengths):
     rows = _whole(*lengths)

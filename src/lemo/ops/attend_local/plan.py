@@ -138,6 +138,9 @@ def _bounds(local: LocalRows) -> Tensor:
     for q_start, q_length, k_start, k_length in documents(rising, among):
         position = rising.position_N[q_start : q_start + q_length]
         keys = among.position_N[k_start : k_start + k_length].contiguous()
+        if q_length and k_length:
+            # Rows that are not valid come after all keys: they get what the last key sees, not nothing (NaN).
+            position = torch.minimum(position, keys[-1])
         chunk = position // local.chunk
         oldest = torch.zeros_like(position) if local.window is None else (position - local.window + 1).clamp_(min=0)
         near = torch.maximum((chunk - 1).clamp_(min=0) * local.chunk, oldest)
