@@ -24,6 +24,9 @@ from lemo.core.plan import Plan
 from lemo.errors import ConfigError, DataError, PlanError
 from lemo.eval.perplexity import evaluate_loss
 from lemo.train.checkpoint import RunFolder, run_identity
+from lemo.train.data import load_windows
+from lemo.train.model import load_tokenizer
+from lemo.train.planning import validation_batches
 from lemo.train.run import train
 from tests.train.tiny import save_tiny_model, words
 
@@ -294,3 +297,29 @@ def test_supervised_rows_are_never_skipped(base, tmp_path, quiet, monkeypatch):
     monkeypatch.setattr(LemoTrainer, "training_step", check)
     train(recipe(base, tmp_path / "run", sparsity={"backward_ratio": 0.4}), evaluate_loss, console=quiet)
     assert len(seen) == 4 and min(seen) > 0
+
+
+def test_local_loss_rows_pass_gradient_besides_the_others(base, tmp_path, quiet):
+    sparsity = {"context_window": 32, "gradient": "keys", "backward_ratio": 0.3, "dense_layers": ()}
+    loss_rows = {"share": 0.25, "span": None}
+    ratios = {}
+    for share in (0.0, 0.4):
+        run = recipe(
+            base,
+            tmp_path / f"run-{share}",
+            sparsity=sparsity,
+            loss_rows=loss_rows | {"local_share": share},
+            training={"max_steps": 1},
+        )
+        ratios[share] = [backward for _, backward in train(run, evaluate_loss, console=quiet).ratios.values()]
+    assert all(more > few + 0.2 for few, more in zip(*ratios.values(), strict=True))
+    dataset, _ = load_windows(run.data, load_tokenizer(run.model), "validation")
+    batches = validation_batches(run, None, dataset, loss_rows=True)
+    assert all("local_rows" not in batch and (batch["labels"] != -100).any() for batch in batches)
+    plan = Plan.load(tmp_path / "run-0.4" / "plan")
+    dataclasses.replace(plan, context_window=None).save(tmp_path / "blind")
+    blind = recipe(
+        base, tmp_path / "refused", sparsity={"plan": str(tmp_path / "blind")}, loss_rows=vars(run.loss_rows)
+    )
+    with pytest.raises(ConfigError, match=r"local_share needs sparsity\.context_window"):
+        train(blind, evaluate_loss, console=quiet)
