@@ -72,7 +72,8 @@ class Loaded:
         from lemo.train.rehearsal import random_batch
 
         vocabulary = self.config.get_text_config().vocab_size
-        batch = random_batch(vocabulary, point.tokens, share=point.loss_share, span=point.span, seed=0)
+        draw = {"share": point.loss_share, "span": point.span, "local_share": point.local_share}
+        batch = random_batch(vocabulary, point.tokens, seed=0, **draw)
         batch = {name: x.to(self.device) for name, x in batch.items()}
         optimizer = torch.optim.AdamW(self.trained, lr=1e-4, fused=self.device.startswith("cuda"))
         timer, peaks, losses = StepTimer(self.device), [], []
@@ -109,6 +110,7 @@ class Loaded:
             bypass_rank=BYPASS_RANK,
             gradient=point.gradient,
             scorer=point.scorer,
+            context_window=point.context_window,
         )
         fused = {"recompute": point.recompute, "offload": bool(point.offload)}
         how = fused if point.engine == "fused" else {}

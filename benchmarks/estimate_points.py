@@ -92,6 +92,16 @@ class Point:
         return None if self.preset is None else PRESETS[self.preset].span
 
     @property
+    def local_share(self) -> float:
+        """Share of blocks that carry loss besides, and attend within the window."""
+        return 0.0 if self.preset is None else PRESETS[self.preset].local_share
+
+    @property
+    def context_window(self) -> int | None:
+        """Rows of a chunk that rows without gradient attend within."""
+        return None if self.preset is None else PRESETS[self.preset].context_window
+
+    @property
     def gradient(self) -> Any:
         """Of exact forward."""
         return "rows" if self.preset is None else PRESETS[self.preset].gradient
@@ -130,6 +140,8 @@ class Point:
             predictor=self.scorer == "predictor",
             bypass_rank=BYPASS_RANK if self.forward_ratio < 1 else 0,
             offload=bool(self.offload),
+            context_window=self.context_window,
+            local_share=self.local_share,
         )
 
     def sizes(self) -> ModelSizes:

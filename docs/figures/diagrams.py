@@ -122,7 +122,8 @@ def draw_budgets(folder: Path = HERE) -> None:
     for name in ("balanced", "fast"):
         preset = PRESETS[name]
         ratios = preset.forward_ratio, preset.backward_ratio
-        work = LayerWork(*ratios, kv=preset.kv, gradient=preset.gradient, recompute="lin")
+        further = {"context_window": preset.context_window, "local_ratio": preset.local_share}
+        work = LayerWork(*ratios, kv=preset.kv, gradient=preset.gradient, recompute="lin", **further)
         panels.append((f"{name}, a preset", ratios, work, len(preset.dense_layers), Recent()))
     panels.append(("half of the rows", (0.5, 0.5), LayerWork(0.5, 0.5, kv="all", recompute="lin"), 2, Random(seed=3)))
     for place, (title, usual, work, ends, scorer) in enumerate(panels):

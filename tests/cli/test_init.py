@@ -9,6 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 from lemo.cli.draft import Wish, draft_recipe, find_shape
+from lemo.cli.estimate import read_source
+from lemo.cli.init import PresetName
 from lemo.cli.main import app
 from lemo.cli.presets import PRESETS
 from lemo.cli.recipe import build_run, load_recipe, parse_yaml
@@ -124,6 +126,16 @@ def test_presets_write_all_that_they_choose(model):
         assert (run.loss_rows.share, run.loss_rows.span) == (preset.loss_share, preset.span)
         assert (chosen.scorer, chosen.dense_layers) == ("recent", preset.dense_layers)
         assert chosen.gradient == preset.gradient if preset.exact else chosen.kv == preset.kv
+
+
+def test_a_preset_may_have_a_window_and_local_loss_rows(model, monkeypatch):
+    assert all(preset.exact for preset in PRESETS.values() if preset.context_window is not None)
+    chosen = dataclasses.replace(PRESETS["balanced"], context_window=1024, local_share=0.25)
+    monkeypatch.setitem(PRESETS, "balanced", chosen)
+    run = draft(model, text_facts(100_000))
+    assert (run.sparsity.context_window, run.loss_rows.local_share) == (1024, 0.25)
+    estimated = read_source(str(model), [], PresetName.balanced)
+    assert (estimated.sparsity.context_window, estimated.loss_rows.local_share) == (1024, 0.25)
 
 
 def test_the_default_preset_is_what_a_recipe_without_keys_does(model):

@@ -206,10 +206,13 @@ def _data(wish: Wish, data: DataFacts, shape: Shape, machine: MachineFacts) -> l
 def _loss_rows(data: DataFacts, preset: Preset) -> list[Line]:
     if data.answers:
         return []
-    return [
+    lines: list[Line] = [
         ("share", preset.loss_share, "of the blocks carry loss, drawn anew each epoch; such rows never skip"),
         ("span", preset.span, "rows of a run of them, so that most of what they read carries loss too"),
     ]
+    if preset.local_share:
+        lines.append(("local_share", preset.local_share, "of the blocks carry loss besides, but attend as others do"))
+    return lines
 
 
 def _sparsity(shape: Shape, preset: Preset) -> list[Line]:
@@ -223,6 +226,9 @@ def _sparsity(shape: Shape, preset: Preset) -> list[Line]:
     ]
     if preset.exact:
         lines.append(("gradient", preset.gradient, "keys and values of all rows pass gradient as well"))
+        if preset.context_window is not None:
+            how = "rows of a chunk; rows without gradient see theirs, the one before and the first block"
+            lines.append(("context_window", preset.context_window, how))
     else:
         lines.append(("kv", preset.kv, "rows that skip offer no keys; all costs time and keeps more quality"))
     return lines

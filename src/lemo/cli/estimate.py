@@ -88,7 +88,7 @@ def read_source(source: str, overrides: list[str] | None, preset: PresetName | N
     values: dict[str, Any] = {
         "model": {"path": source},
         "data": {"window_tokens": 8192},
-        "loss_rows": {"share": named.loss_share, "span": named.span},
+        "loss_rows": {"share": named.loss_share, "span": named.span, "local_share": named.local_share},
         "sparsity": {
             "forward_ratio": named.forward_ratio,
             "backward_ratio": named.backward_ratio,
@@ -96,6 +96,7 @@ def read_source(source: str, overrides: list[str] | None, preset: PresetName | N
             "kv": named.kv,
             "scorer": "recent",
             "dense_layers": list(named.dense_layers),
+            "context_window": named.context_window,
         },
         "calibration": {"bypass_rank": named.bypass_rank},
     }

@@ -20,6 +20,8 @@ class Preset:
         kv: whether skipped rows offer keys and values.
         dense_layers: layers that never skip.
         bypass_rank: rank of what skipped rows get instead of a layer; of no effect where every row runs forward.
+        context_window: rows of a chunk that rows without gradient attend within; None for all keys.
+        local_share: share of blocks that carry loss besides, and attend as those rows do.
     """
 
     about: str
@@ -31,6 +33,8 @@ class Preset:
     kv: Literal["all", "kept"]
     dense_layers: tuple[int, ...]
     bypass_rank: int
+    context_window: int | None = None
+    local_share: float = 0.0
 
     @property
     def exact(self) -> bool:
