@@ -10,11 +10,14 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
 import lemo.runtime.fused.offload as offload
+from lemo.core.plan import LayerPlan, Plan
 from lemo.errors import ConfigError
 from lemo.ops.attend_rows import far
 from lemo.runtime.attach import attach
 from lemo.runtime.batch import LOCAL_ROWS, read_layout, supervised_rows
+from lemo.runtime.context import loss_rows, part_rows
 from lemo.runtime.model import decoder_layers
+from lemo.runtime.rows import RowRange, all_rows
 from tests.runtime.oracle import FAMILIES, batch, gradients, relative, tiny_model
 from tests.runtime.test_context_window import _packed, windowed
 from tests.runtime.test_exact import BOUND, StopGradient, _hook_layer, in_double, near_keys
@@ -263,6 +266,29 @@ def test_blocks_are_local_where_all_their_loss_rows_are():
         assert layout.local_K.nonzero().flatten().tolist() == [5]
         assert layout.supervised_K.nonzero().flatten().tolist() == [2, 5]
         assert layout.rows_of(layout.local_K).tolist() == [20, 21, 22, 23]
+
+
+@pytest.mark.parametrize("padding", [None, "left", "right"])
+@pytest.mark.parametrize("loss_only", [False, True])
+def test_rows_are_parted_by_what_they_attend_to(loss_only, padding):
+    """Places, positions and documents of both parts; the host knows the positions where all rows are keys."""
+    inputs, _ = _several((43, 15, 60), padding)
+    plan = Plan((LayerPlan(1.0, 0.25),), block_size=BLOCK, gradient="keys", context_window=8)
+    layout = read_layout(inputs, None, BLOCK, inputs[LOCAL_ROWS])
+    rows, keys = loss_rows(layout) if loss_only else all_rows(layout), RowRange.of_batch(layout)
+    parted = part_rows(plan, layout, rows, keys)
+    both = torch.cat([parted.near_n, parted.far_n])
+    assert torch.equal(both.sort().values, torch.arange(rows.capacity)) and len(parted.near_n) == 3 * BLOCK
+    local_N = layout.local_K[layout.block_of_row_N]
+    for places, side in ((parted.near_n, parted.local.queries), (parted.far_n, parted.far)):
+        flat = rows.rows_N[places]
+        assert torch.equal(local_N[flat], torch.full((len(flat),), side is parted.local.queries))
+        assert torch.equal(layout.position_of_row_N[flat], side.position_N)
+        lengths = torch.bincount(layout.document_of_row_N[flat], minlength=3).tolist()
+        assert list(side.lengths) == lengths and list(side.starts) == [0, lengths[0], sum(lengths[:2])]
+    assert torch.equal(parted.local.position_on_host_N, parted.local.queries.position_N)
+    some = RowRange.of_rows(layout, replace(rows, rows_N=rows.rows_N[:9], segment_lengths=(9, 0, 0)))
+    assert part_rows(plan, layout, rows, some).local.position_on_host_N is None
 
 
 def test_evaluation_looks_at_no_marks():

@@ -103,7 +103,7 @@ def part_rows(
     """
     window = plan.context_window
     assert window is not None
-    near_N = _local_rows(layout, rows is loss_rows(layout))
+    near_N, position_N = _local_rows(layout, rows is loss_rows(layout))
     near = layout.once(("range of local loss rows", near_N.capacity), lambda: RowRange.of_rows(layout, near_N))
     local_N = layout.once("rows of local blocks", lambda: _mask_of_local(layout))
     order_n = torch.argsort(local_N[rows.rows_N], stable=True)
@@ -112,12 +112,15 @@ def part_rows(
     valid_N = None if rows.valid_N is None else rows.valid_N[far_n]
     far = RowRange.of_rows(layout, RowSet(rows.rows_N[far_n], lengths, far_n[:0], valid_N))
 
+    whole = sum(keys.lengths) == layout.real_rows
+
     def make() -> LocalRows:
-        return plan_local(near, keys, chunk=window, sink=plan.block_size)
+        on_host = position_N if whole else None
+        return plan_local(near, keys, chunk=window, sink=plan.block_size, position_on_host_N=on_host)
 
     # As in `context_rows`: all rows of a batch are the same keys in every layer, but not at the same entries.
     key = ("keys of local loss rows", window, near_N.capacity, len(keys.position_N))
-    local = layout.once(key, make) if sum(keys.lengths) == layout.real_rows else make()
+    local = layout.once(key, make) if whole else make()
     return PartedRows(far if planned is None or not len(far_n) else planned(far), far_n, local, near_n)
 
 
@@ -126,12 +129,16 @@ def loss_rows(layout: Layout) -> RowSet:
     return layout.once("loss rows", lambda: _row_set(layout, layout.supervised_row_S))
 
 
-def _local_rows(layout: Layout, loss_only: bool) -> RowSet:
-    """Rows of local blocks; of these those alone that carry loss."""
+def _local_rows(layout: Layout, loss_only: bool) -> tuple[RowSet, Tensor]:
+    """Rows of local blocks, or of these those alone that carry loss; and their positions (N,) on the host."""
 
-    def make() -> RowSet:
+    def make() -> tuple[RowSet, Tensor]:
         rows_S = layout.rows_of(layout.local_K)
-        return _row_set(layout, rows_S[torch.isin(rows_S, layout.supervised_row_S)] if loss_only else rows_S)
+        if loss_only:
+            rows_S = rows_S[torch.isin(rows_S, layout.supervised_row_S)]
+        found = _row_set(layout, rows_S)
+        starts_S = layout.document_start_D.repeat_interleave(torch.tensor(found.segment_lengths))
+        return found, rows_S - starts_S
 
     return layout.once(("local loss rows", loss_only), make)
 
