@@ -211,10 +211,7 @@ def _compare(
         published = steps == STEPS and domain not in void and protocol["window"] == 16384
         at = f"{domain}/{item.baseline}" if item.bar == "B.over_short_windows" else domain
         bar = None if item.bar is None or not published else item.bar + (f"/{at}" if at else "")
-        setting = {**protocol, "steps": steps, "learning_rate": pairs[0][1].setting["learning_rate"]}
-        setting |= {"method": item.method, "baseline": item.baseline, "metric": item.metric, "domain": domain}
-        setting |= {"statistic": item.statistic, "cells": sorted({r.setting["cell"] for p in pairs for r in p})}
-        setting["seeds"] = [b.seeds[0] for b, _ in pairs]
+        setting = {**_setting_of(item, protocol, steps, pairs), "domain": domain}
         samples = {"baseline": baseline, "lemo": candidate}
         _append(path, known, name, item.unit, samples, setting, bar, [r for p in pairs for r in p])
 
@@ -248,12 +245,24 @@ def _compare_share(
     if len(threes) < 2:
         return
     published = steps == STEPS and clear >= CLEAR_ERRORS and protocol["window"] == 16384
-    setting = {**protocol, "steps": steps, "learning_rate": rate, "method": item.method, "baseline": item.baseline}
-    setting |= {"best": item.best, "metric": item.metric, "statistic": item.statistic, "advantage_in_errors": clear}
-    setting |= {"cells": sorted({r.setting["cell"] for three in threes for r in three})}
-    setting["seeds"] = [three[0].seeds[0] for three in threes]
+    setting = _setting_of(item, protocol, steps, threes) | {"best": item.best, "advantage_in_errors": clear}
     bar = item.bar if published else None
     _append(path, known, name, item.unit, samples, setting, bar, [r for three in threes for r in three])
+
+
+def _setting_of(
+    item: Comparison, protocol: dict[str, Any], steps: int, groups: Sequence[Sequence[Record]]
+) -> dict[str, Any]:
+    """What a comparison was made of. `groups`: Records of one seed each, the baseline's first, then the candidate's."""
+    choices = {name: getattr(item, name) for name in ("method", "baseline", "metric", "statistic")}
+    return {
+        **protocol,
+        **choices,
+        "steps": steps,
+        "learning_rate": groups[0][1].setting["learning_rate"],
+        "cells": sorted({record.setting["cell"] for group in groups for record in group}),
+        "seeds": [group[0].seeds[0] for group in groups],
+    }
 
 
 def _write_gains(cells: Cells, path: Path, known: set) -> None:

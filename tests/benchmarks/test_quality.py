@@ -235,8 +235,9 @@ def test_presets_are_those_of_the_command_line():
         method = METHODS[name]
         spec = method.plan
         assert (method.loss_share, method.span, method.placement) == (preset.loss_share, preset.span, "random")
+        assert method.local_share == preset.local_share
         names = ["forward_ratio", "backward_ratio", "dense_layers"]
-        names += ["gradient"] if preset.exact else ["kv", "bypass_rank"]
+        names += ["gradient", "context_window"] if preset.exact else ["kv", "bypass_rank"]
         assert [getattr(spec, n) for n in names] == [getattr(preset, n) for n in names]
 
 
