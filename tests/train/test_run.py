@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import signal
 
 import pytest
 import torch
 
+import lemo
 from lemo.config import (
     CalibrationConfig,
     DataConfig,
@@ -24,10 +26,12 @@ from lemo.core.plan import Plan
 from lemo.errors import ConfigError, DataError, PlanError
 from lemo.eval.perplexity import evaluate_loss
 from lemo.train.checkpoint import RunFolder, run_identity
+from lemo.train.collate import WindowCollator
 from lemo.train.data import load_windows
-from lemo.train.model import load_tokenizer
-from lemo.train.planning import validation_batches
+from lemo.train.model import load_model, load_tokenizer
+from lemo.train.planning import skeleton_plan, training_collator, validation_batches
 from lemo.train.run import train
+from tests.architecture.rules import ROOT
 from tests.train.tiny import save_tiny_model, words
 
 
@@ -297,6 +301,18 @@ def test_supervised_rows_are_never_skipped(base, tmp_path, quiet, monkeypatch):
     monkeypatch.setattr(LemoTrainer, "training_step", check)
     train(recipe(base, tmp_path / "run", sparsity={"backward_ratio": 0.4}), evaluate_loss, console=quiet)
     assert len(seen) == 4 and min(seen) > 0
+
+
+def test_the_calls_in_the_readme_are_what_a_recipe_without_keys_does(base):
+    run = RunConfig(model=ModelConfig(path=str(base / "model"), dtype="float32"))
+    model = load_model(run.model)
+    text = (ROOT / "README.md").read_text()
+    calls = {name: re.search(rf"{name} = (lemo\.\w.*?\))(  #.*)?$", text, re.M)[1] for name in ("plan", "collator")}
+    known = {"lemo": lemo, "model": model, "collator": WindowCollator(pad_id=0)}
+    plan, collator = (eval(calls[name], known) for name in ("plan", "collator"))
+    assert plan == skeleton_plan(model, run)
+    made = [{k: v for k, v in vars(c).items() if k != "collator"} for c in (collator, training_collator(run, None))]
+    assert made[0] == made[1]
 
 
 def test_local_loss_rows_pass_gradient_besides_the_others(base, tmp_path, quiet):

@@ -77,7 +77,7 @@ class Plan:
         policy: `topk` or `threshold`; the other's numbers in `layers` are informative.
         scorer: `predictor`, `random` or `recent`.
         kv: whether rows that skip a layer still offer keys and values (`all`) or not (`kept`).
-        gradient: gradient of exact forward, `rows` or `pairs`.
+        gradient: gradient of exact forward, `rows`, `pairs` or `keys`.
         mlp: whether the MLP shares the layer's rows or has its `own`.
         seed: of the `random` scorer.
         fingerprint: of the base model that the plan was made for; None matches any model of as many layers.
@@ -126,6 +126,9 @@ class Plan:
         **choices: Any,
     ) -> Plan:
         """The same ratios in every layer, blocks drawn at random: safe without calibration at forward_ratio 1.
+
+        Defaults here and in Plan stay as they are, so that calls keep their meaning, and saved plans theirs. What training
+        does by default is said in `config.SparsityConfig` alone; the README writes it out as a call.
 
         Args:
             model: a Transformers model, for its number of layers, or that number.

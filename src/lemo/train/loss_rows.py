@@ -72,6 +72,9 @@ class LossRows:
     ) -> None:
         """Wraps a collator.
 
+        Defaults here stay as they are, so that calls keep their meaning. What training does by default is said in
+        `config.LossRowsConfig` alone; the README writes it out as a call.
+
         Args:
             collator: makes a batch with `labels` (or `shift_labels`) from a list of samples.
             share: share of blocks that carry loss; 1.0 masks nothing.
