@@ -248,10 +248,12 @@ def describe(found: Estimate) -> str:
     }[setting.engine]
     if setting.engine == "plain":
         return words
-    near = "" if setting.context_window is None else f", the others attend within chunks of {setting.context_window}"
+    loss = setting.loss_share + setting.local_share
+    passes = max(setting.backward_ratio, loss) if setting.local_share else setting.backward_ratio
+    local = "" if not setting.local_share else f"{setting.local_share:.2f} of these and "
+    near = f", {local}the others attend within chunks of {setting.context_window}" if setting.context_window else ""
     far = "" if setting.far_share == 1 else f", backward through {setting.far_share:.0%} of the far keys"
-    local = "" if not setting.local_share else f", {setting.local_share:.0%} more do and attend within chunks as well"
     return (
-        f"{words}; {setting.forward_ratio:.2f} of the rows run a layer that skips, {setting.backward_ratio:.2f} pass "
-        f"gradient{near}{far}, kv {setting.kv}; {setting.loss_share:.0%} of the rows carry loss{local}"
+        f"{words}; {setting.forward_ratio:.2f} of the rows run a layer that skips, {passes:.2f} pass gradient{near}"
+        f"{far}, kv {setting.kv}; {loss:.0%} of the rows carry loss"
     )

@@ -127,8 +127,8 @@ class Plan:
     ) -> Plan:
         """The same ratios in every layer, blocks drawn at random: safe without calibration at forward_ratio 1.
 
-        Defaults here and in Plan stay as they are, so that calls keep their meaning, and saved plans theirs. What training
-        does by default is said in `config.SparsityConfig` alone; the README writes it out as a call.
+        Defaults here and in Plan stay as they are, so that calls keep their meaning, and saved plans theirs. What
+        training does by default is said in `config.SparsityConfig` alone; the README writes it out as a call.
 
         Args:
             model: a Transformers model, for its number of layers, or that number.
