@@ -7,34 +7,40 @@ from dataclasses import replace
 from benchmarks.quality_specs import LOSS_SHARE, Method, Ramp, both, exact, skip
 
 ABLATIONS = {
-    # one step at a time from dense to the default, and past it
+    # one step at a time from dense to the default: few loss rows, gradient through them alone, context rows that see
+    # their chunk and the one before, loss rows that see no more than these
+    "all_far": exact("exact forward, gradient through 37 % of rows, which carry the loss and see all", 0.37),
+    "all_far_window": exact("the same, other rows see the last 1024 to 2048", 0.37, context_window=1024),
+    "far_12": exact("exact forward, gradient through 12 % of rows, which carry the loss and see all"),
+    "far_30": exact("exact forward, gradient through 30 % of rows, which carry the loss and see all", 0.3),
+    # choices beside far_12
     "dense_blocks": Method("dense LoRA, loss on 12 % of rows, in single blocks", loss_share=LOSS_SHARE),
-    "blocks": exact("the default with single blocks of loss rows", span=None),
-    "spread_runs": replace(exact("the default with runs spread evenly"), placement="spread"),
-    **{f"span_{n}": exact(f"the default with runs of {n} rows", span=n) for n in (256, 512, 2048)},
-    "rows": exact("the default, keys of other rows constant", gradient="rows"),
-    "pairs": exact("the default, scores with other rows constant", gradient="pairs"),
+    "blocks": exact("far_12 with single blocks of loss rows", span=None),
+    "spread_runs": replace(exact("far_12 with runs spread evenly"), placement="spread"),
+    **{f"span_{n}": exact(f"far_12 with runs of {n} rows", span=n) for n in (256, 512, 2048)},
+    "rows": exact("far_12, keys of other rows constant", gradient="rows"),
+    "pairs": exact("far_12, scores with other rows constant", gradient="pairs"),
     **{
         f"pairs_{round(100 * s)}_span_{n}": exact(
             f"exact forward, pairs through {s:.0%} of rows, in runs of {n}", s, n, gradient="pairs"
         )
         for s, n in ((0.1, 1024), (0.22, 1024), (0.22, 2048))
     },
-    **{f"loss_{round(100 * s)}": exact(f"the default with {s:.0%} of rows", s) for s in (0.06, 0.2)},
+    **{f"loss_{round(100 * s)}": exact(f"far_12 with {s:.0%} of rows", s) for s in (0.06, 0.2)},
     "recent_context": exact(
         "loss on 9 %, gradient also through 3 % of rows before them", 0.09, backward_ratio=0.12, scorer="recent"
     ),
     "random_context": exact("loss on 9 %, gradient also through 3 % of random rows", 0.09, backward_ratio=0.12),
     **{
         f"window_{w}{tail}": exact(
-            f"the default{of}, context rows see the last {w} to {2 * w} rows", share, context_window=w
+            f"far_12{of}, context rows see the last {w} to {2 * w} rows", share, context_window=w
         )
         for w in (512, 1024, 2048, 4096)
         for tail, of, share in (("", "", LOSS_SHARE), ("_30", " with 30 % of rows", 0.3))
     },
     **{
         f"far_{round(100 * far)}_rows_{round(100 * s)}" + (f"_window_{w}" if w else ""): exact(
-            f"the default with {s:.0%} of rows, {far:.1%} of the far keys in backward"
+            f"far_12 with {s:.0%} of rows, {far:.1%} of the far keys in backward"
             + (f", context rows see the last {w} to {2 * w} rows" if w else ""),
             s,
             far_share=far,
@@ -60,7 +66,7 @@ ABLATIONS = {
             ),
             local_share=near,
         )
-        for far, near in ((0.12, 0.25), (0.12, 0.4), (0.2, 0.3), (0.06, 0.3), (0.12, 0.85))
+        for far, near in ((0.12, 0.4), (0.2, 0.3), (0.06, 0.3), (0.12, 0.85))
     },
     "rows_far_12_30": exact(
         "30 % of rows, keys of other rows constant, an eighth of the far keys", 0.3, far_share=0.125, gradient="rows"
@@ -69,10 +75,10 @@ ABLATIONS = {
         "exact forward, pairs through 30 % of rows, in runs of 4096", 0.3, 4096, gradient="pairs"
     ),
     "rising": replace(
-        exact("the default, share of loss rows rising from 4 % to 20 %", backward_ratio=0.04), rising_share=(0.04, 0.2)
+        exact("far_12, share of loss rows rising from 4 % to 20 %", backward_ratio=0.04), rising_share=(0.04, 0.2)
     ),
     "falling": replace(
-        exact("the default, share of loss rows falling from 20 % to 4 %", backward_ratio=0.04), rising_share=(0.2, 0.04)
+        exact("far_12, share of loss rows falling from 20 % to 4 %", backward_ratio=0.04), rising_share=(0.2, 0.04)
     ),
     # skipping in forward as well
     **{
@@ -137,13 +143,13 @@ ABLATIONS = {
         for n in (10, 50)
     },
     "hardest_weighted": replace(
-        exact("the default, single blocks drawn in proportion to the base model's loss, weighted", span=None),
+        exact("far_12, single blocks drawn in proportion to the base model's loss, weighted", span=None),
         placement="hardest",
         reweight=True,
     ),
     # The cost of 28 layers at 30 % and two dense ones, on 30 layers that may all skip.
     "allocated": skip("ratios and dense layers under one budget", dense_layers=(), allocate=True, **both(0.347)),
     "interaction": skip("30 % of rows, predictors of the paper's score", target="interaction"),
-    "dense_at_end": replace(exact("the default, the last 15 % of the steps dense"), ramp=Ramp(0.85, 0.85)),
-    "ramp_end": replace(exact("the default, ratio rises to 1 over the last 30 %"), ramp=Ramp(0.7, 1.0)),
+    "dense_at_end": replace(exact("far_12, the last 15 % of the steps dense"), ramp=Ramp(0.85, 0.85)),
+    "ramp_end": replace(exact("far_12, ratio rises to 1 over the last 30 %"), ramp=Ramp(0.7, 1.0)),
 }

@@ -8,6 +8,7 @@ LoRA improves it by less than 0.2 nats; every seed that both methods have run is
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,14 +59,14 @@ class Comparison:
 # Where selection decides: rows that skip in forward too, at equal ratios.
 CHOSEN, PREDICTOR, RANDOM = "skip_30_all_recent", "skip_30_all_predictor", "skip_30_all_random"
 COMPARISONS = (
-    Comparison("B.default_gap", "balanced", "dense_rows"),
+    Comparison("B.default_gap", "balanced", "dense_rows_balanced"),
     Comparison("B.default_total_gap", "balanced", "dense_all"),
     Comparison("B.equal_compute_gain", "balanced", "dense_all", statistic="gain_less_error", equal_flops=True),
     Comparison("B.over_short_windows", "balanced", "dense_4k", "last_quarter", "gain_less_error"),
     Comparison("B.over_short_windows", "balanced", "dense_8k", "last_quarter", "gain_less_error"),
-    Comparison("B.mha_gap", "balanced_mha", "dense_rows_10"),
-    Comparison("B.conservative_gap", "quality", "dense_rows_30"),
-    Comparison("B.aggressive_gap", "fast", "dense_rows_10"),
+    Comparison("B.mha_gap", "balanced", "dense_rows_balanced"),
+    Comparison("B.conservative_gap", "quality", "dense_rows_quality"),
+    Comparison("B.aggressive_gap", "fast", "dense_rows_fast"),
     Comparison("B.over_random_nats", CHOSEN, RANDOM, statistic="gain_less_error", pooled=True),
     Comparison("B.over_random_se", CHOSEN, RANDOM, statistic="gain_in_errors", pooled=True, unit="standard errors"),
     Comparison(
@@ -93,18 +94,25 @@ COMPARISONS = (
 )
 GAINS = (
     ("B.default_ideal_gain", "balanced", "llama-3-8b"),
-    ("B.mha_ideal_gain", "balanced_mha", "llama-2-7b"),
+    ("B.mha_ideal_gain", "balanced", "llama-2-7b"),
     ("B.conservative_ideal_gain", "quality", "llama-3-8b"),
     ("B.aggressive_ideal_gain", "fast", "llama-2-7b"),
 )
 
 
 class Cells:
-    """Scored cells of a Records file, newest first."""
+    """Scored cells of a Records file, newest first.
+
+    What was measured counts, not what it was called then: a cell goes by the name that its choices have now, and is
+    left out when no method makes them any more.
+    """
 
     def __init__(self, records: Sequence[Record]) -> None:
         """Keeps Records that belong to a cell."""
-        self.records = sorted((r for r in records if "cell" in r.setting), key=lambda r: r.time, reverse=True)
+        names = {_text(method.setting()): name for name, method in reversed(METHODS.items())}
+        found = [(record, _name_now(record, names)) for record in records if "cell" in record.setting]
+        kept = [dataclasses.replace(r, name=f"quality/{name}/{r.name.split('/', 2)[2]}") for r, name in found if name]
+        self.records = sorted(kept, key=lambda r: r.time, reverse=True)
 
     def protocols(self) -> list[dict[str, Any]]:
         """Protocols that occur."""
@@ -122,6 +130,16 @@ class Cells:
                 continue
             found.setdefault((record.seeds, setting["cell"]), record)
         return list(found.values())
+
+
+def _name_now(record: Record, names: dict[str, str]) -> str | None:
+    """The method of a cell: that of its name where the name still means its choices, else the first that makes them."""
+    name, choices = record.name.split("/")[1], _text(record.setting["choices"])
+    return name if name in METHODS and _text(METHODS[name].setting()) == choices else names.get(choices)
+
+
+def _text(choices: dict[str, Any]) -> str:
+    return json.dumps(choices, sort_keys=True)
 
 
 def domain_means(record: Record) -> dict[str, float]:

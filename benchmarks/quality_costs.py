@@ -60,8 +60,9 @@ def method_flops(method: Method, shape: DecoderShape, window: int, lora_rank: in
         supervised: share of rows that carry loss when the data decides (instruction data).
     """
     window //= method.pieces
-    local = 0.0 if supervised else method.local_share
-    share = supervised or method.loss_share + local
+    share = supervised or method.loss_share + method.local_share
+    marked = method.plan is not None and method.plan.context_window is not None and not supervised
+    local = method.local_share if marked else 0.0
     dense = LayerWork(lora_rank=lora_rank)
     if method.rival == "shifted_groups":
         total = step_flops(shape, window, [dense] * shape.layers, share)

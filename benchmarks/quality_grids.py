@@ -91,11 +91,11 @@ def _sweep(steps: int) -> list[Cell]:
     return [Cell("dense_all", 0, steps, rate) for rate in RATES]
 
 
-_MAIN = ["dense_all", "dense_rows", "balanced"]
-_OTHERS = ["dense_rows_10", "dense_rows_30", "balanced_mha", "quality", "fast"]
+_MAIN = ["dense_all", "dense_rows_balanced", "balanced"]
+_OTHERS = ["dense_rows_quality", "quality", "dense_rows_fast", "fast"]
 _RANKED = ["skip_30_all_recent", "skip_30_all_predictor", "skip_30_all_random"]
 GRIDS: dict[str, list[Cell]] = {
-    "pilot": [*_sweep(100), *_cells(["before", "dense_rows", "balanced", *_RANKED], [0], 100)],
+    "pilot": [*_sweep(100), *_cells(["before", "dense_rows_balanced", "balanced", *_RANKED], [0], 100)],
     "sweep": _sweep(STEPS),
     "main": [Cell("before", 0), *_cells(_MAIN, range(5))],
     "presets": _cells(_OTHERS, range(3)),
@@ -115,7 +115,7 @@ GRIDS: dict[str, list[Cell]] = {
     "predictors": _cells([*_RANKED, "interaction", *PREDICTED], range(2), 100),
     "oracle": _cells(["oracle_mass"], range(5)),
     "break_point": _cells(["dense_rows_10", *THRESHOLDS], range(2), 100),
-    "loss_rows": _cells(["balanced", "blocks", "spread_runs", "hardest_weighted"], range(2)),
+    "loss_rows": _cells(["far_12", "blocks", "spread_runs", "hardest_weighted"], range(2)),
     "allocate": _cells(["skip_30_all_predictor", "allocated"], range(2), 100),
     "refit": _cells(["skip_30_all_predictor", "refit_10", "refit_50"], range(3)),
     "long": _cells(_MAIN, range(3)),

@@ -10,29 +10,39 @@ from benchmarks.quality_specs import LOSS_SHARE, SPAN, Method, PlanSpec, Ramp, b
 
 _PLAIN = PlanSpec(0.5, 0.5, kv="kept", strip_bypass=True)
 _BARE = PlanSpec(1e-6, 1e-6, kv="kept", scorer="random", dense_layers=(), strip_bypass=True)
+
+
+def _preset(far: float, local: float, window: int) -> Method:
+    about = f"exact forward; loss on {far:.0%} of rows that see all, on {local:.0%} that see chunks of {window} rows"
+    return replace(exact(about, far, context_window=window), local_share=local)
+
+
 PRESETS = {
-    "balanced": exact("default: exact forward, gradient through 12 % of rows, which carry the loss in runs of 1,024"),
-    "balanced_mha": skip(
-        "for multi-head models: 60 % of rows forward, 11 % backward",
-        forward_ratio=0.6,
-        backward_ratio=0.11,
-        gradient="keys",
-        scorer="recent",
-    ),
-    "quality": exact("the default with 30 % of rows", 0.3),
-    "fast": skip("30 % of rows, others offer no keys, loss on 10 %", scorer="recent", kv="kept", **both(0.3)),
+    "balanced": _preset(0.12, 0.25, 1024),
+    "quality": _preset(0.2, 0.4, 2048),
+    "fast": _preset(0.04, 0.15, 512),
 }
+
+
+def _twin(preset: str) -> Method:
+    """Dense LoRA, the loss on a preset's rows."""
+    method = PRESETS[preset]
+    rows = {name: getattr(method, name) for name in ("loss_share", "local_share", "span")}
+    return Method(f"dense LoRA, loss on the rows of {preset}", **rows)
+
+
 NULLS = {
     "before": Method("the model before any training"),
     "dense_all": Method("dense LoRA, loss on all rows"),
-    "dense_rows": Method("dense LoRA, loss on the default's rows", loss_share=LOSS_SHARE, span=SPAN),
+    **{f"dense_rows_{preset}": _twin(preset) for preset in PRESETS},
+    "dense_rows_12": Method("dense LoRA, loss on 12 % of rows, in runs", loss_share=LOSS_SHARE, span=SPAN),
     "dense_rows_22": Method("dense LoRA, loss on 22 % of rows, in runs", loss_share=0.22, span=SPAN),
     "dense_rows_30": Method("dense LoRA, loss on 30 % of rows, in runs", loss_share=0.3, span=SPAN),
     "dense_rows_42": Method("dense LoRA, loss on 42 % of rows, in runs", loss_share=0.42, span=SPAN),
     "dense_rows_10": Method("dense LoRA, loss on 10 % of rows, in runs", loss_share=0.1, span=SPAN),
     "dense_4k": Method("dense LoRA on 4K windows, FLOPs of the default", pieces=4, flops_of="balanced"),
     "dense_8k": Method("dense LoRA on 8K windows, FLOPs of the default", pieces=2, flops_of="balanced"),
-    "no_context": Method("loss rows with all other context removed", _BARE, LOSS_SHARE, span=SPAN),
+    "no_context": replace(_twin("balanced"), about="the default's loss rows, all other context removed", plan=_BARE),
 }
 RIVALS = {
     "random_ltd": Method(
@@ -57,7 +67,7 @@ RIVALS = {
     "tokentune": Method(
         "TokenTune: all rows forward, gradient and loss through random rows",
         replace(_BARE, forward_ratio=1.0, block_size=1),
-        LOSS_SHARE,
+        PRESETS["balanced"].loss_share + PRESETS["balanced"].local_share,
     ),
 }
 ANSWER_SHARE = 0.08  # of rows of an instruction sample, for FLOPs only: the data decides which rows carry loss

@@ -26,7 +26,7 @@ from lemo.report.tables import markdown
 RESULTS = Path(__file__).parent / "results"
 NOTHING = "–"
 _SWEPT = {"dense_all", "instruct_dense"}
-_FAMILIES = {"balanced": "#2563eb", "quality": "#2563eb", "fast": "#2563eb", "balanced_mha": "#2563eb"}
+_FAMILIES = {"balanced": "#2563eb", "quality": "#2563eb", "fast": "#2563eb"}
 
 
 class Group:

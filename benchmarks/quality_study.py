@@ -181,7 +181,7 @@ class QualityStudy:
                 sample, epoch = sources[turns.pop()].draw()
                 if isinstance(collator, LossRows):
                     collator.set_epoch(epoch)
-                parts.append(collator([sample]))
+                parts.append(method.unmarked(collator([sample])))
             yield [{k: v.to(self.device) for k, v in part.items()} for part in _join(parts)]
 
     def _free(self, domain: str, tokens: int, documents: bool) -> list[dict[str, Any]]:

@@ -85,7 +85,7 @@ class LossRowsConfig:
     """
 
     share: float = 0.12
-    local_share: float = 0.0
+    local_share: float = 0.25
     placement: Literal["random", "spread", "tail", "hardest"] = "random"
     span: int | None = 1024
     reweight: bool = False
@@ -129,7 +129,7 @@ class SparsityConfig:
     policy: Literal["topk", "threshold"] = "topk"
     scorer: Literal["predictor", "random", "recent"] = "recent"
     dense_layers: tuple[int, ...] = ()
-    context_window: int | None = None
+    context_window: int | None = 1024
     far_share: float = 1.0
 
 

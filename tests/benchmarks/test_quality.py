@@ -64,7 +64,7 @@ def test_a_grid_runs_resumes_and_compares(inputs: Path, tmp_path: Path, capsys, 
         *(
             Cell(n, s, 2)
             for s in (0, 1)
-            for n in ("dense_rows", "balanced", "skip_30_all_recent", "skip_30_all_random")
+            for n in ("dense_rows_balanced", "balanced", "skip_30_all_recent", "skip_30_all_random")
         ),
     ]
     monkeypatch.setitem(GRIDS, "pilot", [*cells, Cell("before", 0, 2)])
@@ -89,29 +89,29 @@ def test_a_grid_runs_resumes_and_compares(inputs: Path, tmp_path: Path, capsys, 
 
 
 def test_later_choices_leave_the_hashes_of_earlier_cells():
-    assert "context_window" not in METHODS["balanced"].setting()["plan"]
+    assert "context_window" not in METHODS["far_12"].setting()["plan"]
     assert METHODS["window_512"].setting()["plan"]["context_window"] == 512
-    assert "context_window" not in METHODS["balanced"].plan.fit and METHODS["window_512_30"].loss_share == 0.3
-    assert "far_share" not in METHODS["balanced"].setting()["plan"]
+    assert "context_window" not in METHODS["far_12"].plan.fit and METHODS["window_512_30"].loss_share == 0.3
+    assert "far_share" not in METHODS["far_12"].setting()["plan"]
     mixed = METHODS["far_25_rows_42_window_2048"]
     assert mixed.setting()["plan"]["far_share"] == 0.25 and mixed.loss_share == 0.42
-    assert gain_at_64k(METHODS["far_25_rows_12"])["llama-3-8b"] > gain_at_64k(METHODS["balanced"])["llama-3-8b"]
-    assert gain_at_64k(METHODS["window_512"])["llama-3-8b"] > gain_at_64k(METHODS["balanced"])["llama-3-8b"]
+    assert gain_at_64k(METHODS["far_25_rows_12"])["llama-3-8b"] > gain_at_64k(METHODS["far_12"])["llama-3-8b"]
+    assert gain_at_64k(METHODS["window_512"])["llama-3-8b"] > gain_at_64k(METHODS["far_12"])["llama-3-8b"]
 
 
 def test_local_loss_rows_count_by_their_kind():
-    few, local, many = METHODS["window_1024"], METHODS["local_12_25"], METHODS["dense_rows"]
+    few, local, many = METHODS["window_1024"], METHODS["balanced"], METHODS["dense_rows_balanced"]
     assert "local_share" not in few.setting() and local.setting()["local_share"] == 0.25
     assert (local.loss_share, local.plan.backward_ratio, local.plan.context_window) == (0.12, 0.12, 1024)
     gains = [gain_at_64k(method)["llama-3-8b"] for method in (few, local, METHODS["window_1024_30"])]
     assert gains[0] > gains[1] > gains[2], "12 %, 12 % and 25 % local ones, 30 %"
     shape, sizes = quality.SMOLLM2, (16384, 16)
     costs = [sequence_flops(m, shape, *sizes) for m in (few, local, many)]
-    assert costs[0] < costs[1] < costs[2] and dense_twin("local_12_25") is None
+    assert costs[0] < costs[1] < costs[2] and dense_twin("balanced") == "dense_rows_balanced"
 
 
 def test_far_rows_are_drawn_as_without_local_ones(inputs: Path):
-    study, (far_only, both) = _study(inputs), (METHODS[n] for n in ("window_1024", "local_12_25"))
+    study, (far_only, both) = _study(inputs), (METHODS[n] for n in ("window_1024", "balanced"))
     pairs = zip(*(study.training_batches(m, 3, 3) for m in (far_only, both)), strict=True)
     for (before,), (after,) in pairs:
         local = torch.nn.functional.pad(after["local_rows"][:, :-1], (1, 0))  # of rows, to their labels
@@ -157,7 +157,7 @@ def test_a_grid_needs_a_swept_rate(inputs: Path, tmp_path: Path, capsys):
         "oracle_mass",
         "hardest_weighted",
         "window_512",
-        "local_12_25",
+        "balanced",
         "far_25_rows_12",
         "refit_10",
         "rising",
@@ -177,7 +177,7 @@ def test_methods_train_and_leave_no_trace(inputs: Path, tmp_path: Path, monkeypa
         monkeypatch.setitem(METHODS, method, replace(METHODS[method], refit_every=1))
     if method == "far_25_rows_12":
         monkeypatch.setattr(far, "FAR_STRIPE", 16)
-    if method in ("window_512", "local_12_25"):
+    if method in ("window_512", "balanced"):
         shorter = replace(METHODS[method].plan, context_window=128)
         monkeypatch.setitem(METHODS, method, replace(METHODS[method], plan=shorter))
     assert grid.run() == 0
@@ -196,11 +196,11 @@ def test_methods_train_and_leave_no_trace(inputs: Path, tmp_path: Path, monkeypa
 
 def test_methods_of_one_seed_are_paired(inputs: Path):
     study = _study(inputs)
-    for left, right in (("dense_all", "random_ltd"), ("dense_rows", "balanced")):
+    for left, right in (("dense_all", "random_ltd"), ("dense_rows_balanced", "balanced")):
         batches = [list(study.training_batches(METHODS[n], 3, 3)) for n in (left, right)]
         for (a,), (b,) in zip(*batches, strict=True):
             assert torch.equal(a["input_ids"], b["input_ids"]) and torch.equal(a["labels"], b["labels"])
-    other = list(study.training_batches(METHODS["dense_rows"], 4, 3))
+    other = list(study.training_batches(METHODS["dense_rows_balanced"], 4, 3))
     assert not all(torch.equal(a["input_ids"], b["input_ids"]) for (a,), (b,) in zip(other, batches[0], strict=True))
     name = next(n for n in study.model().state_dict() if "lora_A" in n)
     kept = [study.fresh_adapter(s).state_dict()[name].clone() for s in (0, 1, 0)]

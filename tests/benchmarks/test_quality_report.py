@@ -34,7 +34,7 @@ def records(tmp_path: Path) -> Path:
     for seed in range(3):
         noise = 0.01 * seed
         dense = [2.0 + noise, 2.2 + noise, 2.0, 2.0]
-        _cell(path, "dense_rows", seed, dense)
+        _cell(path, "dense_rows_balanced", seed, dense)
         _cell(path, "dense_all", seed, [x - 0.005 for x in dense])
         _cell(path, "balanced", seed, [x + 0.006 + 0.001 * seed for x in dense])
         _cell(path, "skip_30_all_recent", seed, [x + 0.006 + 0.001 * seed for x in dense])
@@ -92,7 +92,7 @@ def test_shares_of_the_oracle_and_of_recall(records: Path, capsys):
 
 def test_one_seed_is_no_bar(tmp_path: Path):
     path = tmp_path / "r.jsonl"
-    for method in ("dense_rows", "balanced"):
+    for method in ("dense_rows_balanced", "balanced"):
         _cell(path, method, 0, [2.0] * 4)
     write_comparisons(path)
     assert not [r for r in read_records(path) if r.bar and "gap" in r.bar]

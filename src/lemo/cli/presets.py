@@ -44,13 +44,15 @@ class Preset:
 
 PRESETS: dict[str, Preset] = {
     "quality": Preset(
-        "every row runs forward, three of ten carry loss and pass gradient", 1.0, 0.3, 0.3, 1024, "keys", "all", (), 64
+        "every row runs forward, six of ten carry loss, two of them attend to all rows",
+        1.0, 0.2, 0.2, 1024, "keys", "all", (), 64, 2048, 0.4,
     ),
     "balanced": Preset(
-        "every row runs forward, one of eight carries loss and passes gradient",
-        1.0, 0.12, 0.12, 1024, "keys", "all", (), 64,
+        "every row runs forward, three of eight carry loss, one of them attends to all rows",
+        1.0, 0.12, 0.12, 1024, "keys", "all", (), 64, 1024, 0.25,
     ),
     "fast": Preset(
-        "seven rows of ten skip most layers, one of ten carries loss", 0.3, 0.3, 0.1, 1024, "rows", "kept", (0, -1), 64
+        "every row runs forward, two of ten carry loss, one in five of them attends to all rows",
+        1.0, 0.04, 0.04, 1024, "keys", "all", (), 64, 512, 0.15,
     ),
 }  # fmt: skip
