@@ -6,6 +6,10 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+# What recipes mean that say neither: rows of a chunk that context rows attend within, and the share of local loss rows.
+CONTEXT_WINDOW, LOCAL_SHARE = 1024, 0.25
+IN_RUNS = ("random", "spread")  # placements of loss rows that a span applies to
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -77,7 +81,8 @@ class LossRowsConfig:
         share: share of blocks of plain text drawn as loss rows; 1.0 for all. `data.answer_only` samples are not
             drawn from: their answers always carry loss.
         local_share: share of blocks that carry loss besides, but attend and pass gradient only within
-            `sparsity.context_window`, as rows without loss do; with placement `random` or `spread`.
+            `sparsity.context_window`, as rows without loss do; with placement `random` or `spread`. None for 0.25 where
+            a recipe allows local loss rows, and 0 where it does not: see `RunConfig.local_share`.
         placement: how blocks are drawn; `hardest` takes those of the highest loss under the base model.
         span: rows of a run of drawn blocks under placement `random` and `spread`; None draws single blocks, as `tail`
             and `hardest` always do.
@@ -85,7 +90,7 @@ class LossRowsConfig:
     """
 
     share: float = 0.12
-    local_share: float = 0.25
+    local_share: float | None = None
     placement: Literal["random", "spread", "tail", "hardest"] = "random"
     span: int | None = 1024
     reweight: bool = False
@@ -111,7 +116,8 @@ class SparsityConfig:
         scorer: what ranks blocks while training; `recent` prefers those that a block with loss follows closely.
         dense_layers: layers that never skip; negative numbers count from the end.
         context_window: rows that run forward but pass no gradient attend to their chunk of so many rows of the
-            document, the chunk before and the document's first block; a multiple of block_size. None for all rows.
+            document, the chunk before and the document's first block; a multiple of block_size. 0 for all rows; None
+            for 1,024 under exact forward with gradient `keys`, else for all rows: see `RunConfig.context_window`.
         far_share: share of the far keys (two stripes of 1,024 rows back or more) that attention's backward reads,
             drawn anew in every step, weighed so that the gradient's expectation stays; for gradient rows and keys.
     """
@@ -129,7 +135,7 @@ class SparsityConfig:
     policy: Literal["topk", "threshold"] = "topk"
     scorer: Literal["predictor", "random", "recent"] = "recent"
     dense_layers: tuple[int, ...] = ()
-    context_window: int | None = 1024
+    context_window: int | None = None
     far_share: float = 1.0
 
 
@@ -255,6 +261,30 @@ class RunConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
+    @property
+    def _gradient_through_all_keys(self) -> bool:
+        """Whether rows run forward that pass no gradient but through their keys."""
+        return self.sparsity.backward_ratio < self.sparsity.forward_ratio and self.sparsity.gradient == "keys"
+
+    @property
+    def context_window(self) -> int | None:
+        """`sparsity.context_window` as it is in force; None for all rows."""
+        sparsity = self.sparsity
+        if sparsity.context_window is not None:
+            return sparsity.context_window or None
+        fits = self._gradient_through_all_keys and CONTEXT_WINDOW % sparsity.block_size == 0
+        return CONTEXT_WINDOW if fits else None
+
+    @property
+    def local_share(self) -> float:
+        """`loss_rows.local_share` as it is in force. A dense run draws such rows too, and tells them from no others."""
+        rows = self.loss_rows
+        if rows.local_share is not None:
+            return rows.local_share
+        drawn = rows.share < 1 and not self.data.answer_only and rows.placement in IN_RUNS and not rows.reweight
+        known = self.sparsity.plan is None and self._gradient_through_all_keys and self.context_window is not None
+        return min(LOCAL_SHARE, 1 - rows.share) if drawn and known else 0.0
+
 
 def resolved(run: RunConfig) -> dict[str, Any]:
     """The run as nested dictionaries of JSON types with every key that counts.
@@ -262,6 +292,8 @@ def resolved(run: RunConfig) -> dict[str, Any]:
     A plan brings its own ratios and choices, so beside `sparsity.plan` the keys that it overrides are left out.
     """
     values = asdict(run)
+    values["sparsity"]["context_window"] = run.context_window or 0
+    values["loss_rows"]["local_share"] = run.local_share
     if run.sparsity.plan:
         values["sparsity"] = {name: values["sparsity"][name] for name in ("enabled", "plan")}
     return json.loads(json.dumps(values))

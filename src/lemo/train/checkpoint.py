@@ -9,14 +9,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
 import lemo
-from lemo.config import RunConfig
+from lemo.config import RunConfig, resolved
 from lemo.errors import ConfigError
 from lemo.measure.record import config_hash
 from lemo.train.callback import STATE_FILE
@@ -161,7 +161,7 @@ class RunFolder:
 
 def run_identity(run: RunConfig) -> str:
     """Hash of everything that changes what is trained: not the output folder, logging or saving."""
-    values = asdict(run)
+    values = resolved(run)
     del values["output"]
     for key in _FREE:
         del values["training"][key]

@@ -30,8 +30,9 @@ def check_run(run: RunConfig) -> None:
         if value is not None and not 0 < value <= 1:
             raise ConfigError(f"{key} must lie in (0, 1], got {value!r}")
     for key in _PARTS:
-        if not 0 <= _lookup(run, key) < 1:
-            raise ConfigError(f"{key} must lie in [0, 1), got {_lookup(run, key)!r}")
+        value = _lookup(run, key)
+        if value is not None and not 0 <= value < 1:
+            raise ConfigError(f"{key} must lie in [0, 1), got {value!r}")
     if run.data.validation and run.data.held_out_share:
         raise ConfigError("data.held_out_share has no effect beside data.validation; remove one of them")
     _check_stopping(run)
@@ -74,18 +75,16 @@ def _check_loss_rows(run: RunConfig) -> None:
 def _check_local_rows(run: RunConfig) -> None:
     """Local loss rows are drawn beside others, and are rows of exact forward that attend within a window."""
     rows, sparsity = run.loss_rows, run.sparsity
-    if rows.local_share == 0:
+    if run.local_share == 0:
         return
-    check_local_share(rows.local_share, rows.share, rows.placement, rows.reweight)
-    if not sparsity.enabled:
-        raise ConfigError("loss_rows.local_share is of exact forward, but sparsity.enabled is false")
+    check_local_share(run.local_share, rows.share, rows.placement, rows.reweight)
     if sparsity.plan is None:
-        check_local_rows(run, sparsity.context_window, sparsity.gradient)
+        check_local_rows(run, run.context_window, sparsity.gradient)
 
 
 def check_local_rows(run: RunConfig, context_window: int | None, gradient: str) -> None:
     """Raises ConfigError unless a plan of this window and gradient can train the recipe's local loss rows."""
-    if run.loss_rows.local_share and (context_window is None or gradient != "keys"):
+    if run.local_share and (context_window is None or gradient != "keys"):
         raise ConfigError(
             "loss_rows.local_share needs sparsity.context_window, within which such rows attend, and sparsity.gradient "
             f"keys; the plan has {context_window} and {gradient}"
@@ -111,8 +110,8 @@ def _check_sparsity(run: RunConfig) -> None:
             f"sparsity.backward_ratio ({sparsity.backward_ratio}) must not exceed sparsity.forward_ratio "
             f"({sparsity.forward_ratio}): a row passes gradient only through layers that it ran"
         )
-    check_context_window(sparsity.context_window, sparsity.block_size)
-    if sparsity.context_window is not None and sparsity.backward_ratio == sparsity.forward_ratio:
+    check_context_window(run.context_window, sparsity.block_size)
+    if run.context_window is not None and sparsity.backward_ratio == sparsity.forward_ratio:
         raise ConfigError(
             "sparsity.context_window is for rows that run forward only, but sparsity.backward_ratio equals "
             "sparsity.forward_ratio: it would have no effect"

@@ -91,7 +91,7 @@ def forecast(run: RunConfig) -> Forecast:
     engine = _engine(run, sizes)
     if engine == "generic":
         notes.append("the fused engine does not know this model; its own layers run on rows")
-    share, local = run.loss_rows.share, run.loss_rows.local_share
+    share, local = run.loss_rows.share, run.local_share
     if run.data.answer_only:
         share, local = ANSWER_SHARE, 0.0
         notes.append(f"answers are taken to be {ANSWER_SHARE:.0%} of the rows; --data counts them")
@@ -146,7 +146,7 @@ def _ratios(run: RunConfig, layers: int) -> dict[str, Any]:
             "dense_layers": len({i % layers for i in sparsity.dense_layers}),
             "predictor": sparsity.scorer == "predictor",
             "bypass_rank": run.calibration.bypass_rank if sparsity.forward_ratio < 1 else 0,
-            "context_window": sparsity.context_window,
+            "context_window": run.context_window,
             "far_share": sparsity.far_share,
         }
     plan = Plan.load(sparsity.plan)
@@ -207,7 +207,7 @@ def data_gain(run: RunConfig, found: Forecast, tokenizer: Any, card: Card) -> Da
     dataset, _ = load_windows(run.data, tokenizer, "train", vocabulary=vocabulary, limit=SAMPLED_WINDOWS)
     shares = [window_shares(dataset[i]["labels"], found.setting.block_size) for i in range(len(dataset))]
     drawn = not run.data.answer_only and run.loss_rows.share < 1
-    all_loss = run.loss_rows.share + run.loss_rows.local_share
+    all_loss = run.loss_rows.share + run.local_share
     cache: dict[tuple[int, float], tuple[float, float]] = {}
     gains, seconds = [], []
     for tokens, rows, blocks in shares:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lemo.config import IN_RUNS
 from lemo.core.layout import Layout
 from lemo.errors import ConfigError, LabelsError
 from lemo.runtime.batch import LOCAL_ROWS, RunDense, read_layout
@@ -19,7 +20,6 @@ from lemo.runtime.batch import LOCAL_ROWS, RunDense, read_layout
 _LOG = logging.getLogger("lemo")
 IGNORE = -100
 PLACEMENTS = ("random", "spread", "tail", "hardest")
-IN_RUNS = ("random", "spread")  # placements that a span applies to
 LEAST_SIZE = 0.25  # of the mean block loss: bounds the weight of easy blocks that are drawn by their loss
 WEIGHTS = "loss_weights"
 
@@ -109,6 +109,8 @@ class LossRows:
         self.collator = collator
         self.span_blocks = 1 if span is None else span // block_size
         self.share, self.local_share = float(share), float(local_share)
+        # A dense run on the same rows leaves this off: nothing there tells loss rows apart.
+        self.marks_local = True
         self.placement = placement
         self.seed = seed
         self.block_size = block_size
@@ -151,7 +153,7 @@ class LossRows:
         if not shifted:
             supervised_BT = torch.cat([supervised_BT[:, 1:], torch.zeros_like(supervised_BT[:, :1])], dim=1)
         keep_BT, weight_BT, local_BT = self._draw(batch, supervised_BT, names, features)
-        if self.local_share:
+        if self.local_share and self.marks_local:
             batch[LOCAL_ROWS] = local_BT
         if self.reweight:
             share = keep_BT.sum() / supervised_BT.sum().clamp_min(1)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lemo.config import RunConfig
+from lemo.config import IN_RUNS, RunConfig
 from lemo.core.plan import Plan
 from lemo.errors import UnsupportedModelError
 from lemo.runtime.batch import LOCAL_ROWS, supervised_rows
@@ -16,7 +16,6 @@ from lemo.train.block_losses import BlockLosses
 from lemo.train.checks import check_local_rows
 from lemo.train.costs import layer_cost
 from lemo.train.data import LossRows, WindowCollator, WindowDataset, load_windows
-from lemo.train.loss_rows import IN_RUNS
 
 
 def dense_plan(model: Any, block_size: int = 64) -> Plan:
@@ -46,7 +45,7 @@ def skeleton_plan(model: Any, run: RunConfig) -> Plan:
         gradient=sparsity.gradient,
         mlp=sparsity.mlp,
         ratio_of=sparsity.ratio_of,
-        context_window=sparsity.context_window,
+        context_window=run.context_window,
         far_share=sparsity.far_share,
         seed=run.training.seed,
     )
@@ -155,7 +154,7 @@ def training_collator(run: RunConfig, tokenizer: Any, model: Any = None) -> Any:
     losses = None
     if rows.placement == "hardest" and model is not None:
         losses = BlockLosses(model, collator, run.sparsity.block_size)
-    return LossRows(
+    drawn = LossRows(
         collator,
         rows.share,
         rows.placement,
@@ -164,8 +163,10 @@ def training_collator(run: RunConfig, tokenizer: Any, model: Any = None) -> Any:
         span=rows.span if rows.placement in IN_RUNS else None,
         reweight=rows.reweight,
         block_losses=losses,
-        local_share=rows.local_share,
+        local_share=run.local_share,
     )
+    drawn.marks_local = run.sparsity.enabled
+    return drawn
 
 
 def validation_batches(
@@ -178,6 +179,7 @@ def validation_batches(
     """
     if not loss_rows:
         run = replace(run, loss_rows=replace(run.loss_rows, share=1.0, local_share=0.0))
-    collator = training_collator(replace(run, loss_rows=replace(run.loss_rows, reweight=False)), tokenizer, model)
+    rows = replace(run.loss_rows, reweight=False, local_share=run.local_share)
+    collator = training_collator(replace(run, loss_rows=rows), tokenizer, model)
     batches = [collator([dataset[index]]) for index in range(len(dataset))]
     return [{name: value for name, value in batch.items() if name != LOCAL_ROWS} for batch in batches]

@@ -278,7 +278,7 @@ class _Session:
         content = {
             **result.to_dict(),
             "config_hash": self.folder.identity,
-            "setting_hash": config_hash(dataclasses.asdict(self.run)),
+            "setting_hash": config_hash(resolved(self.run)),
             "device": device_name(),
             "processes": self.processes.count,
             "versions": versions(),
@@ -294,7 +294,7 @@ class _Session:
         lines = report.lines()
         if title == "training data" and not self.run.data.answer_only and self.run.loss_rows.share < 1:
             share = self.run.loss_rows.share
-            local = self.run.loss_rows.local_share
+            local = self.run.local_share
             more = f", {local:.0%} more carry loss and attend locally" if local else ""
             where = self.run.loss_rows.placement
             lines.append(f"of these rows, {share:.0%} of blocks carry loss{more}, placement {where}")
