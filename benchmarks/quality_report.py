@@ -227,25 +227,38 @@ def _pyplot() -> Any:
 
 
 def draw_pareto(group: Group, path: Path) -> bool:
-    """Gap over dense on the same loss rows against ideal gain; false when there is nothing to draw."""
-    points = []
+    """Gaps against ideal gain: over dense LoRA on all rows, and on the method's own; false with nothing to draw.
+
+    Named are presets and what nothing else beats in both.
+    """
+    panels = {"nats over dense LoRA, loss on all rows": [], "nats over dense LoRA on the same loss rows": []}
     for method in group.methods:
-        twin, gains = twin_of(method), gain_at_64k(METHODS[method])
-        gap = None if twin is None else group.gap(method, twin)
-        if gap is not None and gains and method != "no_context":
-            points.append((method, gains["llama-3-8b"], *gap[:2]))
-    if not points:
+        gains = gain_at_64k(METHODS[method])
+        if method == "no_context" or not gains:
+            continue
+        for points, baseline in zip(panels.values(), ("dense_all", twin_of(method)), strict=True):
+            gap = None if baseline is None else group.gap(method, baseline)
+            if gap is not None:
+                points.append((method, gains["llama-3-8b"], *gap[:2]))
+    drawn = {title: points for title, points in panels.items() if points}
+    if not drawn:
         return False
     pyplot = _pyplot()
-    figure, axes = pyplot.subplots(figsize=(7.5, 4.5), layout="constrained")
-    for method, gain, gap, error in points:
-        colour = _FAMILIES.get(method, "#9ca3af")
-        axes.errorbar(gain, gap, yerr=error, fmt="o", color=colour, markersize=4, capsize=2)
-        axes.annotate(method.replace("_", " "), (gain, gap), xytext=(4, 3), textcoords="offset points", fontsize=7)
-    axes.axhline(0, color="#6b7280", linewidth=0.8)
-    axes.axhline(0.01, color="#dc2626", linewidth=0.8, linestyle="--")
-    axes.set(xlabel="ideal gain at 64K, Llama-3-8B shape", ylabel="nats over dense LoRA on its loss rows")
-    axes.set_title(f"{group.steps} steps, {group.protocol['window']:,} tokens; dashed: the goal", loc="left")
+    figure, grid = pyplot.subplots(1, len(drawn), figsize=(5.4 * len(drawn), 4.2), layout="constrained", squeeze=False)
+    for axes, (title, points) in zip(grid[0], drawn.items(), strict=True):
+        for method, gain, gap, error in points:
+            beaten = any(g >= gain and y <= gap and m != method for m, g, y, _ in points)
+            colour = _FAMILIES.get(method, "#d1d5db" if beaten else "#6b7280")
+            front = colour != "#d1d5db"
+            axes.errorbar(gain, gap, yerr=error, fmt="o", color=colour, markersize=4, capsize=2, zorder=2 + front)
+            if front:
+                name, place = method.replace("_", " "), (-4, 8) if method in _FAMILIES else (5, -7)
+                weight = "bold" if method in _FAMILIES else "normal"
+                style = {"textcoords": "offset points", "fontsize": 7, "fontweight": weight, "zorder": 4}
+                axes.annotate(name, (gain, gap), xytext=place, **style)
+        axes.axhline(0, color="#6b7280", linewidth=0.8)
+        axes.set(xlabel="ideal gain at 64K, Llama-3-8B shape", ylabel=title)
+    figure.suptitle(f"{group.steps} steps, {group.protocol['window']:,} tokens", x=0.01, ha="left", fontsize=10)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
     return True
