@@ -61,8 +61,7 @@ def test_the_demo_leaves_what_it_promises(recipe: Path, tmp_path: Path, capfd, m
     assert [records[f"demo/{variant}/forward_share"].value for variant in demo.VARIANTS] == [1, 1, 1]
     assert [records[f"demo/{variant}/backward_share"].value < 1 for variant in demo.VARIANTS] == [False, False, True]
     first = [records[f"demo/{variant}/training_loss"].samples[0] for variant in demo.VARIANTS]
-    assert first[2] == pytest.approx(first[1], rel=0.01) and first[2] != first[1], "context rows see less"
-    assert first[0] not in first[1:], "the others draw loss rows"
+    assert first[2] == pytest.approx(first[1], rel=1e-6) != first[0], "within two chunks all is exact; same loss rows"
     assert records["demo/minutes"].bar == "A.demo_minutes"
     kept = json.loads((output / "keep_map.json").read_text())
     assert kept["rows"] == "backward" and len(kept["kept"]) == 3 and all(0.0 in layer for layer in kept["kept"])
