@@ -38,11 +38,7 @@ class Workspace:
 
 def level_of(rows: LayerRows, recompute: str) -> str:
     """The recompute level in force, as `FusedCall.keeps` has it."""
-    if not rows.exact:
-        return recompute
-    if rows.keys:
-        return "mlp" if recompute == "none" else recompute
-    return {"none": "mlp", "layer": "lin"}.get(recompute, recompute)
+    return "lin" if recompute == "layer" and rows.exact and not rows.keys else recompute
 
 
 def saved_bytes(sizes: ModelSizes, rows: LayerRows, recompute: str) -> dict[str, float]:
@@ -62,9 +58,9 @@ def saved_bytes(sizes: ModelSizes, rows: LayerRows, recompute: str) -> dict[str,
         # Under exact forward keys and values are those of the rows that pass gradient.
         found |= {"query": n * sizes.query * e, "key": frame * sizes.key * e, "value": frame * sizes.key * e}
     if level == "none":
-        found["gate"] = n * shape.ffn * e
-        if shape.gated:
-            found["up"] = n * shape.ffn * e
+        # Under exact forward with a row behind them for the rows that are not kept.
+        kept = (n + rows.exact) * shape.ffn * e
+        found |= {"gate": kept, "up": kept} if shape.gated else {"gate": kept}
     skipped = 0 if rows.loss is not None else rows.stream - rows.runs
     if rows.bypass and skipped:
         found["bypass_rstd"] = skipped * wide
@@ -213,7 +209,9 @@ class FusedLayerMemory:
 
     def _mlp_forward(self, work: Scope) -> None:
         n, e, adapter = self.rows.queries, self.e, self.sizes.adapter
-        keep = self.level == "none"
+        keep = self.level == "none" and not self.rows.exact
+        if self.level == "none" and not keep:
+            work.add(kept=self.ways * (self.rows.back + 1) * self.ffn * e)
         chunk = n if keep else min(n, self.chunk_rows)
         for turn in range(1 if keep else min(2, -(-n // max(1, self.chunk_rows)))):
             if turn and n < 2 * self.chunk_rows:

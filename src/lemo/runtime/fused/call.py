@@ -90,12 +90,15 @@ class FusedCall:
 
     @property
     def keeps(self) -> str:
-        """The recompute level in force: exact forward cannot keep what only backward rows have, nor redo its pass."""
+        """The recompute level in force.
+
+        Exact forward cannot redo its pass, and does not keep the maps into an MLP that has rows of its own.
+        """
         if self.exact is None:
             return self.recompute
-        if self.exact.keys:
-            return "mlp" if self.recompute == "none" else self.recompute
-        return {"none": "mlp", "layer": "lin"}.get(self.recompute, self.recompute)
+        if self.recompute == "none" and self.mlp is not None:
+            return "mlp"
+        return "lin" if self.recompute == "layer" and not self.exact.keys else self.recompute
 
     @property
     def offloaded(self) -> tuple[str, ...]:

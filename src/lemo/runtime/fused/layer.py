@@ -205,7 +205,8 @@ class _Forward:
             write_rows_(stream, rows_n[rows], update, residual_nM=middle[rows], valid_n=valid)
 
         keep = self.needs_grad and self.level == "none"
-        self.saved |= run_mlp(parts, middle, write, rows_n=rows_n, keep=keep)
+        only = None if call.exact is None else call.exact.ran_n
+        self.saved |= run_mlp(parts, middle, write, rows_n=rows_n, keep=keep, only_m=only)
 
     def _skip_mlp(self, middle: Tensor, mlp: MlpRows) -> None:
         call = self.call

@@ -29,6 +29,7 @@ def run_mlp(
     *,
     rows_n: Tensor | None,
     keep: bool,
+    only_m: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Update of the MLP, handed to `write` chunk by chunk before the layer's multiplier.
 
@@ -38,21 +39,47 @@ def run_mlp(
         write: takes a slice of the rows and their update (rows, M).
         rows_n: flat rows; None for the whole stream.
         keep: return the maps into the MLP, for backward.
+        only_m: places of the rows for which they are returned; None for all.
 
     Returns:
-        `gate` and, for a gated MLP, `up`: (n, F); empty unless `keep`.
+        `gate` and, for a gated MLP, `up`: (n, F), or (m, F) with `only_m`; empty unless `keep`.
     """
     kept: dict[str, Tensor] = {}
-    # What is kept exists whole anyway.
-    for rows in (slice(0, len(middle_nM)),) if keep else chunks(len(middle_nM)):
+    few = _Few(only_m, len(middle_nM)) if keep and only_m is not None else None
+    # What is kept of all rows exists whole anyway.
+    for rows in (slice(0, len(middle_nM)),) if keep and few is None else chunks(len(middle_nM)):
         numbers = _numbers(parts, rows_n, rows, middle_nM)
         wide = _wide(parts, middle_nM[rows], numbers)[0]
         act = gated_act(wide[0], wide[1] if parts.gated else None, parts.act)
-        if keep:
+        if few is not None:
+            few.take(rows, wide)
+        elif keep:
             kept = dict(zip(("gate", "up"), wide, strict=False))
         del wide
         write(rows, parts.down.forward(act, (0,), numbers)[0])
-    return kept
+    return kept if few is None else dict(zip(("gate", "up"), few.found(), strict=False))
+
+
+class _Few:
+    """Maps into the MLP of some rows, picked up chunk by chunk.
+
+    How many of them a chunk has is known to the device only: all rows of a chunk are written, those that are not wanted
+    to one row behind the others.
+    """
+
+    def __init__(self, places_m: Tensor, rows: int) -> None:
+        self.count, self.buffers = len(places_m), []
+        self.to_n = torch.full((rows,), self.count, dtype=torch.int64, device=places_m.device)
+        self.to_n[places_m] = torch.arange(self.count, device=places_m.device)
+
+    def take(self, rows: slice, wide: list[Tensor]) -> None:
+        if not self.buffers:
+            self.buffers = [t.new_empty(self.count + 1, t.shape[1]) for t in wide]
+        for buffer, tensor in zip(self.buffers, wide, strict=True):
+            buffer.index_copy_(0, self.to_n[rows], tensor)
+
+    def found(self) -> list[Tensor]:
+        return [buffer[: self.count] for buffer in self.buffers]
 
 
 def _numbers(parts: LayerParts, rows_n: Tensor | None, part: slice, like: Tensor) -> Tensor | None:
