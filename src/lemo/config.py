@@ -272,16 +272,19 @@ class RunConfig:
         sparsity = self.sparsity
         if sparsity.context_window is not None:
             return sparsity.context_window or None
-        fits = self._gradient_through_all_keys and CONTEXT_WINDOW % sparsity.block_size == 0
+        block = sparsity.block_size
+        fits = self._gradient_through_all_keys and block > 0 and CONTEXT_WINDOW % block == 0
         return CONTEXT_WINDOW if fits else None
 
     @property
     def local_share(self) -> float:
         """`loss_rows.local_share` as it is in force. A dense run draws such rows too, and tells them from no others."""
         rows = self.loss_rows
+        if self.data.answer_only:
+            return 0.0  # nothing is drawn: answers are far loss rows
         if rows.local_share is not None:
             return rows.local_share
-        drawn = rows.share < 1 and not self.data.answer_only and rows.placement in IN_RUNS and not rows.reweight
+        drawn = rows.share < 1 and rows.placement in IN_RUNS and not rows.reweight
         known = self.sparsity.plan is None and self._gradient_through_all_keys and self.context_window is not None
         return min(LOCAL_SHARE, 1 - rows.share) if drawn and known else 0.0
 

@@ -144,6 +144,14 @@ def test_a_known_shape_as_text_and_json():
     assert found["longest_tokens"] >= 131072
 
 
+def test_a_dense_step_knows_one_kind_of_loss_rows():
+    """As many rows carry loss as beside local ones; nothing skips."""
+    found = [json.loads(run("llama3-8b", *more, "--json"))["estimate"] for more in ((), ("sparsity.enabled=false",))]
+    sparse, dense = (x["setting"] for x in found)
+    assert sparse["local_share"] > 0 == dense["local_share"] and dense["engine"] == "plain"
+    assert dense["loss_share"] == pytest.approx(sparse["loss_share"] + sparse["local_share"])
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     save_tiny_model(tmp_path / "model", layers=3, max_position_embeddings=512)
@@ -168,6 +176,15 @@ def test_a_recipe_its_data_and_a_real_step(folder, data):
     if data == "chat.jsonl":
         assert any("--data counts them" in note for note in found["notes"])
         assert 0 < gains["supervised_share"] < 1
+
+
+def test_loss_on_nearly_all_rows_is_counted(folder):
+    """Far and local rows together stay within all rows where shares of windows are rounded."""
+    CliRunner().invoke(app, ["init", "model", "book.txt", "--out", "r.yaml", "--machine", "cpu"])
+    shares = "loss_rows.share=0.876", "loss_rows.local_share=null", "sparsity.backward_ratio=0.9"
+    found = json.loads(run("r.yaml", *shares, "--data", "--json", "--card", "l4"))
+    assert found["estimate"]["setting"]["local_share"] == pytest.approx(0.124)
+    assert found["data"]["supervised_share"] == pytest.approx(1.0)
 
 
 def test_a_preset_beside_a_recipe_is_refused(folder):

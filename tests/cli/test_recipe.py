@@ -224,6 +224,16 @@ def test_every_range_key_exists_and_is_checked():
     assert dataclasses.is_dataclass(build_run(good))
 
 
+def test_answers_are_no_local_rows(tmp_path):
+    """What a recipe says of drawn rows is in force where rows are drawn."""
+    text = GOOD + "loss_rows: {local_share: 0.3}\n"
+    for answers, share in ((False, 0.3), (True, 0.0)):
+        run = build_run(parse_yaml(text) | {"data": {"train": ["a.txt"], "answer_only": answers}})
+        assert run.local_share == resolved(run)["loss_rows"]["local_share"] == share
+    run = dataclasses.replace(run, sparsity=SparsityConfig(block_size=0))
+    assert run.context_window is None, "check_run names the key"
+
+
 def test_the_saved_recipe_of_a_run_with_a_plan_loads(tmp_path):
     """A plan brings its own choices; the recipe stored beside a run's output leaves out what it overrides."""
     run = load_recipe(recipe(tmp_path, GOOD))

@@ -104,6 +104,22 @@ def test_the_chunk_before_own_chunk_and_sink_make_the_whole(case, monkeypatch):
     torch.testing.assert_close(merged[:, inside], exact[1][:, inside], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("lengths", [(64,), (50,), (15, 16, 31, 32, 33, 1, 79)])
+def test_vendor_kernels_meet_one_size_whatever_documents_are(lengths, monkeypatch):
+    """They are built for every size: here that of a chunk alone, a bounded number of them at a time."""
+    monkeypatch.setattr(vendor, "MOST_ROWS", 32)
+    rows, sizes = _whole(*lengths), set()
+
+    def kernel(query, key, value, scaling):
+        sizes.add((query.shape[0], query.shape[2], key.shape[2]))
+        return _batched(query, key, value, scaling)
+
+    tensors = [torch.randn(2, sum(lengths), 8) for _ in NAMES]
+    local = plan_local(rows, rows, chunk=16, sink=4, whole=True)
+    vendor.forward_before(tensors[0], tuple(tensors[1:]), local, 0.3, kernel)
+    assert sizes and sizes <= {(1, 16, 16), (2, 16, 16)}
+
+
 def test_vendor_kernels_say_what_they_cannot_do():
     rows = _whole(8)
     tensors = [torch.zeros(1, 8, 8) for _ in NAMES]

@@ -95,6 +95,8 @@ def forecast(run: RunConfig) -> Forecast:
     if run.data.answer_only:
         share, local = ANSWER_SHARE, 0.0
         notes.append(f"answers are taken to be {ANSWER_SHARE:.0%} of the rows; --data counts them")
+    elif not run.sparsity.enabled:
+        share, local = min(1.0, share + local), 0.0  # a dense step tells the two kinds from each other nowhere
     if run.training.offload and engine != "fused":
         notes.append("training.offload has no effect without the fused engine")
     checkpoints = run.training.gradient_checkpointing
@@ -211,11 +213,12 @@ def data_gain(run: RunConfig, found: Forecast, tokenizer: Any, card: Card) -> Da
     cache: dict[tuple[int, float], tuple[float, float]] = {}
     gains, seconds = [], []
     for tokens, rows, blocks in shares:
-        forced = run.loss_rows.share if drawn else blocks
+        forced = found.setting.loss_share if drawn else blocks
         # Windows that are alike to a few percent cost alike.
         key = (max(256, round(tokens / 256) * 256), round(forced, 2))
         if key not in cache:
-            loss = max(0.01, min(1.0, key[1] if drawn else rows))
+            # Rounded up, a share of nearly all blocks would leave less than the local share.
+            loss = max(0.01, min(1.0 - found.setting.local_share, key[1] if drawn else rows))
             step = replace(found.setting, tokens=key[0], loss_share=loss, forced_share=key[1], batch=1)
             cache[key] = gain(found.sizes, step, card), step_time(found.sizes, step, card).total_s
         gains.append(cache[key][0])

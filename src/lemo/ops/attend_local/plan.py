@@ -50,11 +50,17 @@ class LocalRows:
 
     @property
     def own_2N(self) -> Tensor:
-        """(2, N) int32 first and end of the keys of the row's own chunk, where all rows of a document are there."""
+        """(2, N) int32 first and end of near keys beside what `vendor.forward_before` takes, in whole documents.
+
+        Those of the row's own chunk; behind the last whole chunk of a document those of the chunk before, too.
+        """
         if "own" not in self._made:
             first, end = self.seen_4N[:2]
-            own = self.queries.position_N % self.chunk
-            self._made["own"] = torch.stack([torch.maximum(first, end - 1 - own.int()), end])
+            own = torch.maximum(first, end - 1 - (self.queries.position_N % self.chunk).int())
+            for start, length in zip(self.queries.starts, self.queries.lengths, strict=True):
+                rest = slice(start + length // self.chunk * self.chunk, start + length)
+                own[rest] = first[rest]
+            self._made["own"] = torch.stack([own, end])
         return self._made["own"]
 
     def near(self, chunks: int) -> Near:

@@ -35,8 +35,8 @@ def why_not(query: Tensor, local: LocalRows) -> str | None:
         return reason
     if not local.whole:
         return "rows are missing, so chunks of positions are no chunks of rows"
-    if local.chunk < SHORTEST or all(length <= local.chunk for length in local.keys.lengths):
-        return f"there is no chunk of {SHORTEST} rows or more before another"
+    if local.chunk < SHORTEST or all(length < 2 * local.chunk for length in local.keys.lengths):
+        return f"there is no whole chunk of {SHORTEST} rows or more behind another"
     if batched_kernel(query.dtype, query.shape[2], query.device) is None:
         return "every batched kernel failed its probe"
     return None
@@ -82,9 +82,11 @@ def probe(kernel: Batched, dtype: torch.dtype, head_dim: int, device: torch.devi
 def forward_before(
     query: Tensor, pair: tuple[Tensor, Tensor], local: LocalRows, scaling: float, kernel: Batched
 ) -> tuple[Tensor, Tensor]:
-    """Output (H, N, D) over rows in memory and log-sum-exp (H, N) of every row over the chunk before its own.
+    """Output (H, N, D) over rows in memory and log-sum-exp (H, N) of rows of whole chunks over the chunk before.
 
-    0 and -inf in the first chunk of a document; 0 and 0 outside all documents.
+    0 and -inf in the first chunk of a document, and behind its last whole one; 0 and 0 outside all documents. Rows of
+    a chunk that is not whole are left to our kernel: vendors' kernels are built for each size that they meet, and a
+    data set of documents has as many sizes of last chunks as a chunk has rows.
     """
     output = like_rows(query, False)
     lse = torch.zeros(query.shape[:2], dtype=torch.float32, device=query.device)
@@ -92,11 +94,11 @@ def forward_before(
     sides = zip(local.queries.starts, local.keys.starts, local.keys.lengths, strict=True)
     for q_start, k_start, length in sides:
         lse[:, q_start : q_start + min(chunk, length)].fill_(-torch.inf)
-        for begin, end, size in _batches(length, chunk):
+        lse[:, q_start + length // chunk * chunk : q_start + length].fill_(-torch.inf)
+        for begin, end in _batches(length, chunk):
             rows = slice(q_start + begin, q_start + end)
-            columns = slice(k_start + begin - chunk, k_start + begin - chunk + (end - begin) // size * chunk)
-            keys = [_chunks(t, columns, chunk) for t in pair]
-            found, weight = kernel(_chunks(query, rows, size), *keys, scaling)
+            keys = [_chunks(t, slice(k_start + begin - chunk, k_start + end - chunk), chunk) for t in pair]
+            found, weight = kernel(_chunks(query, rows, chunk), *keys, scaling)
             output[:, rows] = found.transpose(0, 1).flatten(1, 2)
             lse[:, rows] = weight.transpose(0, 1).flatten(1, 2)
     return output, lse
@@ -136,13 +138,11 @@ def backward_before(tensors: tuple[Tensor, ...], local: LocalRows, scaling: floa
     return d_query, d_key, d_value
 
 
-def _batches(length: int, chunk: int) -> Iterator[tuple[int, int, int]]:
-    """First row, end and chunk size of each call: runs of whole chunks, then what is left of the last."""
+def _batches(length: int, chunk: int) -> Iterator[tuple[int, int]]:
+    """First row and end of each call: runs of whole chunks behind the first."""
     full, step = length // chunk * chunk, max(1, MOST_ROWS // chunk) * chunk
     for begin in range(chunk, full, step):
-        yield begin, min(begin + step, full), chunk
-    if chunk <= full < length:
-        yield full, length, length - full
+        yield begin, min(begin + step, full)
 
 
 def _chunks(tensor: Tensor, rows: slice, size: int) -> Tensor:
