@@ -228,7 +228,7 @@ def test_answers_are_no_local_rows(tmp_path):
     """What a recipe says of drawn rows is in force where rows are drawn."""
     text = GOOD + "loss_rows: {local_share: 0.3}\n"
     for answers, share in ((False, 0.3), (True, 0.0)):
-        run = build_run(parse_yaml(text) | {"data": {"train": ["a.txt"], "answer_only": answers}})
+        run = load_recipe(recipe(tmp_path, text), [f"data.answer_only={answers}".lower()])
         assert run.local_share == resolved(run)["loss_rows"]["local_share"] == share
     run = dataclasses.replace(run, sparsity=SparsityConfig(block_size=0))
     assert run.context_window is None, "check_run names the key"
