@@ -125,6 +125,14 @@ GRIDS: dict[str, list[Cell]] = {
         *_cells(list(INSTRUCT)[1:], range(3)),
     ],
 }
+# What the bars need, once each, those first that answer most.
+GRIDS["bars"] = list(
+    dict.fromkeys(
+        cell
+        for name in ("main", "presets", "equal_compute", "nulls", "ranked", "oracle", "refit")
+        for cell in GRIDS[name]
+    )
+)
 # A grid may need another protocol than the published one.
 WINDOWS = {"long": 32768}
 PUBLISHED = (*NULLS, *PRESETS, *RIVALS, *ABLATIONS)

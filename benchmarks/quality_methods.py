@@ -94,6 +94,12 @@ INSTRUCT = {
     "instruct_dense": Method("dense LoRA, answers supervised"),
     "instruct_no_document": Method("dense LoRA, questions and answers alone", documents=False),
     "instruct_exact": _answers("exact forward, gradient through the answers", ANSWER_SHARE),
+    "instruct_default": _answers(
+        "the default: gradient through 12 % of the rows, the answers and those before them; others see chunks of 1024",
+        0.12,
+        scorer="recent",
+        context_window=1024,
+    ),
     "instruct_exact_recent": _answers("and through 15 % of the rows, those before them", 0.15, scorer="recent"),
     "instruct_skip": skip("20 % of rows, those before the answers", scorer="recent", **_CONTEXT, **both(0.2)),
     "instruct_skip_predictor": skip("20 % of rows, predictors", **_CONTEXT, **both(0.2)),

@@ -38,7 +38,7 @@ SCRIPT = "benchmarks/retrieval.py"
 TRAIN_SEED, PAIRED_SEED = 1, 2
 DENSE_REACHES, BLIND_AT_MOST = 0.7, 0.2
 _SPARSE = PlanSpec(0.15, 0.15)
-_EXACT = PlanSpec(1.0, 0.15, gradient="keys", scorer="recent", dense_layers=())
+_EXACT = PlanSpec(1.0, 0.12, gradient="keys", scorer="recent", dense_layers=())
 _RECENT = PlanSpec(0.4, 0.4, kv="kept", scorer="recent", fitted_scorer="recent")
 METHODS = {
     "untrained": Method("before any training"),
@@ -47,8 +47,10 @@ METHODS = {
     "skip_kept": Method("15 % of rows, skipped rows offer nothing", replace(_SPARSE, kv="kept")),
     "skip_30": Method("30 % of rows", replace(_SPARSE, forward_ratio=0.3, backward_ratio=0.3)),
     "exact": Method("exact forward, gradient through 15 %", replace(_SPARSE, forward_ratio=1.0)),
-    "keys": Method("exact forward, keys pass gradient, 15 %", _EXACT),
-    "window": Method("the same, context rows see the last 1024 to 2048", replace(_EXACT, context_window=1024)),
+    "keys": Method("exact forward, gradient through the answers and rows before them, 12 %, and all keys", _EXACT),
+    "balanced": Method(
+        "the default: the same, context rows see the last 1024 to 2048", replace(_EXACT, context_window=1024)
+    ),
     "recent_40": Method("40 % of rows, those before the answers, others offer nothing", _RECENT),
     "recent_40_all": Method("40 % of rows, those before the answers", replace(_RECENT, kv="all")),
     "random": Method("15 % of rows, drawn at random", replace(_SPARSE, scorer="random")),
@@ -147,7 +149,8 @@ class Runner:
                 self.write(name, setting, seed, "training_loss", trained.losses, "nats", "last")
                 if trained.shares:
                     self.write(name, setting, seed, "forward_share", [f for f, _ in trained.shares], "share", "mean")
-            sparse = plan is not None and method.plan is not None and method.plan.forward_ratio < 1
+            spec = method.plan
+            sparse = spec is not None and (spec.forward_ratio < 1 or spec.context_window is not None)
             for task in study.protocol.domains:
                 prompts = study.prompts(task, self.options.prompts, self.options.depths)
                 self.ask(name, setting, seed, f"{task}/dense", exact_matches(model, prompts))
@@ -231,7 +234,9 @@ def _compare(
     setting |= {"method": name, "mode": mode, "tasks": list(tasks), "statistic": "gap_plus_error"}
     setting["cells"] = sorted({r.setting["cell"] for r in sources})
     seeds = sorted({r.seeds[0] for r in sources})
-    bar = f"B.retrieval_gap/{newest.setting['window']}-{mode}" if name == "skip" and len(candidate) >= 2000 else None
+    bar = (
+        f"B.retrieval_gap/{newest.setting['window']}-{mode}" if name == "balanced" and len(candidate) >= 2000 else None
+    )
     title = f"retrieval/{name}/gap/{mode}"
     record = Record.measure(title, "points", samples, setting, script=SCRIPT, seeds=seeds, bar=bar)
     record = dataclasses.replace(record, device=newest.device, versions=newest.versions, commit=newest.commit)
@@ -249,7 +254,7 @@ def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--plans", type=Path, default=Path("runs/quality-plans"))
     add("--out", type=Path, default=Path(__file__).parent / "results" / "retrieval.jsonl")
     add("--tasks", type=lambda text: text.split(","), default=list(TASKS))
-    add("--methods", type=lambda text: text.split(","), default=["untrained", "dense", "skip", "random"])
+    add("--methods", type=lambda text: text.split(","), default=["untrained", "dense", "balanced", "recent_40"])
     add("--seeds", type=lambda text: [int(s) for s in text.split(",")], default=[0])
     add("--length", type=int, default=8192)
     add("--steps", type=int, default=300)
