@@ -8,6 +8,8 @@ a layer of Llama-2's proportions forward and counts what autograd holds for back
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +27,13 @@ from lemo.measure.flops import DecoderShape, LayerWork, ideal_gain, step_flops
 
 HERE = Path(__file__).parent
 BLOCK = 64
-RUNS, FORWARD, SKIPS, LOSS, INK = "#2563eb", "#a9c6fb", "#e5e7eb", "#d97706", "#1f2937"
+RUNS, LOCAL, FORWARD, SKIPS, LOSS, INK = "#2563eb", "#14b8a6", "#a9c6fb", "#e5e7eb", "#d97706", "#1f2937"
 LLAMA_3_8B = DecoderShape(layers=32, width=4096, ffn=14336, heads=32, kv_heads=8, head_dim=128, vocabulary=128256)
 
 
-def small_layout(blocks: int, loss_from: int, loss_to: int) -> Layout:
+def small_layout(blocks: int, loss: Sequence[int]) -> Layout:
     """One document with loss on the rows of some blocks."""
-    loss_BT = torch.zeros(1, blocks * BLOCK, dtype=torch.bool)
-    loss_BT[:, loss_from * BLOCK : loss_to * BLOCK] = True
+    loss_BT = torch.isin(torch.arange(blocks), torch.tensor(loss)).repeat_interleave(BLOCK)[None]
     return Layout.build(torch.zeros(1, blocks * BLOCK, dtype=torch.int64), loss_BT, block_size=BLOCK)
 
 
@@ -78,7 +79,7 @@ def draw_strip(axes: Axes, y: float, colours: list[str], places: list[float], ma
 def draw_rows(folder: Path = HERE) -> None:
     """y = x; y[rows] = layer(x[rows])."""
     blocks = 16
-    layout = small_layout(blocks, 11, 13)
+    layout = small_layout(blocks, range(11, 13))
     runs = sorted(chosen_blocks(layout, draw_selection(layout, 0, 0.5, 0.5).forward))
     loss = set(layout.supervised_K.nonzero().squeeze(-1).tolist())
     figure = new_figure(9, 3.7)
@@ -111,42 +112,90 @@ def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], col
     axes.add_patch(FancyArrowPatch(start, end, color=colour, zorder=order, **options))
 
 
+@dataclass(frozen=True)
+class Panel:
+    """One setting of `budgets.svg`.
+
+    Attributes:
+        title: of the panel.
+        ratios: forward and backward, as the title says them.
+        work: of a layer that leaves something out.
+        far: blocks with far loss rows.
+        loss_share: share of rows with loss that the head is counted for.
+        ends: dense layers, counted at both ends.
+        scorer: of blocks without loss.
+        local: blocks with local loss rows.
+    """
+
+    title: str
+    ratios: str
+    work: LayerWork
+    far: Sequence[int]
+    loss_share: float
+    ends: int = 0
+    scorer: Any = field(default_factory=Recent)
+    local: Sequence[int] = ()
+
+    @property
+    def gain(self) -> float:
+        """Operations of a dense step over those of this one."""
+        return full_gain(self.work, self.ends, self.loss_share)
+
+
+def panel_of(name: str, far: Sequence[int], local: Sequence[int]) -> Panel:
+    """A preset, with blocks in about the shares that it draws."""
+    preset = PRESETS[name]
+    further = {"context_window": preset.context_window, "local_ratio": preset.local_share}
+    ratios = preset.forward_ratio, preset.backward_ratio
+    work = LayerWork(*ratios, kv=preset.kv, gradient=preset.gradient, recompute="lin", **further)
+    said = f"{preset.forward_ratio:g}, {preset.backward_ratio:g} + {preset.local_share:g}"
+    loss_share = preset.loss_share + preset.local_share
+    return Panel(f"{name}, a preset", said, work, far, loss_share, len(preset.dense_layers), local=local)
+
+
 def draw_budgets(folder: Path = HERE) -> None:
-    """Budgets of the same batch, with the work they leave: dense, two presets, half of the rows."""
-    blocks, layers = 24, 8
-    layout = small_layout(blocks, 18, 21)
-    loss = layout.supervised_K.nonzero().squeeze(-1).tolist()
+    """Budgets of one document, with the work they leave: dense, two presets, half of the rows."""
+    blocks = 24
+    dense, half = LayerWork(recompute="layer"), LayerWork(0.5, 0.5, kv="all", recompute="lin")
+    some = range(18, 21)
+    panels = [
+        Panel("dense, layers recomputed", "1, 1", dense, range(blocks), 1.0),
+        panel_of("balanced", some, [*range(4, 7), *range(12, 15)]),
+        panel_of("fast", [18], range(9, 13)),
+        Panel("half of the rows", "0.5, 0.5", half, some, len(some) / blocks, ends=2, scorer=Random(seed=3)),
+    ]
     figure = new_figure(9, 4.4)
-    panels: list[tuple[str, tuple[float, float], LayerWork, int, Any]] = []
-    panels.append(("dense, layers recomputed", (1.0, 1.0), LayerWork(recompute="layer"), 0, Recent()))
-    for name in ("balanced", "fast"):
-        preset = PRESETS[name]
-        ratios = preset.forward_ratio, preset.backward_ratio
-        further = {"context_window": preset.context_window, "local_ratio": preset.local_share}
-        work = LayerWork(*ratios, kv=preset.kv, gradient=preset.gradient, recompute="lin", **further)
-        panels.append((f"{name}, a preset", ratios, work, len(preset.dense_layers), Recent()))
-    panels.append(("half of the rows", (0.5, 0.5), LayerWork(0.5, 0.5, kv="all", recompute="lin"), 2, Random(seed=3)))
-    for place, (title, usual, work, ends, scorer) in enumerate(panels):
-        axes = figure.add_subplot(2, 2, place + 1)
-        for layer in range(layers):
-            ratios = (1.0, 1.0) if ends and layer in (0, layers - 1) else usual
-            selection = select_by(scorer, layout, layer, *ratios)
-            runs, passes = chosen_blocks(layout, selection.forward), chosen_blocks(layout, selection.backward)
-            for k in range(blocks):
-                colour = RUNS if k in passes else FORWARD if k in runs else SKIPS
-                axes.add_patch(Rectangle((k, layer), 0.92, 0.88, facecolor=colour, edgecolor="none"))
-        axes.plot([k + 0.46 for k in loss], [-0.45] * len(loss), "v", color=LOSS, markersize=4)
-        gain = full_gain(work, ends, loss_share=1.0 if usual == (1.0, 1.0) else len(loss) / blocks)
-        axes.set_title(f"{title} ({usual[0]:g}, {usual[1]:g}): {gain:.1f}x", loc="left", fontsize=10, color=INK)
-        axes.set(xlim=(-0.3, blocks + 0.2), ylim=(layers + 0.1, -1))
-        axes.set_ylabel("layer", fontsize=8)
-        axes.set_yticks([])
-        axes.set_xticks([])
-        for side in axes.spines.values():
-            side.set_visible(False)
-    note = "deep blue: forward and backward · light blue: forward only · grey: skips · ▼ carries loss"
+    for place, panel in enumerate(panels):
+        draw_panel(figure.add_subplot(2, 2, place + 1), panel, blocks)
+    note = (
+        "deep blue and green: forward and backward · light blue: forward only · grey: skips\n"
+        "▼ far loss rows: attend to all rows before them · ▲ local loss rows: attend to the text shortly before them"
+    )
     figure.supxlabel(note, fontsize=9, color=INK)
     save(figure, "budgets", folder)
+
+
+def draw_panel(axes: Axes, panel: Panel, blocks: int, layers: int = 8) -> None:
+    """Blocks of eight layers, coloured by what each layer does with them."""
+    layout = small_layout(blocks, [*panel.far, *panel.local])
+    for layer in range(layers):
+        whole = panel.ends and layer in (0, layers - 1)
+        ratios = (1.0, 1.0) if whole else (panel.work.forward_ratio, panel.work.backward_ratio)
+        selection = select_by(panel.scorer, layout, layer, *ratios)
+        runs, passes = chosen_blocks(layout, selection.forward), chosen_blocks(layout, selection.backward)
+        for k in range(blocks):
+            colour = LOCAL if k in panel.local else RUNS if k in passes else FORWARD if k in runs else SKIPS
+            axes.add_patch(Rectangle((k, layer), 0.92, 0.88, facecolor=colour, edgecolor="none"))
+    for where, mark in ((panel.far, "v"), (panel.local, "^")):
+        axes.plot([k + 0.46 for k in where], [-0.45] * len(where), mark, color=LOSS, markersize=4)
+    title = f"{panel.title} ({panel.ratios}): {panel.gain:.1f}x"
+    axes.set_title(title, loc="left", fontsize=10, color=INK)
+    axes.set(xlim=(-0.3, blocks + 0.2), ylim=(layers + 0.1, -1))
+    axes.set_ylabel("layer", fontsize=8)
+    axes.set_yticks([])
+    axes.set_xticks([])
+    for side in axes.spines.values():
+        side.set_visible(False)
 
 
 def full_gain(work: LayerWork, dense_layers: int, loss_share: float, tokens: int = 65536) -> float:
@@ -172,7 +221,7 @@ def saved_widths() -> dict[str, float]:
         ("fused, half skips; mlp recomputed", (0.5, 0.5), {"recompute": "mlp"}),
         ("fused, half skips; lin recomputed", (0.5, 0.5), {"recompute": "lin"}),
         ("fused, half skips; layer recomputed", (0.5, 0.5), {"recompute": "layer"}),
-        ("fused, as by default, 3 of 16 blocks backward", (1.0, 3 / 16), {"recompute": "none"}),
+        ("fused, as by default, 6 of 16 blocks backward", (1.0, 6 / 16), {"recompute": "none"}),
     ):
         held = []
         for layers in (2, 4):  # the difference leaves out embedding, head and loss

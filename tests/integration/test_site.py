@@ -149,7 +149,7 @@ def test_numbers_of_the_figure_of_saved_activations():
         "fused, half skips; lin recomputed": kept * 2,
         "fused, half skips; layer recomputed": kept,
         # Inputs, keys and values of all rows; queries, output of attention and A of those that pass gradient.
-        "fused, as by default, 3 of 16 blocks backward": 3 + 3 * 3 / 16,
+        "fused, as by default, 6 of 16 blocks backward": 3 + 3 * 6 / 16,
     }
     assert set(found) == {*expected, "Transformers, nothing recomputed"}
     for name, value in expected.items():

@@ -136,7 +136,7 @@ def draft_recipe(wish: Wish, model: ModelFacts, data: DataFacts, machine: Machin
     sections = {
         "model": _model(model, shape, machine),
         "data": _data(wish, data, shape, machine),
-        "loss_rows": _loss_rows(data, preset),
+        "loss_rows": _loss_rows(data, shape, preset),
         "sparsity": _sparsity(shape, preset),
         "calibration": _calibration(data, shape, preset, machine),
         "lora": _lora(),
@@ -203,16 +203,21 @@ def _data(wish: Wish, data: DataFacts, shape: Shape, machine: MachineFacts) -> l
     return lines
 
 
-def _loss_rows(data: DataFacts, preset: Preset) -> list[Line]:
+def _loss_rows(data: DataFacts, shape: Shape, preset: Preset) -> list[Line]:
     if data.answers:
         return []
-    lines: list[Line] = [
-        ("share", preset.loss_share, "of the blocks carry loss, drawn anew each epoch; such rows never skip"),
-        ("span", preset.span, "rows of a run of them, so that most of what they read carries loss too"),
-    ]
+    which = "far loss rows: they carry loss and attend to all rows" if preset.local_share else "loss rows"
+    lines: list[Line] = [("share", preset.loss_share, f"of the blocks are {which}; drawn anew each epoch")]
     if preset.local_share:
-        lines.append(("local_share", preset.local_share, "of the blocks carry loss besides, but attend as others do"))
+        how = "far ones too, in windows this short" if _within(shape, preset) else "they attend within context_window"
+        lines.append(("local_share", preset.local_share, f"of the blocks besides are local loss rows: {how}"))
+    lines.append(("span", preset.span, "rows of a run of them, so that most of what they read carries loss too"))
     return lines
+
+
+def _within(shape: Shape, preset: Preset) -> bool:
+    """Whether a row of a sample sees all rows before it in its chunk and the chunk before."""
+    return preset.context_window is not None and shape.window_tokens <= 2 * preset.context_window
 
 
 def _sparsity(shape: Shape, preset: Preset) -> list[Line]:
@@ -220,14 +225,15 @@ def _sparsity(shape: Shape, preset: Preset) -> list[Line]:
     lines: list[Line] = [
         ("block_size", block, "rows are chosen by blocks of this many tokens"),
         ("forward_ratio", preset.forward_ratio, "share of rows that run a layer"),
-        ("backward_ratio", preset.backward_ratio, "share of rows that keep activations and pass gradient"),
+        ("backward_ratio", preset.backward_ratio, "share of rows that pass gradient; all rows with loss do"),
         ("scorer", "recent", "beside rows with loss those shortly before them; predictor and random are the others"),
         ("dense_layers", list(preset.dense_layers), "layers that leave nothing out"),
     ]
     if preset.exact:
         lines.append(("gradient", preset.gradient, "keys and values of all rows pass gradient as well"))
         if preset.context_window is not None:
-            how = "rows of a chunk; rows without gradient see theirs, the one before and the first block"
+            how = "rows of a chunk; rows without loss and local ones see theirs, the one before, the first block"
+            how = "of no effect in windows of up to twice as many rows" if _within(shape, preset) else how
             lines.append(("context_window", preset.context_window, how))
     else:
         lines.append(("kv", preset.kv, "rows that skip offer no keys; all costs time and keeps more quality"))

@@ -25,7 +25,7 @@ def init(
     model: Annotated[str, typer.Argument(help="Model folder, hub name or package:NAME.", show_default=False)],
     data: Annotated[list[str], typer.Argument(help="Training files or folders.", show_default=False)],
     out: Annotated[Path, typer.Option("--out", help="Recipe to write.")] = Path("recipe.yaml"),
-    preset: Annotated[PresetName, typer.Option("--preset", help="How much is skipped.")] = PresetName.balanced,
+    preset: Annotated[PresetName, typer.Option("--preset", help="How much is left out.")] = PresetName.balanced,
     validation: Annotated[
         list[str] | None, typer.Option("--validation", help="Validation files; a share is held out otherwise.")
     ] = None,

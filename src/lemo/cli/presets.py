@@ -1,4 +1,7 @@
-"""Named sets of options: how much a run leaves out. docs/quality.md says what each costs where it was measured."""
+"""Named sets of options: how much a run leaves out.
+
+docs/quality.md says what each costs where that was measured, docs/decisions/0016-the-default.md why they are these.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +16,15 @@ class Preset:
     Attributes:
         about: what it does, in one line.
         forward_ratio: share of rows that run a layer.
-        backward_ratio: share of rows that pass gradient.
-        loss_share: share of blocks of plain text that carry loss.
+        backward_ratio: share of rows that pass gradient, local loss rows not counted.
+        loss_share: share of blocks of plain text that are far loss rows: they attend to all rows.
         span: rows of a run of such blocks.
         gradient: of exact forward.
         kv: whether skipped rows offer keys and values.
         dense_layers: layers that never skip.
         bypass_rank: rank of what skipped rows get instead of a layer; of no effect where every row runs forward.
         context_window: rows of a chunk that rows without gradient attend within; None for all keys.
-        local_share: share of blocks that carry loss besides, and attend as those rows do.
+        local_share: share of blocks that carry loss and pass gradient besides, but attend as rows without gradient do.
     """
 
     about: str
