@@ -60,13 +60,22 @@ ABLATIONS = {
         )
     },
     **{
-        f"local_{round(100 * far)}_{round(100 * near)}": replace(
+        f"local_{round(100 * far)}_{round(100 * near)}{'' if window == 1024 else f'_window_{window}'}": replace(
             exact(
-                f"{far:.0%} of rows, loss on {near:.0%} more, which attend as context rows", far, context_window=1024
+                f"{far:.0%} of rows, loss on {near:.0%} more, which attend as context rows do, within {window}",
+                far,
+                context_window=window,
             ),
             local_share=near,
         )
-        for far, near in ((0.12, 0.4), (0.2, 0.3), (0.06, 0.3), (0.12, 0.85))
+        for far, near, window in (
+            (0.12, 0.4, 1024),
+            (0.2, 0.3, 1024),
+            (0.06, 0.3, 1024),
+            (0.12, 0.85, 1024),
+            (0.1, 0.3, 1024),
+            (0.1, 0.25, 2048),
+        )
     },
     "rows_far_12_30": exact(
         "30 % of rows, keys of other rows constant, an eighth of the far keys", 0.3, far_share=0.125, gradient="rows"
