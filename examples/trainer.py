@@ -33,11 +33,12 @@ def main() -> lemo.Handle:
     )
     collator = DataCollatorWithFlattening()
 
-    # 1. Exact forward, gradient through the rows that carry loss: nothing to calibrate. lemo.Plan.load(folder) reads a
-    #    calibrated plan, which may skip rows in forward too.
-    plan = lemo.Plan.uniform(model, backward_ratio=0.12, gradient="keys", scorer="recent")
-    # 2. Loss on 12 % of the blocks of plain text, in runs. Answers-only data needs no draw.
-    collator = lemo.LossRows(collator, share=0.12, span=1024, seed=0)
+    # 1. Every row runs forward, gradient through the rows that carry loss: nothing to calibrate. Rows without loss
+    #    attend within chunks of 1,024. lemo.Plan.load(folder) reads a calibrated plan, which may skip rows in forward.
+    plan = lemo.Plan.uniform(model, backward_ratio=0.12, gradient="keys", scorer="recent", context_window=1024)
+    # 2. Loss on 12 % of the blocks of plain text, which attend to all rows, and on 25 % that attend as rows without
+    #    loss do; in runs. Answers-only data needs no draw.
+    collator = lemo.LossRows(collator, share=0.12, local_share=0.25, span=1024, seed=0)
     # 3. From here on the model's layers leave rows out in training; leaving the block undoes it.
     with lemo.attach(model, plan) as handle, tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(

@@ -58,11 +58,15 @@ def main() -> lemo.Handle:
             processing_class=tokenizer(),
             peft_config=LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"),
         )
-        # 1. Exact forward, gradient through the rows that carry loss and some before them: nothing to calibrate.
-        plan = lemo.Plan.uniform(trainer.model, backward_ratio=0.3, gradient="keys", scorer="recent", block_size=16)
-        # 2. Loss on 30 % of the blocks. For chats, SFTConfig(assistant_only_loss=True) does what is needed instead.
-        trainer.data_collator = lemo.LossRows(trainer.data_collator, share=0.3, span=1024, block_size=16)
-        # 3. The layers skip rows in training; SFTTrainer keeps its own loss.
+        # 1. Every row runs forward, gradient through the rows that carry loss: nothing to calibrate. Rows without loss
+        #    attend within chunks: of 32 rows here, since the samples are short; the default is 1,024.
+        layers = {"backward_ratio": 0.12, "gradient": "keys", "scorer": "recent", "context_window": 32}
+        plan = lemo.Plan.uniform(trainer.model, block_size=16, **layers)
+        # 2. Loss on 12 % of the blocks, which attend to all rows, and on 25 % that attend within chunks. For chats,
+        #    SFTConfig(assistant_only_loss=True) does what is needed instead.
+        shares = {"share": 0.12, "local_share": 0.25, "span": 1024}
+        trainer.data_collator = lemo.LossRows(trainer.data_collator, block_size=16, **shares)
+        # 3. The layers leave rows out in training; SFTTrainer keeps its own loss.
         with lemo.attach(trainer.model, plan) as handle:
             trainer.add_callback(LemoCallback(handle, loss_rows=trainer.data_collator))
             trainer.train()
