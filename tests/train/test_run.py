@@ -339,3 +339,19 @@ def test_local_loss_rows_pass_gradient_besides_the_others(base, tmp_path, quiet)
     )
     with pytest.raises(ConfigError, match=r"local_share needs sparsity\.context_window"):
         train(blind, evaluate_loss, console=quiet)
+
+
+def test_local_loss_rows_are_the_same_in_small_batches(base, tmp_path, quiet):
+    """Each sample brings its own; the loss is a mean over both kinds of rows of the whole step."""
+    sections = {
+        "sparsity": {"context_window": 32, "backward_ratio": 0.3, "dense_layers": ()},
+        "loss_rows": {"share": 0.25, "span": None, "local_share": 0.4},
+    }
+    found = []
+    for batch in (2, 1):
+        training = {"batch_size": batch, "gradient_accumulation_steps": 2 // batch, "max_steps": 2, "engine": "fused"}
+        run = recipe(base, tmp_path / f"run-{batch}", training=training, **sections)
+        train(run, evaluate_loss, console=quiet)
+        found.append(adapter_of(tmp_path / f"run-{batch}"))
+    assert all(torch.allclose(found[0][name], x, atol=1e-5) for name, x in found[1].items())
+    assert any(x.abs().max() > 1e-3 for name, x in found[0].items() if "lora_B" in name), "both have learned"
