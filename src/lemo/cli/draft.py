@@ -206,11 +206,12 @@ def _data(wish: Wish, data: DataFacts, shape: Shape, machine: MachineFacts) -> l
 def _loss_rows(data: DataFacts, shape: Shape, preset: Preset) -> list[Line]:
     if data.answers:
         return []
-    which = "far loss rows: they carry loss and attend to all rows" if preset.local_share else "loss rows"
-    lines: list[Line] = [("share", preset.loss_share, f"of the blocks are {which}; drawn anew each epoch")]
+    lines: list[Line] = [
+        ("share", preset.loss_share, "of the blocks are far loss rows, which attend to all rows; drawn anew each epoch")
+    ]
     if preset.local_share:
-        how = "far ones too, in windows this short" if _within(shape, preset) else "they attend within context_window"
-        lines.append(("local_share", preset.local_share, f"of the blocks besides are local loss rows: {how}"))
+        how = "in windows this short far ones, too" if _within(shape, preset) else "which attend within context_window"
+        lines.append(("local_share", preset.local_share, f"besides are local loss rows, {how}"))
     lines.append(("span", preset.span, "rows of a run of them, so that most of what they read carries loss too"))
     return lines
 
