@@ -12,6 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from lemo.cli.main import app
+from lemo.core.plan import Plan
 from tests.train.tiny import save_tiny_model, words
 
 RECIPE = """
@@ -89,6 +90,20 @@ def test_eval_of_a_recipe_alone_is_dense_and_of_the_base(base, trained):
     assert result.exit_code == 0, result.output
     before = json.loads((trained / "summary.json").read_text())["losses"]["dense before"]
     assert f"{before:.4f}" in result.stdout and "sparse" not in result.stdout
+
+
+@pytest.mark.parametrize("window", [None, 16])
+def test_eval_looks_at_a_plan_that_changes_what_rows_see(base, tmp_path, window):
+    """Every row runs forward in both: within a window it does not see what a dense row sees."""
+    plan = Plan.uniform(3, forward_ratio=1.0, backward_ratio=0.3, block_size=16, gradient="keys", context_window=window)
+    plan.save(tmp_path / "plan")
+    result = lemo("eval", base / "recipe.yaml", "--plan", tmp_path / "plan", "--output", tmp_path / "eval.json")
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "eval.json").read_text())
+    if window is None:
+        assert set(found) == {"dense"} and "its loss is the dense one" in result.stderr
+    else:
+        assert found["sparse (look-ahead), loss rows"]["nats"] != found["dense, loss rows"]["nats"]
 
 
 def test_inspect_draws_map_and_mask(base, trained, tmp_path):

@@ -137,12 +137,18 @@ def _retrieval(loaded: Any, wanted: str, lengths: str | None, depths: int) -> di
     reports = {"dense": measure()}
     if loaded.plan is not None:
         plan = Plan.load(loaded.plan)
-        if any(layer.forward_ratio < 1 for layer in plan.layers):
+        if _changes_forward(plan):
             with attach(model, plan) as handle:
                 reports["sparse (look-ahead)"] = measure(handle)
         else:
-            typer.echo("the plan skips no rows in forward, so its answers are the dense ones", err=True)
+            typer.echo("the plan changes nothing in forward, so its answers are the dense ones", err=True)
     return reports
+
+
+def _changes_forward(plan: Any) -> bool:
+    """Whether rows skip layers in forward, or attend within a window."""
+    exact = any(layer.backward_ratio < layer.forward_ratio for layer in plan.layers)
+    return any(layer.forward_ratio < 1 for layer in plan.layers) or (exact and plan.context_window is not None)
 
 
 def _show_retrieval(reports: dict[str, Any]) -> None:
@@ -190,8 +196,8 @@ def _measure(loaded: Any, model: Any, tokenizer: Any, dataset: Any, bins: int) -
     plan = Plan.load(loaded.plan)
     run = replace(run, sparsity=replace(run.sparsity, block_size=plan.block_size))
     with attach(model, plan) as handle:
-        if not any(layer.forward_ratio < 1 for layer in plan.layers):
-            typer.echo("the plan skips no rows in forward, so its loss is the dense one", err=True)
+        if not _changes_forward(plan):
+            typer.echo("the plan changes nothing in forward, so its loss is the dense one", err=True)
             return reports
         drawn = validation_batches(run, tokenizer, dataset, loss_rows=True, model=model)
         reports["dense, loss rows"] = evaluate_loss(model, drawn, handle=handle, bins=bins)
