@@ -193,10 +193,13 @@ def test_repeated_runs_agree_and_wait_for_nothing(backend):
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        second = run(**inputs, backend=backend)
+        others = [run(**inputs, backend=backend) for _ in range(20)]
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    for number, other in enumerate(others):
+        for what, wanted, found in zip(("output", "lse"), first, other, strict=True):
+            rows = (found != wanted).reshape(*wanted.shape[:2], -1).any(-1).any(0).nonzero().flatten().tolist()
+            assert not rows, f"run {number}: {what} of {len(rows)} rows differs, from row {rows[0]} to {rows[-1]}"
 
 
 @pytest.mark.parametrize("window", [64, 512])
