@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from lemo.runtime.attach import attach
 from lemo.runtime.model import decoder_layers
-from tests.integration.plans import documents, exact, keep_all, padded, skipping
+from tests.integration.plans import BLOCK, documents, exact, keep_all, padded, skipping
 from tests.runtime.oracle import tiny_model
 
 WORLD = 2
@@ -23,6 +23,7 @@ PLANS = {
     "skip_kept": lambda m: skipping(m, kv="kept"),
     "rows": exact,
     "pairs": lambda m: exact(m, gradient="pairs"),
+    "local": lambda m: exact(m, 0.1, gradient="keys", context_window=2 * BLOCK),
 }
 WRAPPERS = ("ddp", "fsdp2")
 ORDERS = ("before", "after")
@@ -34,6 +35,14 @@ def batch_of(rank: int, kind: str = "ragged") -> dict[str, torch.Tensor]:
     if kind == "one_dense" and rank == 1:
         samples = [{"input_ids": s["input_ids"], "labels": s["input_ids"]} for s in samples]
     return padded(samples)
+
+
+def marked(plan: str, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The inputs; under the plan `local` the loss rows of every other block attend locally."""
+    if plan != "local":
+        return inputs
+    carry = torch.nn.functional.pad(inputs["labels"][:, 1:] != -100, (0, 1))
+    return inputs | {"local_rows": carry & (torch.arange(carry.shape[1]) // BLOCK % 2 == 1)}
 
 
 def whole_batch(kind: str = "ragged") -> dict[str, torch.Tensor]:
@@ -99,7 +108,7 @@ def step(rank: int, wrapper: str, order: str | None, plan: str, *, kind: str = "
             runs[index] += 1
 
         layer.register_forward_pre_hook(count)
-    inputs = batch_of(rank, kind) | {"num_items_in_batch": items(kind)}
+    inputs = marked(plan, batch_of(rank, kind)) | {"num_items_in_batch": items(kind)}
     result = outcome(wrapped, inputs, scale=WORLD) | {"runs": runs}
     if handle is not None:
         result |= {"dense": handle.dense_batches, "sparse": handle.sparse_batches, "notes": handle.notes}
@@ -120,7 +129,7 @@ def alone(plan: str, kind: str = "ragged") -> dict:
     """One process on the whole batch."""
     model = tiny_model()
     with attach(model, PLANS[plan](model), self_test=False):
-        return outcome(model, whole_batch(kind) | {"num_items_in_batch": items(kind)})
+        return outcome(model, marked(plan, whole_batch(kind)) | {"num_items_in_batch": items(kind)})
 
 
 def two_steps(rank: int, wrapper: str, order: str | None) -> dict:
