@@ -18,6 +18,7 @@ from typing import Any
 from benchmarks.check_bars import BARS, Bar
 from lemo.measure.record import Record, read_records
 from lemo.measure.statistics import value_of
+from lemo.report.method_names import name_method
 from lemo.report.tables import NOT_MEASURED, markdown
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -81,7 +82,7 @@ def method_table(methods: Methods) -> str:
     lengths = methods.lengths()
     rows = []
     for method, cells in methods.found.items():
-        row = [f"`{method}`"]
+        row = [name_method(method)]
         for tokens in lengths:
             cell = cells.get(tokens, {})
             if "step_time" in cell:
@@ -103,11 +104,11 @@ def gain_table(methods: Methods) -> str:
                     shares = f"{record.setting['supervised_share']:g} / {record.setting['baseline_supervised_share']:g}"
                     rows.append(
                         [
-                            f"`{method}`",
+                            name_method(method),
                             f"{tokens:,}",
                             what.replace("_", " "),
                             f"{record.value:.2f}",
-                            f"`{record.setting['baseline']}`",
+                            name_method(record.setting["baseline"]),
                             shares,
                         ]
                     )
@@ -184,6 +185,10 @@ def page(records: Sequence[Record], figures: Sequence[str]) -> str:
         parts += [f"## {scene.shape}{layers}, LoRA on {linears}", method_table(methods), gain_table(methods)]
         parts += [f"{newest.device}, torch {torch}, transformers {transformers}, {newest.time[:10]}."]
         parts += [f"![{name}]({name})" for name in figures if name.startswith(f"performance-{_stem(scene)}-")]
+    named = {name_method(m): m for methods in scenes.values() for m in methods.found}
+    if named:
+        rows = [[words, f"`{method}`"] for words, method in named.items()]
+        parts += ["## Methods, as `benchmarks/training.py` takes them", markdown(["method", "name"], rows)]
     if lines := refusals(scenes):
         parts += ["## What could not run", "\n".join(lines)]
     return "\n\n".join([*parts, "## Ops", op_table(records)]) + "\n"
@@ -239,7 +244,7 @@ def _draw_lengths(axes: list[Any], methods: Methods) -> bool:
             series = {tokens: methods.series(method, what)[tokens] for tokens, method in sorted(line.items())}
             if len(series) > 1:
                 colour = colours[next(iter(line.values()))]
-                axis.plot(list(series), list(series.values()), marker="o", ms=3, color=colour, label=name)
+                axis.plot(list(series), list(series.values()), marker="o", ms=3, color=colour, label=name_method(name))
                 any_line = True
         axis.set(xlabel="tokens", ylabel=label, xscale="log", yscale="log" if what == "step_time" else "linear")
         axis.set_xticks(methods.lengths(), [f"{tokens // 1024}K" for tokens in methods.lengths()], minor=False)
@@ -261,7 +266,7 @@ def _draw_phases(axes: list[Any], methods: Methods) -> bool:
         left = [0.0] * len(cells)
         for phase, colour in zip(PHASES, ("#93c5fd", "#2563eb", "#1e3a8a"), strict=True):
             width = [cell[f"{phase}_time"].value for cell in cells.values()]
-            axes[0].barh(list(cells), width, left=left, color=colour, label=phase)
+            axes[0].barh([name_method(m) for m in cells], width, left=left, color=colour, label=phase)
             left = [a + b for a, b in zip(left, width, strict=True)]
         axes[0].set(xlabel=f"s a step, {tokens:,} tokens")
         axes[0].tick_params(axis="y", labelsize=7)
@@ -279,8 +284,14 @@ def _draw_held(axes: list[Any], methods: Methods) -> bool:
             continue
         held = [cell["held_bytes"].value / 2**30 for cell in cells.values()]
         rest = [cell["peak_memory"].value - x for cell, x in zip(cells.values(), held, strict=True)]
-        axes[0].barh(list(cells), held, color="#2563eb", label="held between forward and backward")
-        axes[0].barh(list(cells), rest, left=held, color="#d1d5db", label="weights and what else is alive at the peak")
+        axes[0].barh([name_method(m) for m in cells], held, color="#2563eb", label="held between forward and backward")
+        axes[0].barh(
+            [name_method(m) for m in cells],
+            rest,
+            left=held,
+            color="#d1d5db",
+            label="weights and what else is alive at the peak",
+        )
         axes[0].set(xlabel=f"GiB, {tokens:,} tokens")
         axes[0].tick_params(axis="y", labelsize=7)
         axes[0].invert_yaxis()

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from lemo.errors import DataError
 from lemo.measure.record import Record, read_records
+from lemo.report.method_names import name_method
 
 NOT_MEASURED = "*Not measured yet.*"
 _MARKED = re.compile(r"(<!-- records:(?P<name>[\w-]+) -->\n).*?(<!-- /records -->)", re.DOTALL)
@@ -93,7 +94,7 @@ def training_table(records: Sequence[Record]) -> str:
             continue
         times = f"{found['speedup'].value:.2f}" if "speedup" in found else "–"
         cost = [f"{1000 * found['step_time'].value:,.0f}", f"{found['peak_memory'].value:.1f}", times]
-        rows.append([shape, f"{tokens:,}", f"`{method}`", *cost])
+        rows.append([shape, f"{tokens:,}", name_method(method), *cost])
         newest = max((newest, found["step_time"]), key=lambda r: r.time if r else "")
     if newest is None:
         return NOT_MEASURED
