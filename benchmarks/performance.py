@@ -124,7 +124,7 @@ def refusals(scenes: dict[Scene, Methods]) -> list[str]:
         for method, cells in methods.found.items():
             for cell in cells.values():
                 if (record := cell.get("unsupported")) is not None and "step_time" not in cell:
-                    found[f"- `{method}`: {record.setting['reason']}"] = None
+                    found[f"- {name_method(method)}: {record.setting['reason']}"] = None
     return list(found)
 
 

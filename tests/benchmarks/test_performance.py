@@ -24,10 +24,10 @@ def records(**changes):
 
 def test_times_memory_and_gains_are_on_the_page():
     text = page(records(), [])
-    assert re.search(r"`lemo:keep=0.5` +\| 1,000 ms, 20.0 GiB", text)
+    assert re.search(r"lemo, 50 % of rows, kv kept +\| 1,000 ms, 20.0 GiB", text)
     assert re.search(r"`C.8k_k50/llama2/qkvo`.*>= 1.85 +\| +3 +\| ratio +\| met", text)
     assert re.search(r"`C.64k_k30` .*not measured", text)
-    assert re.search(r"speedup +\| +3.00 +\| `liger:adapter=model`", text)
+    assert re.search(r"speedup +\| +3.00 +\| Liger +\|", text)
 
 
 def test_a_missed_bar_is_shown_as_missed():
@@ -39,9 +39,9 @@ def test_a_missed_bar_is_shown_as_missed():
 
 def test_out_of_memory_and_refusals_are_results():
     text = page(records(liger={"status": "out of memory", "reason": "tried"}), [])
-    assert re.search(r"`liger` +\| out of memory", text)
+    assert re.search(r"Liger, fp32 adapters +\| out of memory", text)
     text = page(records(liger={"status": "unsupported", "reason": "is not installed"}), [])
-    assert "- `liger`: is not installed" in text
+    assert "- Liger, fp32 adapters: is not installed" in text
 
 
 def test_figures_are_drawn_where_there_is_something_to_draw(tmp_path):
