@@ -295,7 +295,10 @@ class _Session:
         if title == "training data" and not self.run.data.answer_only and self.run.loss_rows.share < 1:
             share = self.run.loss_rows.share
             local = self.run.local_share
-            more = f", {local:.0%} more carry loss and attend locally" if local else ""
+            window = self.run.context_window
+            short = window is None or self.run.data.window_tokens <= 2 * window
+            how = "" if short else f" and attend within chunks of {window}"
+            more = f", {local:.0%} more carry loss{how}" if local else ""
             where = self.run.loss_rows.placement
             lines.append(f"of these rows, {share:.0%} of blocks carry loss{more}, placement {where}")
         self._say(f"{title}: " + "\n  ".join(lines))
