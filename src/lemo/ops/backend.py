@@ -48,6 +48,28 @@ def choose_backend(op: str, backend: Backend, why_not_triton: Callable[[], str |
     return chosen
 
 
+def choose_with_vendor(
+    op: str, backend: str, why_not_vendor: Callable[[], str | None], why_not_triton: Callable[[], str | None]
+) -> str:
+    """As `choose_backend`, for ops that a vendor's kernels can do, too: `auto` takes those where they can run.
+
+    Returns:
+        `vendor`, `triton` or `reference`.
+
+    Raises:
+        BackendError: the backend asked for cannot run, or the name is unknown.
+    """
+    if backend in ("auto", "vendor"):
+        reason = why_not_vendor()
+        if reason is None:
+            if backend == "auto":
+                log_choice(op, "vendor", "it can run")
+            return "vendor"
+        if backend == "vendor":
+            raise BackendError(f"{op}: backend 'vendor' cannot run here: {reason}")
+    return choose_backend(op, backend, why_not_triton)  # type: ignore[arg-type]
+
+
 _settled: dict[tuple, Backend] = {}
 
 

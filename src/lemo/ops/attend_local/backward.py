@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from lemo.errors import BackendError
 from lemo.ops.attend_local import vendor
-from lemo.ops.attend_local.op import LocalBackend, why_not_triton
+from lemo.ops.attend_local.op import LocalBackend, choose
 from lemo.ops.attend_local.pieces import Sinks
 from lemo.ops.attend_local.plan import LocalRows
 from lemo.ops.attend_local.reference import attend_local_backward_reference
 from lemo.ops.attend_rows import tiling
-from lemo.ops.attend_rows.checks import check
-from lemo.ops.backend import choose_backend, log_choice
+from lemo.ops.attend_rows.checks import check, check_saved
 
 Triple = tuple[Tensor, Tensor, Tensor]
 
@@ -69,16 +69,11 @@ def attend_local_backward(
         order: deterministic algorithms rule it out.
     """
     check(query_HND, (key_GKD, value_GKD), local.queries, local.keys, (scaling, local.window))
-    if grad_HND.shape != query_HND.shape or output_HND.shape != query_HND.shape:
-        raise ValueError(
-            f"gradient {tuple(grad_HND.shape)} and output {tuple(output_HND.shape)} must have the query's shape "
-            f"{tuple(query_HND.shape)}"
-        )
-    if lse_HN.shape != query_HND.shape[:2]:
-        raise ValueError(f"log-sum-exp must be {tuple(query_HND.shape[:2])}, got {tuple(lse_HN.shape)}")
+    check_saved(grad_HND, query_HND, output_HND, lse_HN)
     tensors = (grad_HND, query_HND, key_GKD, value_GKD, output_HND, lse_HN)
     with torch.no_grad():
-        chosen = _choose(backend, query_HND, local)
+        reason = partial(vendor.why_not_backward, query_HND, local)
+        chosen = choose("attend_local_backward", backend, query_HND, reason)
         if chosen == "vendor":
             return _with_vendor(tensors, local, scaling)
         if chosen == "triton":
@@ -86,18 +81,6 @@ def attend_local_backward(
         found = attend_local_backward_reference(tensors, local, scaling=scaling)
         d_query, d_key, d_value = (tiling.like_rows(t, True).copy_(t) for t in found)
         return d_query, d_key, d_value
-
-
-def _choose(backend: LocalBackend, query: Tensor, local: LocalRows) -> str:
-    if backend in ("auto", "vendor"):
-        reason = vendor.why_not_backward(query, local) or why_not_triton(query)
-        if reason is None:
-            if backend == "auto":
-                log_choice("attend_local_backward", "vendor", "it can run")
-            return "vendor"
-        if backend == "vendor":
-            raise BackendError(f"attend_local_backward: backend 'vendor' cannot run here: {reason}")
-    return choose_backend("attend_local_backward", backend, lambda: why_not_triton(query))
 
 
 def _with_vendor(tensors: tuple[Tensor, ...], local: LocalRows, scaling: float) -> Triple:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lemo.errors import BackendError
 from lemo.ops.attend_local import vendor
 from lemo.ops.attend_local.plan import LocalRows
 from lemo.ops.attend_local.reference import attend_local_reference
 from lemo.ops.attend_rows import tiling
 from lemo.ops.attend_rows.checks import check
 from lemo.ops.attend_rows.stripes import ordered
-from lemo.ops.backend import choose_backend, log_choice
+from lemo.ops.backend import choose_with_vendor
 
 LocalBackend = Literal["auto", "vendor", "triton", "reference"]
 Pair = tuple[Tensor, Tensor]
@@ -62,23 +62,18 @@ def attend_local(
     """
     check(query_HND, (key_GKD, value_GKD), local.queries, local.keys, (scaling, local.window))
     with torch.no_grad():
-        chosen = _choose(backend, query_HND, local)
+        chosen = choose("attend_local", backend, query_HND, lambda: vendor.why_not(query_HND, local))
         if chosen == "reference":
             output_HND, lse_HN = attend_local_reference(query_HND, key_GKD, value_GKD, local, scaling=scaling)
             return tiling.like_rows(output_HND, True).copy_(output_HND), lse_HN
         return _kernels(query_HND, (key_GKD, value_GKD), local, scaling, chosen == "vendor")
 
 
-def _choose(backend: LocalBackend, query: Tensor, local: LocalRows) -> str:
-    if backend in ("auto", "vendor"):
-        reason = vendor.why_not(query, local) or why_not_triton(query)
-        if reason is None:
-            if backend == "auto":
-                log_choice("attend_local", "vendor", "it can run")
-            return "vendor"
-        if backend == "vendor":
-            raise BackendError(f"attend_local: backend 'vendor' cannot run here: {reason}")
-    return choose_backend("attend_local", backend, lambda: why_not_triton(query))
+def choose(op: str, backend: LocalBackend, query: Tensor, why_not_vendor: Callable[[], str | None]) -> str:
+    """`vendor`, `triton` or `reference`; the vendor's kernels leave a part to ours."""
+    return choose_with_vendor(
+        op, backend, lambda: why_not_vendor() or why_not_triton(query), lambda: why_not_triton(query)
+    )
 
 
 def why_not_triton(query: Tensor) -> str | None:

@@ -46,6 +46,17 @@ def check(query: Tensor, pair: Sequence[Tensor], queries: Rows, keys: Rows, opti
         raise ValueError(f"scaling and window must be positive, got {scaling} and {window}")
 
 
+def check_saved(grad: Tensor, query: Tensor, output: Tensor, lse: Tensor) -> None:
+    """Raises ValueError unless what a backward pass is given beside its operands has their shapes."""
+    if grad.shape != query.shape or output.shape != query.shape:
+        raise ValueError(
+            f"gradient {tuple(grad.shape)} and output {tuple(output.shape)} must have the query's shape "
+            f"{tuple(query.shape)}"
+        )
+    if lse.shape != query.shape[:2]:
+        raise ValueError(f"log-sum-exp must be {tuple(query.shape[:2])}, got {tuple(lse.shape)}")
+
+
 def why_not_triton(query: Tensor, keys: Rows) -> str | None:
     """Why the Triton kernels cannot run on this input; None if they can."""
     if keys.valid_N is not None:

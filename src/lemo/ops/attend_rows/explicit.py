@@ -7,12 +7,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lemo.errors import BackendError
 from lemo.ops.attend_rows import far_stripes, stripes, tiling, vendor
-from lemo.ops.attend_rows.checks import Options, check, why_not_triton
+from lemo.ops.attend_rows.checks import Options, check, check_saved, why_not_triton
 from lemo.ops.attend_rows.far import FarKeys
 from lemo.ops.attend_rows.reference import Rows, attend_backward_reference, attend_rows_reference
-from lemo.ops.backend import choose_backend, log_choice
+from lemo.ops.backend import choose_with_vendor
 
 ExplicitBackend = Literal["auto", "vendor", "triton", "reference"]
 Pair = tuple[Tensor, Tensor]
@@ -141,13 +140,7 @@ def attend_backward(
     check(query_HND, (key_GKD, value_GKD), queries, keys, options)
     if own is not None:
         check(query_HND, own, queries, queries, options)
-    if grad_HND.shape != query_HND.shape or output_HND.shape != query_HND.shape:
-        raise ValueError(
-            f"gradient {tuple(grad_HND.shape)} and output {tuple(output_HND.shape)} must have the query's shape "
-            f"{tuple(query_HND.shape)}"
-        )
-    if lse_HN.shape != query_HND.shape[:2]:
-        raise ValueError(f"log-sum-exp must be {tuple(query_HND.shape[:2])}, got {tuple(lse_HN.shape)}")
+    check_saved(grad_HND, query_HND, output_HND, lse_HN)
     tensors = (grad_HND, query_HND, key_GKD, value_GKD, output_HND, lse_HN)
     with torch.no_grad():
         if far is not None:
@@ -162,15 +155,12 @@ def attend_backward(
 
 
 def _choose(backend: ExplicitBackend, query: Tensor, queries: Rows, keys: Rows, options: Options) -> str:
-    if backend in ("auto", "vendor"):
-        reason = _why_not_vendor(query, queries, keys, options, backend == "auto")
-        if reason is None:
-            if backend == "auto":
-                log_choice("attend_rows", "vendor", "it can run")
-            return "vendor"
-        if backend == "vendor":
-            raise BackendError(f"attend_rows: backend 'vendor' cannot run here: {reason}")
-    return choose_backend("attend_rows", backend, lambda: _why_not_kernel(query, queries, keys, options))
+    return choose_with_vendor(
+        "attend_rows",
+        backend,
+        lambda: _why_not_vendor(query, queries, keys, options, backend == "auto"),
+        lambda: _why_not_kernel(query, queries, keys, options),
+    )
 
 
 def _why_not_kernel(query: Tensor, queries: Rows, keys: Rows, options: Options) -> str | None:

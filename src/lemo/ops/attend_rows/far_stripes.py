@@ -17,7 +17,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lemo.errors import BackendError
 from lemo.ops.attend_rows import vendor
 from lemo.ops.attend_rows.checks import why_not_triton
 from lemo.ops.attend_rows.far import FarKeys, upload
@@ -25,7 +24,7 @@ from lemo.ops.attend_rows.reference import Rows, documents
 from lemo.ops.attend_rows.stripes import ordered
 from lemo.ops.attend_rows.tiling import Work, like_rows
 from lemo.ops.attend_rows.vendor import Spans, Triple, varlen_backward, varlen_runs
-from lemo.ops.backend import choose_backend, log_choice
+from lemo.ops.backend import choose_with_vendor
 
 Pair = tuple[Tensor, Tensor]
 GATHERED_KEYS = 65536  # of one call: their copies and gradients are a few times the keys' own size
@@ -38,18 +37,14 @@ def choose(backend: str, query: Tensor, keys: Rows, far: FarKeys) -> str:
     Raises:
         BackendError: the backend asked for cannot run; the message says why.
     """
-    if backend in ("auto", "vendor"):
+
+    def why_not_vendor() -> str | None:
         reason = vendor.why_not(query, None)
         if reason is None and not varlen_runs(query.dtype, query.shape[2], query.device):
             reason = "the kernel for varied lengths failed its probe"
-        reason = reason or _why_not_kernel(query, keys, far)
-        if reason is None:
-            if backend == "auto":
-                log_choice(_OP, "vendor", "it can run")
-            return "vendor"
-        if backend == "vendor":
-            raise BackendError(f"{_OP}: backend 'vendor' cannot run here: {reason}")
-    return choose_backend(_OP, backend, lambda: _why_not_kernel(query, keys, far))  # type: ignore[arg-type]
+        return reason or _why_not_kernel(query, keys, far)
+
+    return choose_with_vendor(_OP, backend, why_not_vendor, lambda: _why_not_kernel(query, keys, far))
 
 
 def _why_not_kernel(query: Tensor, keys: Rows, far: FarKeys) -> str | None:
