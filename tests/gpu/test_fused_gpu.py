@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from lemo.ops import dropout_rows
 from lemo.ops.dropout_rows.reference import keep_mask
 from lemo.runtime.attach import attach
+from tests.gpu.waiting import run_layers_without_waiting
 from tests.runtime.oracle import batch, gradients, tiny_model
 from tests.runtime.test_fused import MODES, plan_of
 
@@ -112,15 +113,4 @@ def test_fused_forward_and_backward_never_wait(dropout):
         with attach(model, plan, engine="fused", self_test=False) as handle:
             model(**inputs).loss.backward()
             context = handle._open(inputs | {"use_cache": False}, True, False)
-            base = model.get_base_model().model
-            hidden = base.embed_tokens(inputs["input_ids"])
-            tables = base.rotary_emb(hidden, torch.arange(1024, device="cuda")[None])
-            torch.cuda.synchronize()
-            torch.cuda.set_sync_debug_mode("error")
-            try:
-                with handle._running(context):
-                    for layer in base.layers:
-                        hidden = layer(hidden, position_embeddings=tables)
-                hidden.sum().backward()
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
+            run_layers_without_waiting(handle, model, context, inputs["input_ids"])

@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from lemo.measure.memory import track_peak
 from lemo.runtime.attach import attach
 from lemo.runtime.fused.offload import Lane
+from tests.gpu.waiting import run_layers_without_waiting
 from tests.runtime.oracle import batch, gradients, tiny_model
 from tests.runtime.test_fused import plan_of
 
@@ -109,17 +110,6 @@ def test_offload_never_waits(recompute):
     with attach(model, plan, engine="fused", self_test=False, recompute=recompute, offload=True) as handle:
         model(**inputs).loss.backward()
         context = handle._open(inputs | {"use_cache": False}, True, False)
-        base = model.get_base_model().model
-        hidden = base.embed_tokens(inputs["input_ids"])
-        tables = base.rotary_emb(hidden, torch.arange(TOKENS, device="cuda")[None])
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            with handle._running(context):
-                for layer in base.layers:
-                    hidden = layer(hidden, position_embeddings=tables)
-            hidden.sum().backward()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+        run_layers_without_waiting(handle, model, context, inputs["input_ids"])
         (lane,) = handle._fused._host.lanes.values()
         assert lane.fetches and not lane.slots

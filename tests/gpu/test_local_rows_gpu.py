@@ -10,6 +10,7 @@ import torch
 from lemo.runtime.attach import attach
 from lemo.runtime.batch import LOCAL_ROWS
 from tests.gpu.test_fused_gpu import adapted, step
+from tests.gpu.waiting import run_layers_without_waiting
 from tests.runtime.test_fused import plan_of
 from tests.runtime.test_local_rows import marked
 
@@ -79,15 +80,4 @@ def test_forward_and_backward_never_wait(kv, loss_rows_only, case):
         marks = inputs.pop(LOCAL_ROWS)
         context = handle._open(inputs | {"use_cache": False}, True, False, marks)
         context.loss_rows_only = loss_rows_only
-        base = model.get_base_model().model
-        hidden = base.embed_tokens(inputs["input_ids"])
-        tables = base.rotary_emb(hidden, torch.arange(TOKENS, device="cuda")[None])
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            with handle._running(context):
-                for layer in base.layers:
-                    hidden = layer(hidden, position_embeddings=tables)
-            hidden.sum().backward()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+        run_layers_without_waiting(handle, model, context, inputs["input_ids"])
