@@ -61,8 +61,7 @@ def method_flops(method: Method, shape: DecoderShape, window: int, lora_rank: in
     """
     window //= method.pieces
     share = supervised or method.loss_share + method.local_share
-    marked = method.plan is not None and method.plan.context_window is not None and not supervised
-    local = method.local_share if marked else 0.0
+    local = method.local_share if method.marks_local and not supervised else 0.0
     dense = LayerWork(lora_rank=lora_rank)
     if method.rival == "shifted_groups":
         total = step_flops(shape, window, [dense] * shape.layers, share)

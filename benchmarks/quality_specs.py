@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from lemo.config import CalibrationConfig
-from lemo.runtime.batch import LOCAL_ROWS
 
 
 @dataclass(frozen=True)
@@ -125,11 +124,10 @@ class Method:
         """Rows of a drawn block."""
         return self.plan.block_size if self.plan is not None else 64
 
-    def unmarked(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The batch; without the marks of local rows where the method does not tell loss rows apart."""
-        if self.plan is not None and self.plan.context_window is not None:
-            return batch
-        return {name: value for name, value in batch.items() if name != LOCAL_ROWS}
+    @property
+    def marks_local(self) -> bool:
+        """Whether the method tells local loss rows from far ones."""
+        return self.plan is not None and self.plan.context_window is not None
 
     def set_share(self, collator: Any, progress: float) -> None:
         """Share of loss rows at a progress of 0 to 1, where it moves."""

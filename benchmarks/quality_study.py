@@ -181,7 +181,7 @@ class QualityStudy:
                 sample, epoch = sources[turns.pop()].draw()
                 if isinstance(collator, LossRows):
                     collator.set_epoch(epoch)
-                parts.append(method.unmarked(collator([sample])))
+                parts.append(collator([sample]))
             yield [{k: v.to(self.device) for k, v in part.items()} for part in _join(parts)]
 
     def _free(self, domain: str, tokens: int, documents: bool) -> list[dict[str, Any]]:
@@ -210,7 +210,9 @@ class QualityStudy:
         if method.placement == "hardest":
             losses = self._block_losses.setdefault(size, BlockLosses(self.model(), plain, size))
         further = {name: getattr(method, name) for name in ("span", "reweight", "local_share")}
-        return LossRows(plain, method.loss_share, method.placement, seed, size, block_losses=losses, **further)
+        drawn = LossRows(plain, method.loss_share, method.placement, seed, size, block_losses=losses, **further)
+        drawn.marks_local = method.marks_local
+        return drawn
 
     def plan(self, method: Method) -> Plan | None:
         """The plan that a method trains under: fitted where it must be, cached in the plans' folder."""

@@ -147,7 +147,7 @@ def _retrieval(loaded: Any, wanted: str, lengths: str | None, depths: int) -> di
 
 def _changes_forward(plan: Any) -> bool:
     """Whether rows skip layers in forward, or attend within a window."""
-    exact = any(layer.backward_ratio < layer.forward_ratio for layer in plan.layers)
+    exact = any(layer.is_exact for layer in plan.layers)
     return any(layer.forward_ratio < 1 for layer in plan.layers) or (exact and plan.context_window is not None)
 
 

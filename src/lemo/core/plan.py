@@ -66,6 +66,11 @@ class LayerPlan:
         """Whether every row runs forward and backward."""
         return self.forward_ratio == 1 and self.backward_ratio == 1
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether rows run the layer that pass no gradient through it."""
+        return self.backward_ratio < self.forward_ratio
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -112,7 +117,7 @@ class Plan:
             raise ConfigError(f"block_size must be a positive integer, got {self.block_size!r}")
         check_context_window(self.context_window, self.block_size)
         check_far_share(self.far_share, self.gradient)
-        if self.mlp == "own" and any(x.backward_ratio < x.forward_ratio for x in self.layers):
+        if self.mlp == "own" and any(x.is_exact for x in self.layers):
             raise ConfigError("mlp 'own' needs equal forward and backward ratios: exact forward runs every MLP row")
 
     @classmethod

@@ -232,7 +232,7 @@ class Handle:
                     "a training forward reached the model without labels, so lemo cannot tell which rows carry loss "
                     "and must not be skipped; pass labels, or run it inside `with handle.supervised(mask):`"
                 )
-            if training and any(x.backward_ratio < x.forward_ratio for x in self.plan.layers):
+            if training and any(x.is_exact for x in self.plan.layers):
                 check_no_dropout(self.model, self.fused_layers())
             layout = read_layout(arguments, self._supervised, self.plan.block_size, local_BT)
         except RunDense as reason:

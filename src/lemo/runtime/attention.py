@@ -21,6 +21,7 @@ from lemo.ops import attend_forward, attend_rows, attend_rows_constant
 from lemo.ops.attend_local.plan import LocalRows
 from lemo.ops.attend_local.reference import local_mask
 from lemo.ops.attend_rows.reference import Rows
+from lemo.ops.attend_rows.tiling import laid_out
 from lemo.runtime.context import attend_near, put_far
 from lemo.runtime.far import attend_far
 from lemo.runtime.local import attend_local_rows
@@ -291,17 +292,9 @@ def _causal(
         if output_1HND.requires_grad:
             # torch keeps cuDNN's backward by the layout of query, key and value only: with a gradient that lies as
             # the output does, one graph is right for every caller of the same sizes.
-            output_1HND.register_hook(partial(_laid_out_like, output_1HND.stride()))
+            output_1HND.register_hook(partial(laid_out, strides=output_1HND.stride()))
         pieces.append(output_1HND.squeeze(0))
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
-
-
-def _laid_out_like(strides: tuple[int, ...], gradient: Tensor) -> Tensor:
-    """The gradient, moved to these strides where it has others."""
-    if gradient.stride() == strides:
-        return gradient
-    laid_out = torch.empty_strided(gradient.shape, strides, dtype=gradient.dtype, device=gradient.device)
-    return laid_out.copy_(gradient)
 
 
 def _positioned(

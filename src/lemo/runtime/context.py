@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lemo.core.layout import Layout
-from lemo.core.plan import LayerPlan, Plan
+from lemo.core.plan import Plan
 from lemo.core.selection import RowSet
 from lemo.errors import ConfigError
 from lemo.ops import attend_local, plan_local, write_rows_
@@ -75,18 +75,13 @@ def check_local_rows(plan: Plan) -> None:
     if plan.gradient != "keys":
         raise ConfigError(f"{wanted} a plan with gradient 'keys', not {plan.gradient!r}")
     sparse = [layer for layer in plan.layers if not layer.is_dense]
-    if not sparse or not all(map(is_exact, sparse)):
+    if not sparse or not all(layer.is_exact for layer in sparse):
         raise ConfigError(f"{wanted} exact forward in every layer that is not dense: backward_ratio < forward_ratio")
-
-
-def is_exact(layer: LayerPlan) -> bool:
-    """Whether rows run a layer that pass no gradient through it."""
-    return layer.backward_ratio < layer.forward_ratio
 
 
 def parts_rows(plan: Plan, layout: Layout, index: int) -> bool:
     """Whether some of the rows that pass gradient through layer `index` attend locally there, others to all keys."""
-    return layout.local_K is not None and is_exact(plan.layers[index]) and attends_locally(plan, layout)
+    return layout.local_K is not None and plan.layers[index].is_exact and attends_locally(plan, layout)
 
 
 def part_rows(

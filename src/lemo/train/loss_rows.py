@@ -109,7 +109,7 @@ class LossRows:
         self.collator = collator
         self.span_blocks = 1 if span is None else span // block_size
         self.share, self.local_share = float(share), float(local_share)
-        # A dense run on the same rows leaves this off: nothing there tells loss rows apart.
+        # A dense run on the same rows, and an evaluation, leave this off: nothing there tells loss rows apart.
         self.marks_local = True
         self.placement = placement
         self.seed = seed

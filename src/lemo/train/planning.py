@@ -10,7 +10,7 @@ from typing import Any
 from lemo.config import IN_RUNS, RunConfig
 from lemo.core.plan import Plan
 from lemo.errors import UnsupportedModelError
-from lemo.runtime.batch import LOCAL_ROWS, supervised_rows
+from lemo.runtime.batch import supervised_rows
 from lemo.runtime.model import causal_model, decoder_layers, dense_only, why_dense
 from lemo.train.block_losses import BlockLosses
 from lemo.train.checks import check_local_rows
@@ -181,5 +181,6 @@ def validation_batches(
         run = replace(run, loss_rows=replace(run.loss_rows, share=1.0, local_share=0.0))
     rows = replace(run.loss_rows, reweight=False, local_share=run.local_share)
     collator = training_collator(replace(run, loss_rows=rows), tokenizer, model)
-    batches = [collator([dataset[index]]) for index in range(len(dataset))]
-    return [{name: value for name, value in batch.items() if name != LOCAL_ROWS} for batch in batches]
+    if isinstance(collator, LossRows):
+        collator.marks_local = False
+    return [collator([dataset[index]]) for index in range(len(dataset))]

@@ -165,6 +165,13 @@ def sizes(query: Tensor, key: Tensor, tiling: Tiling, window: int | None, progra
     }
 
 
+def laid_out(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """The tensor, copied to these strides where it has others."""
+    if tensor.stride() == strides:
+        return tensor
+    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
 def like_rows(tensor: Tensor, covered: bool, dtype: torch.dtype | None = None) -> Tensor:
     """A tensor of the same size, heads inside rows in memory, as projections take it; zeros unless `covered`."""
     heads, rows, head_dim = tensor.shape

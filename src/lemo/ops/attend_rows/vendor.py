@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lemo.ops.attend_rows.reference import Rows, Segments, attend_backward_reference, attend_rows_reference
-from lemo.ops.attend_rows.tiling import like_rows
+from lemo.ops.attend_rows.tiling import laid_out, like_rows
 
 Triple = tuple[Tensor, Tensor, Tensor]
 PROBE_ROWS = 200
@@ -149,7 +149,7 @@ def _cudnn_backward(
 ) -> Triple:
     heads, rows, _ = query.shape
     # The graph is kept by the layout of query, key and value only: the others must have the query's.
-    grad, output = (_laid_out_like(t, query) for t in (grad, output))
+    grad, output = (laid_out(t, query.stride()) for t in (grad, output))
     seed = torch.zeros((), dtype=torch.int64, device=query.device)
     found = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
         _batched(grad), _batched(query), _batched(key), _batched(value), _batched(output),
@@ -170,19 +170,13 @@ def _flash_forward(query: Tensor, key: Tensor, value: Tensor, causal: bool, scal
 def _flash_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor, causal: bool, scaling: float
 ) -> Triple:
-    grad, output = (_laid_out_like(t, query) for t in (grad, output))
+    grad, output = (laid_out(t, query.stride()) for t in (grad, output))
     seed = torch.zeros(2, dtype=torch.uint64, device=query.device)
     found = torch.ops.aten._scaled_dot_product_flash_attention_backward(
         grad[None], query[None], key[None], value[None], output[None], lse[None].contiguous(), None, None,
         query.shape[1], key.shape[1], 0.0, causal, seed, seed.new_zeros(()), scale=scaling,
     )  # fmt: skip
     return found[0][0], found[1][0], found[2][0]
-
-
-def _laid_out_like(tensor: Tensor, other: Tensor) -> Tensor:
-    if tensor.stride() == other.stride():
-        return tensor
-    return torch.empty_strided(other.shape, other.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
 def _repeating(kernel: Dense) -> Dense:
