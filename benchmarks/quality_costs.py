@@ -117,7 +117,8 @@ def gain_at_64k(method: Method, recompute: str = "lin") -> dict[str, float]:
     if method.plan is None or not method.forced or method.ramp is not None or method.plan.ratios_follow:
         return {}
     loss_share = method.loss_share + method.local_share
-    work = sparse_work(at_least(method.plan, loss_share), 16, recompute, local_share=method.local_share)
+    local = method.local_share if method.marks_local else 0.0
+    work = sparse_work(at_least(method.plan, loss_share), 16, recompute, local_share=local)
     shapes = {"llama-3-8b": LLAMA_3_8B, "llama-2-7b": LLAMA_2_7B}
     return {name: _full_gain(shape, work, len(method.plan.dense_layers), method) for name, shape in shapes.items()}
 

@@ -99,6 +99,12 @@ def test_later_choices_leave_the_hashes_of_earlier_cells():
     assert gain_at_64k(METHODS["window_512"])["llama-3-8b"] > gain_at_64k(METHODS["far_12"])["llama-3-8b"]
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_has_a_gain_or_none(name):
+    gains = gain_at_64k(METHODS[name])
+    assert set(gains) in (set(), {"llama-3-8b", "llama-2-7b"})
+
+
 def test_local_loss_rows_count_by_their_kind():
     few, local, many = METHODS["window_1024"], METHODS["balanced"], METHODS["dense_rows_balanced"]
     assert "local_share" not in few.setting() and local.setting()["local_share"] == 0.25
