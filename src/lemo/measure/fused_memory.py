@@ -28,7 +28,7 @@ class Workspace:
     """
 
     query: float = 4.0
-    grouped: float = 4.0
+    grouped: float = 3.5
 
     def size_bytes(self, sizes: ModelSizes, queries: int, keys: int) -> float:
         """For so many rows of queries and keys."""

@@ -31,7 +31,7 @@ class MemoryConstants:
         reserve: of all that is counted, taken by the allocator for holes between tensors; likewise.
     """
 
-    fixed_bytes: float = 64 * 2**20
+    fixed_bytes: float = 80 * 2**20
     attention: Workspace = field(default_factory=Workspace)
     share: float = 0.0
     context_bytes: float = 700 * 2**20
