@@ -189,6 +189,15 @@ def test_write_touches_valid_rows_only():
     assert torch.equal(stream[left], before[left])
 
 
+def test_entries_that_are_not_valid_may_share_a_row():
+    stream, values = _draw(9, 8), _draw(5, 8)
+    before, rows = stream.clone(), torch.tensor([3, 8, 0, 8, 8])
+    write_rows_(stream, rows, values, valid_n=rows != 8)
+    assert torch.equal(stream[[3, 0]], values[[0, 2]])
+    left = [i for i in range(9) if i not in (3, 0)]
+    assert torch.equal(stream[left], before[left])
+
+
 # ---- what is refused
 
 FIT = {

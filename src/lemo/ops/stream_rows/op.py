@@ -30,7 +30,8 @@ def write_rows_(
 
     Args:
         stream_NM: (..., M) floating and contiguous; leading dimensions are flattened to rows.
-        rows_n: (n,) int64 distinct flat rows.
+        rows_n: (n,) int64 flat rows, distinct but for entries that are not valid: these may share a row that no valid
+            entry names.
         values_nM: (n, M) contiguous, same dtype.
         residual_nM: (n, M) contiguous, same dtype, added; None for nothing.
         valid_n: (n,) bool; None when every row is written.

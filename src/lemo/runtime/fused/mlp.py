@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lemo.core.bypass import Bypass
-from lemo.ops import gated_act, gated_act_backward, norm_rows, norm_rows_backward
+from lemo.ops import gated_act, gated_act_backward, norm_rows, norm_rows_backward, write_rows_
 from lemo.runtime.fused.maps import NOTHING, Gradients
 from lemo.runtime.fused.parts import LayerParts
 from lemo.runtime.rows import MlpRows
@@ -63,20 +63,26 @@ def run_mlp(
 class _Few:
     """Maps into the MLP of some rows, picked up chunk by chunk.
 
-    How many of them a chunk has is known to the device only: all rows of a chunk are written, those that are not wanted
-    to one row behind the others.
+    How many of them a chunk has is known to the device only. Of several chunks `write_rows_` takes the rows that are
+    wanted and reads no other: those name a row behind the wanted ones, which nobody writes.
     """
 
     def __init__(self, places_m: Tensor, rows: int) -> None:
-        self.count, self.buffers = len(places_m), []
-        self.to_n = torch.full((rows,), self.count, dtype=torch.int64, device=places_m.device)
-        self.to_n[places_m] = torch.arange(self.count, device=places_m.device)
+        self.places, self.count, self.buffers = places_m, len(places_m), []
+        self.to_n = self.wanted_n = None
+        if rows > CHUNK_ROWS:
+            self.to_n = torch.full((rows,), self.count, dtype=torch.int64, device=places_m.device)
+            self.to_n[places_m] = torch.arange(self.count, device=places_m.device)
+            self.wanted_n = self.to_n < self.count
 
     def take(self, rows: slice, wide: list[Tensor]) -> None:
+        if self.to_n is None or self.wanted_n is None:
+            self.buffers = [t.index_select(0, self.places) for t in wide]
+            return
         if not self.buffers:
             self.buffers = [t.new_empty(self.count + 1, t.shape[1]) for t in wide]
         for buffer, tensor in zip(self.buffers, wide, strict=True):
-            buffer.index_copy_(0, self.to_n[rows], tensor)
+            write_rows_(buffer, self.to_n[rows], tensor, valid_n=self.wanted_n[rows])
 
     def found(self) -> list[Tensor]:
         return [buffer[: self.count] for buffer in self.buffers]
