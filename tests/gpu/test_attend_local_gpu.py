@@ -112,15 +112,19 @@ def _backward_agrees(name, options, dtype, backend):
         check_error_budget(got, near, wanted, ulps=8.0, what=f"{name}, {backend}: gradient of {what}")
 
 
-@pytest.mark.parametrize("gathered", [65536, 3000], ids=["one call", "many calls"])
+WAYS = {"runs": (65536, 100), "runs, many calls": (3000, 100), "chunks": (65536, 0), "chunks, many calls": (3000, 0)}
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("backend", ["triton", "vendor"])
 @pytest.mark.parametrize("name", BACKWARD)
-def test_gradients_meet_their_reference(name, backend, dtype, gathered, monkeypatch):
-    if backend == "triton" and gathered != 65536:
+def test_gradients_meet_their_reference(name, backend, dtype, way, monkeypatch):
+    if backend == "triton" and way != "runs":
         pytest.skip("only vendor kernels gather keys")
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-    monkeypatch.setattr(pieces, "GATHERED_KEYS", gathered)
+    monkeypatch.setattr(pieces, "GATHERED_KEYS", WAYS[way][0])
+    monkeypatch.setattr(pieces, "MOST_COPIES", WAYS[way][1])
     _backward_agrees(name, BACKWARD[name], dtype, backend)
 
 
@@ -182,6 +186,11 @@ def test_a_batched_kernel_of_a_vendor_runs_here(head_dim):
     found = {n: vendor.probe(k, torch.bfloat16, head_dim, device) for n, k in vendor.KERNELS.items()}
     print(found)
     assert None in found.values()
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_the_kernel_for_varied_lengths_takes_runs_here(head_dim):
+    assert vendor.takes_runs(torch.empty(1, 1, head_dim, dtype=torch.bfloat16, device="cuda"))
 
 
 @pytest.mark.parametrize("backend", ["triton", "vendor"])

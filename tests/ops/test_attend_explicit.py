@@ -50,6 +50,14 @@ def test_passes_are_those_of_autograd(name, compact):
     gradients = attend_backward(grad, *tensors, *found, queries, keys, **options)
     torch.testing.assert_close(gradients, expected)
     assert all(_heads_inside(t) for t in (found[0], *gradients))
+    others = tuple(torch.randn(t.shape, dtype=torch.float64) for t in tensors[1:])
+    start = tuple(t.clone() for t in others)
+    ongoing = attend_backward(grad, *tensors, *found, queries, keys, **options, start=start)
+    assert ongoing[1] is start[0] and ongoing[2] is start[1]
+    for actual, other, wanted in zip(ongoing[1:], others, expected[1:], strict=True):
+        torch.testing.assert_close(actual, other + wanted)
+    with pytest.raises(ValueError, match="start"):
+        attend_backward(grad, *tensors, *found, queries, keys, **options, start=(start[0][:, 1:], start[1]))
 
 
 def test_only_own_rows_of_constant_keys_have_gradients():

@@ -9,6 +9,7 @@ from lemo.errors import BackendError
 from lemo.ops import attend_local, plan_local
 from lemo.ops.attend_local import vendor
 from lemo.ops.attend_local.cases import SPEC, local_of
+from lemo.ops.attend_local.op import _behind_whole_chunks
 from lemo.ops.attend_local.reference import attend_local_reference, local_mask
 from lemo.ops.attend_rows.reference import Segments, attend_rows_reference, chunks
 
@@ -70,10 +71,18 @@ def test_a_window_of_all_keys_is_causal_attention(lengths):
     torch.testing.assert_close(found, attend_rows_reference(*tensors, rows, rows, scaling=0.3))
 
 
-def _batched(query, key, value, scaling):
+def _batched(query, key, value, causal, scaling):
     repeat = query.shape[1] // key.shape[1]
     score = query @ key.repeat_interleave(repeat, 1).mT * scaling
+    if causal:
+        score = score.masked_fill(torch.ones(score.shape[-2:], dtype=torch.bool).triu(1), -torch.inf)
     return torch.softmax(score, -1) @ value.repeat_interleave(repeat, 1), torch.logsumexp(score, -1)
+
+
+def _put_merged(first, second, into):
+    lse = torch.logaddexp(first[1], second[1])
+    into[0].copy_(sum(o * torch.exp(part - lse)[..., None] for o, part in (first, second)))
+    into[1].copy_(lse)
 
 
 def _vendors_could(case):
@@ -82,41 +91,49 @@ def _vendors_could(case):
 
 
 @pytest.mark.parametrize("case", [c for c in SPEC.cases if _vendors_could(c)], ids=lambda case: case.name)
-def test_the_chunk_before_own_chunk_and_sink_make_the_whole(case, monkeypatch):
-    """With a stand-in for the vendor's kernel, merged by log-sum-exp."""
+def test_whole_chunks_what_is_behind_them_and_sink_make_the_whole(case, monkeypatch):
+    """With stand-ins for the vendor's kernel and for ours that merges."""
+    kernel = pytest.importorskip("lemo.ops.attend_local.kernel")
+    monkeypatch.setattr(kernel, "put_merged", _put_merged)
     monkeypatch.setattr(vendor, "MOST_ROWS", 32)
     (query, *pair), local, scaling = _drawn(case)
     exact = attend_local_reference(query, *pair, local, scaling=scaling)
-    output, lse = vendor.forward_before(query, tuple(pair), local, scaling, _batched)
+    output, lse = vendor.forward_near(query, tuple(pair), local, scaling, _batched)
     parts = [(output, lse.double())]
     columns = torch.arange(pair[0].shape[1])
-    for first, end in (local.own_2N, local.seen_4N[2:]):
-        seen = (columns >= first[:, None]) & (columns < end[:, None])
+    sides = local.queries.starts, local.queries.lengths, local.keys.starts, local.keys.lengths
+    rests = torch.zeros(query.shape[1], dtype=torch.bool)
+    inside = rests.clone()
+    for start, length, *_ in zip(*_behind_whole_chunks(sides, local.chunk), strict=True):
+        rests[start : start + length] = True
+    for start, length in zip(*sides[:2], strict=True):
+        inside[start : start + length] = True
+    for (first, end), rows in ((local.seen_4N[:2], rests), (local.seen_4N[2:], inside)):
+        seen = (columns >= first[:, None]) & (columns < end[:, None]) & rows[:, None]
         keys, values = (t.repeat_interleave(len(query) // len(t), 0) for t in pair)
         score = (query @ keys.mT * scaling).masked_fill(~seen, -torch.inf)
         parts.append((torch.softmax(score, -1).nan_to_num(0.0) @ values, torch.logsumexp(score, -1)))
-    inside = torch.zeros(query.shape[1], dtype=torch.bool)
-    for start, length in zip(local.queries.starts, local.queries.lengths, strict=True):
-        inside[start : start + length] = True
     merged = torch.stack([lse for _, lse in parts]).logsumexp(0)
     total = sum(o * torch.exp(lse - merged)[..., None] for o, lse in parts)
-    torch.testing.assert_close(total[:, inside], exact[0][:, inside])
+    torch.testing.assert_close(total[:, inside], exact[0][:, inside], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(merged[:, inside], exact[1][:, inside], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("lengths", [(64,), (50,), (15, 16, 31, 32, 33, 1, 79)])
 def test_vendor_kernels_meet_one_size_whatever_documents_are(lengths, monkeypatch):
     """They are built for every size: here that of a chunk alone, a bounded number of them at a time."""
+    kernel = pytest.importorskip("lemo.ops.attend_local.kernel")
+    monkeypatch.setattr(kernel, "put_merged", _put_merged)
     monkeypatch.setattr(vendor, "MOST_ROWS", 32)
     rows, sizes = _whole(*lengths), set()
 
-    def kernel(query, key, value, scaling):
+    def vendors(query, key, value, causal, scaling):
         sizes.add((query.shape[0], query.shape[2], key.shape[2]))
-        return _batched(query, key, value, scaling)
+        return _batched(query, key, value, causal, scaling)
 
     tensors = [torch.randn(2, sum(lengths), 8) for _ in NAMES]
     local = plan_local(rows, rows, chunk=16, sink=4, whole=True)
-    vendor.forward_before(tensors[0], tuple(tensors[1:]), local, 0.3, kernel)
+    vendor.forward_near(tensors[0], tuple(tensors[1:]), local, 0.3, vendors)
     assert sizes and sizes <= {(1, 16, 16), (2, 16, 16)}
 
 

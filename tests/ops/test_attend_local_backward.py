@@ -120,6 +120,9 @@ def varlen_stand_in(tensors, spans, scaling):
     for (begin, end), (first, last) in ends:
         assert 0 < end - begin <= spans.most[0] and 0 < last - first <= spans.most[1]
         rows, columns = (Segments((0,), (n,), torch.zeros(n).long()) for n in (end - begin, last - first))
+        if spans.causal:  # the corner is the last pair
+            rows = replace(rows, position_N=torch.arange(end - begin) + last - first - (end - begin))
+            columns = replace(columns, position_N=torch.arange(last - first))
         grad, query, key, value, output, lse = tensors
         cut = [t[:, begin:end] for t in (grad, query)] + [t[:, first:last] for t in (key, value)]
         cut += [t[:, begin:end] for t in (output, lse)]
@@ -149,6 +152,42 @@ def test_rectangles_and_own_chunks_make_the_whole(documents, gathered, monkeypat
     among_own = attend_backward_reference(tensors, queries, keys, scaling=scaling, window=own.window)
     for first, second, wanted in zip(before, among_own, expected, strict=True):
         torch.testing.assert_close(first + second, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("gathered", [1, 60, 65536])
+@pytest.mark.parametrize("documents", [(90,), (50, 7, 1, 64), (16, 33, 32)], ids=str)
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_runs_make_the_whole(documents, share, gathered, monkeypatch):
+    """With a stand-in for the kernel: queries side by side in a chunk, every key's gradient from all its copies."""
+    monkeypatch.setattr(vendor, "varlen_backward", varlen_stand_in)
+    monkeypatch.setattr(pieces, "GATHERED_KEYS", gathered)
+    monkeypatch.setattr(pieces, "MOST_COPIES", 100)
+    options = {"documents": documents, "heads": 4, "groups": 2, "gap": 3, "share": share, "block": 4}
+    tensors, local, scaling, expected = drawn(backward_case("", 16, 4, **options))
+    local = replace(local, position_on_host_N=local.queries.position_N)
+    runs = local.runs
+    assert len(runs.order_C) == sum(len(call.index_K) for call in runs.calls)
+    assert all(call.rows.stop - call.rows.start <= 16 or call.spans.query_S.numel() > 2 for call in runs.calls)
+    found = vendor.backward_runs(tuple(t.double() for t in tensors), runs, scaling)
+    for got, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_scattered_queries_are_no_runs():
+    """Every third row of a chunk would gather its keys once more: chunks are gathered instead."""
+    keys = Segments((0,), (64,), torch.arange(64))
+    for step, none in ((1, False), (3, True)):
+        position = torch.arange(0, 64, step)
+        queries = Segments((0,), (len(position),), position)
+        local = plan_local(queries, keys, chunk=16, sink=4, position_on_host_N=position)
+        assert (local.runs is None) == none and local.rectangles
+
+
+def test_no_queries_make_no_runs():
+    keys, none = Segments((0,), (9,), torch.arange(9)), torch.arange(0)
+    local = plan_local(Segments((0,), (0,), none), keys, chunk=2, sink=1, position_on_host_N=none)
+    tensors = (*(torch.randn(2, n, 8) for n in (0, 0, 9, 9, 0)), torch.zeros(2, 0))
+    assert local.runs.calls == () and not any(t.any() for t in vendor.backward_runs(tensors, local.runs, 0.3))
 
 
 def test_vendor_kernels_say_what_they_cannot_do():

@@ -86,7 +86,12 @@ for name, shape in shapes.items():
     for dense in (vendor.Dense("stand-in", forward, backward), None):
         found = stripes.forward(query, pair, work, marks, scaling, dense)
         operands = (grad.float(), query, *pair, *(t.float() for t in saved))
+        others = [torch.randn_like(t) for t in pair]
         found = *found, *stripes.backward(operands, work, marks, scaling, dense)
+        ongoing = stripes.backward(operands, work, marks, scaling, dense, tuple(t.clone() for t in others))
+        for what, actual, other, expected in zip(("dk", "dv"), ongoing[1:], others, wanted[3:], strict=True):
+            error = float((actual - other - expected).abs().max() / expected.abs().max())
+            errors[f"{name}, {dense and dense.name}, from a start: {what}"] = error
         for what, actual, expected in zip(("output", "lse", "dq", "dk", "dv"), found, wanted, strict=True):
             error = float((actual - expected).abs().max() / expected.abs().max())
             errors[f"{name}, {dense and dense.name}: {what}"] = error
@@ -102,7 +107,7 @@ def test_rectangles_and_diagonal_make_the_whole():
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads(done.stdout)
     assert found["used"] == ["backward", "forward"]  # the rectangles were not empty
-    assert len(found["errors"]) == 20
+    assert len(found["errors"]) == 28
     assert all(error < 1e-5 for error in found["errors"].values()), found["errors"]
 
 

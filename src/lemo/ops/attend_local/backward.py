@@ -46,8 +46,8 @@ def attend_local_backward(
         local: documents, positions and the rule, of `plan_local`; a document may be without queries. Kernels want rows
             that are not valid at the end of their document, and the others in order.
         scaling: positive factor of the scores.
-        backend: `triton`; `vendor` to have the chunk before and the sink by FlashAttention-2, and a row's own chunk by
-            the kernels; `reference`; or `auto` to take the first of vendor, triton and reference that can run.
+        backend: `triton`; `vendor` to have all of it by FlashAttention-2 or, where rows lie scattered, the chunk before
+            and the sink; `reference`; or `auto` to take the first of vendor, triton and reference that can run.
 
     Returns:
         Gradients of query (H, N, D), key and value (G, K, D). Heads inside rows in memory; 0 for rows outside all
@@ -59,14 +59,14 @@ def attend_local_backward(
 
     Cost:
         14·D·H FLOPs per pair that is seen, and a copy of every sink for each 1,024 queries of its document. `vendor`:
-        10·D·H per pair but those of the own chunk; keys and values are gathered for every chunk that has queries,
-        65,536 at a time, and summed in fp32. The reference computes all pairs, a run of queries at a time. No host
-        synchronisation outside the reference, whichever rows are queries or keys.
+        10·D·H per pair; keys and values are gathered for every run of queries side by side in a chunk (for every chunk
+        that has queries, where rows lie scattered), 65,536 at a time. The reference computes all pairs, a run of
+        queries at a time. No host synchronisation outside the reference, whichever rows are queries or keys.
 
     Numerics:
         products of operands in the dtype of the input, sums in fp32 (fp64 for fp64 input). Kernels round gradients once
-        more where near keys and sinks meet. Repeated runs agree bit for bit, but for `vendor`, which adds in no fixed
-        order: deterministic algorithms rule it out.
+        more where near keys and sinks meet, `vendor` where runs meet. Repeated runs agree bit for bit, but for
+        `vendor`, which adds in no fixed order: deterministic algorithms rule it out.
     """
     check(query_HND, (key_GKD, value_GKD), local.queries, local.keys, (scaling, local.window))
     check_saved(grad_HND, query_HND, output_HND, lse_HN)
@@ -84,9 +84,11 @@ def attend_local_backward(
 
 
 def _with_vendor(tensors: tuple[Tensor, ...], local: LocalRows, scaling: float) -> Triple:
-    """Rectangles by the vendor's kernel; ours goes on from their sums with the rows' own chunks."""
+    """All of it by the vendor's kernel, or rectangles, from whose sums ours goes on with the rows' own chunks."""
     from lemo.ops.attend_rows import kernel
 
+    if vendor.takes_runs(tensors[1]) and local.runs is not None:
+        return vendor.backward_runs(tensors, local.runs, scaling)
     *operands, output, lse = tensors
     lse, own = lse.contiguous(), local.near(1)
     start, *sums = vendor.backward_before((*operands, output, lse), local, scaling)

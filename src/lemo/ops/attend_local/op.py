@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -41,8 +42,8 @@ def attend_local(
         value_GKD: (G, K, D).
         local: documents, positions and the rule, of `plan_local`.
         scaling: positive factor of the scores.
-        backend: `triton`; `vendor` to have the chunk before by cuDNN or FlashAttention-2 and the rest by the kernel;
-            `reference`; or `auto` to take the first of vendor, triton and reference that can run.
+        backend: `triton`; `vendor` to have whole chunks and those before them by cuDNN or FlashAttention-2 and the rest
+            by the kernel; `reference`; or `auto` to take the first of vendor, triton and reference that can run.
 
     Returns:
         Output (H, N, D) in the dtype of `query_HND`, heads inside rows in memory, 0 for rows outside all documents; and
@@ -92,14 +93,23 @@ def _kernels(query: Tensor, pair: Pair, local: LocalRows, scaling: float, with_v
     rising = ordered(local.queries)
     work = tiling.Work.between(rising, rising if local.keys is local.queries else ordered(local.keys))
     near, sink = local.seen_4N[:2], local.seen_4N[2:]
-    start = None
+    start, left = None, work
     if with_vendor:
         batched = vendor.batched_kernel(query.dtype, query.shape[2], query.device)
         assert batched is not None
-        start = vendor.forward_before(query, pair, local, scaling, batched)
-        near = local.own_2N
+        start = vendor.forward_near(query, pair, local, scaling, batched)
+        left = replace(work, segments=_behind_whole_chunks(work.segments, local.chunk))
     # Any window makes the kernel heed where near keys begin.
-    found = kernel.forward(query, *pair, work, scaling, 1, seen=near, start=start)
+    found = start
+    if found is None or sum(left.segments[1]):
+        found = kernel.forward(query, *pair, left, scaling, 1, seen=near, start=start)
     if local.sink and local.reaches_far:
         found = kernel.forward(query, *pair, work, scaling, 1, seen=sink, start=found)
     return found
+
+
+def _behind_whole_chunks(segments: tuple[tuple[int, ...], ...], chunk: int) -> tuple[tuple[int, ...], ...]:
+    """Documents' rows behind their last whole chunk, and all their keys."""
+    starts, lengths, *keys = segments
+    rests = tuple(length % chunk for length in lengths)
+    return (tuple(a + n - rest for a, n, rest in zip(starts, lengths, rests, strict=True)), rests, *keys)

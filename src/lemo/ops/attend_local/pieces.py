@@ -6,9 +6,11 @@ it. With a gap so wide that a key two chunks back is farther than the farthest o
 which keys are near; so kernels that know documents, order and windows need to be told no more, whichever rows are
 queries or keys, and no position has to be known to the host.
 
-Where the host knows the queries' positions, a vendor's kernel may have what all queries of a chunk see whole: the chunk
-before, and the sink. Their keys are gathered, one run after another for every chunk that has queries, and their
-gradients are added where they came from.
+Where the host knows the queries' positions, a vendor's kernel may have them. Queries that lie side by side in a chunk
+are a run: with the sink, the chunk before and their own chunk up to the last of them gathered in that order, they see
+what causal attention sees whose corner is the last pair. The keys' gradients are added up where they came from. Where
+queries lie so scattered that runs would gather the same keys again and again, the vendor's kernel gets what all queries
+of a chunk see whole, the chunk before and the sink, and our kernel the rows' own chunks.
 
 The first rows of a document, its sink, have few keys that many queries see. Each run of queries gets a copy of them, as
 a document of its own, so that many programs share what would be one program's work.
@@ -36,6 +38,8 @@ LAST = torch.iinfo(torch.int32).max
 """Behind every place; where `ordered` puts rows that are not valid."""
 SINK_QUERIES = 1024
 """Queries that share a copy of their document's sink."""
+MOST_COPIES = 4
+"""Gathered keys for each key of a chunk that has queries, above which these are too scattered for runs."""
 
 
 @dataclass(frozen=True)
@@ -68,17 +72,36 @@ class Sinks:
 
 @dataclass(frozen=True)
 class Rectangle:
-    """Queries of one document, chunk by chunk, and the gathered keys that all queries of a chunk see.
+    """Queries, a chunk or a run at a time, and the gathered keys that they see.
 
     Attributes:
         rows: the queries.
         index_K: (gathered keys,) int64 which keys these are.
-        spans: queries of a chunk and its keys, as sequences.
+        spans: queries of a chunk or run and their keys, as sequences.
     """
 
     rows: slice
     index_K: Tensor
     spans: Spans
+
+
+@dataclass(frozen=True)
+class Runs:
+    """All queries, run by run.
+
+    Attributes:
+        calls: the runs as sequences, with their gathered keys, as many at a time as a call takes.
+        order_C: (gathered keys of all calls,) int64 which they are, in the order of the keys that they are copies of.
+        first_K: (K,) int64 the first copy of each key in this order.
+    """
+
+    calls: tuple[Rectangle, ...]
+    order_C: Tensor
+    first_K: Tensor
+
+    def covers(self, rows: int) -> bool:
+        """Whether all of so many rows are in a run."""
+        return sum(call.rows.stop - call.rows.start for call in self.calls) == rows
 
 
 def near_keys(local: LocalRows, chunks: int) -> Near:
@@ -137,32 +160,74 @@ def rectangles(local: LocalRows) -> tuple[Rectangle, ...]:
             before = k_start + (chunk - 1) * local.chunk
             # The second chunk has the sink in the chunk before.
             sink = local.sink if chunk >= 2 else 0
-            call.keys += [torch.arange(k_start, k_start + sink), torch.arange(before, before + local.chunk)]
-            call.query_ends.append(call.query_ends[-1] + count)
-            call.key_ends.append(call.key_ends[-1] + sink + local.chunk)
+            keys = [torch.arange(k_start, k_start + sink), torch.arange(before, before + local.chunk)]
+            call.add(keys, count, sink + local.chunk)
         if call.keys:
             made.append(call)
     return tuple(call.upload(local.keys.position_N.device) for call in made)
 
 
+def find_runs(local: LocalRows) -> Runs | None:
+    """Runs of queries, where the host knows which rows these are; None where they are too many."""
+    assert local.position_on_host_N is not None
+    chunk, calls, touched = local.chunk, [], 0
+    for q_start, q_length, k_start, _ in zip(*_segments(local), strict=True):
+        position_n = local.position_on_host_N[q_start : q_start + q_length]
+        chunk_n = position_n // chunk
+        touched += len(torch.unique_consecutive(chunk_n))
+        alone_n = (position_n.diff() != 1) | (chunk_n.diff() != 0)
+        borders = [0, *(alone_n.nonzero().flatten() + 1).tolist(), q_length] if q_length else []
+        for begin, end in itertools.pairwise(borders):
+            own, last = int(chunk_n[begin]) * chunk, int(position_n[end - 1])
+            # The second chunk has the sink in the chunk before.
+            sink = local.sink if own >= 2 * chunk else 0
+            keys = [torch.arange(k_start, k_start + sink), torch.arange(max(own - chunk, 0), last + 1) + k_start]
+            count = sink + len(keys[1])
+            call = calls[-1] if calls else None
+            if call is None or call.stop != q_start + begin or call.key_ends[-1] + count > GATHERED_KEYS:
+                call = _Call(q_start + begin)
+                calls.append(call)
+            call.add(keys, end - begin, count)
+    copies_C = torch.cat([part for call in calls for part in call.keys]) if calls else torch.arange(0)
+    if len(copies_C) > MOST_COPIES * touched * chunk:
+        return None
+    counts_K = torch.bincount(copies_C, minlength=len(local.keys.position_N))
+    device = local.keys.position_N.device
+    order_C, first_K = (_sent(t, device) for t in (torch.argsort(copies_C, stable=True), counts_K.cumsum(0) - counts_K))
+    return Runs(tuple(call.upload(device, causal=True) for call in calls), order_C, first_K)
+
+
 @dataclass
 class _Call:
-    """A rectangle in the making: first query, gathered keys, and ends of its sequences."""
+    """Sequences in the making: first query, gathered keys, and ends of the sequences."""
 
     first: int
     keys: list[Tensor] = field(default_factory=list)
     query_ends: list[int] = field(default_factory=lambda: [0])
     key_ends: list[int] = field(default_factory=lambda: [0])
 
-    def upload(self, device: torch.device) -> Rectangle:
+    @property
+    def stop(self) -> int:
+        """Behind the last query."""
+        return self.first + self.query_ends[-1]
+
+    def add(self, keys: list[Tensor], queries: int, count: int) -> None:
+        """One more sequence of so many queries, with `count` keys."""
+        self.keys += keys
+        self.query_ends.append(self.query_ends[-1] + queries)
+        self.key_ends.append(self.key_ends[-1] + count)
+
+    def upload(self, device: torch.device, causal: bool = False) -> Rectangle:
         ends = self.query_ends, self.key_ends
         most = [max(b - a for a, b in itertools.pairwise(side)) for side in ends]
         query_S, key_S = (upload(side, device, torch.int32) for side in ends)
-        spans = Spans(query_S, key_S, (most[0], most[1]), False)
-        index_K = torch.cat(self.keys)
-        if device.type == "cuda":
-            index_K = index_K.pin_memory().to(device, non_blocking=True)
-        return Rectangle(slice(self.first, self.first + self.query_ends[-1]), index_K, spans)
+        spans = Spans(query_S, key_S, (most[0], most[1]), causal)
+        return Rectangle(slice(self.first, self.stop), _sent(torch.cat(self.keys), device), spans)
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on the device, without waiting."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def _rising(local: LocalRows) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lemo.ops.attend_local.pieces import Near, Rectangle, Sinks, far_sinks, near_keys, rectangles
+from lemo.ops.attend_local.pieces import Near, Rectangle, Runs, Sinks, far_sinks, find_runs, near_keys, rectangles
 from lemo.ops.attend_rows.reference import Rows, documents
 from lemo.ops.attend_rows.stripes import ordered
 
@@ -48,21 +48,6 @@ class LocalRows:
             self._made["seen"] = _bounds(self)
         return self._made["seen"]
 
-    @property
-    def own_2N(self) -> Tensor:
-        """(2, N) int32 first and end of near keys beside what `vendor.forward_before` takes, in whole documents.
-
-        Those of the row's own chunk; behind the last whole chunk of a document those of the chunk before, too.
-        """
-        if "own" not in self._made:
-            first, end = self.seen_4N[:2]
-            own = torch.maximum(first, end - 1 - (self.queries.position_N % self.chunk).int())
-            for start, length in zip(self.queries.starts, self.queries.lengths, strict=True):
-                rest = slice(start + length // self.chunk * self.chunk, start + length)
-                own[rest] = first[rest]
-            self._made["own"] = torch.stack([own, end])
-        return self._made["own"]
-
     def near(self, chunks: int) -> Near:
         """Keys of the own chunk and, if `chunks` is 2, of the one before, as kernels take them. Made once."""
         return self._once(("near", chunks), lambda: near_keys(self, chunks))
@@ -76,6 +61,11 @@ class LocalRows:
     def rectangles(self) -> tuple[Rectangle, ...]:
         """What a vendor's kernel may have of the backward pass, where positions are on the host. Made once."""
         return self._once("rectangles", lambda: rectangles(self))
+
+    @property
+    def runs(self) -> Runs | None:
+        """The same with the rows' own chunks; None where queries lie too scattered for it. Made once."""
+        return self._once("runs", lambda: find_runs(self))
 
     def _once(self, key: Any, make: Callable[[], Any]) -> Any:
         if key not in self._made:

@@ -91,6 +91,7 @@ def attend_backward(
     window: int | None = None,
     own: Pair | None = None,
     far: FarKeys | None = None,
+    start: Pair | None = None,
     backend: ExplicitBackend = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `attend_forward`, given its output and log-sum-exp, or those of a wider pass.
@@ -116,6 +117,8 @@ def attend_backward(
         window: keys farther back than this are not seen.
         own: keys and values (G, N, D) of the query rows.
         far: which far keys count, from `plan_far` for these queries and keys; None for all.
+        start: gradients of key and value through other queries, (G, K, D), to which these are added, in place: what is
+            returned. Not with `own`.
         backend: as in `attend_forward`.
 
     Returns:
@@ -124,7 +127,8 @@ def attend_backward(
 
     Raises:
         BackendError: the backend asked for cannot run; the message says why.
-        ValueError: shapes, dtypes, devices or documents do not fit; `far` with a window or among the queries.
+        ValueError: shapes, dtypes, devices or documents do not fit; `far` with a window or among the queries; `start`
+            with `own`.
 
     Cost:
         10·D·H FLOPs per pair that is seen and counts, 14 by the Triton kernels, which compute scores once for queries
@@ -142,16 +146,36 @@ def attend_backward(
         check(query_HND, own, queries, queries, options)
     check_saved(grad_HND, query_HND, output_HND, lse_HN)
     tensors = (grad_HND, query_HND, key_GKD, value_GKD, output_HND, lse_HN)
+    if start is not None and (own is not None or any(t.shape != key_GKD.shape for t in start)):
+        raise ValueError("start needs gradients of key and value in their shapes, and no own keys")
     with torch.no_grad():
-        if far is not None:
-            return _far_backward(tensors, (queries, keys), options, own, far, backend)
-        chosen = _choose(backend, query_HND, queries, keys, options)
-        if chosen == "vendor":
-            return _vendor_backward(tensors, queries, keys, scaling, own)
-        if chosen == "reference":
-            found = attend_backward_reference(tensors, queries, keys, scaling=scaling, window=window, own=own)
-            return _heads_inside(found[0]), _heads_inside(found[1]), _heads_inside(found[2])
-        return _triton_backward(tensors, queries, keys, options, own)
+        if start is None:
+            return _backward(tensors, (queries, keys), options, own, far, backend)
+        if far is None and keys is not queries and _choose(backend, query_HND, queries, keys, options) == "vendor":
+            work, marks, dense = _rectangles(query_HND, queries, keys)
+            return stripes.backward(tensors, work, marks, scaling, dense, start)
+        d_query_HND, *found = _backward(tensors, (queries, keys), options, own, far, backend)
+        return d_query_HND, start[0].add_(found[0]), start[1].add_(found[1])
+
+
+def _backward(
+    tensors: tuple[Tensor, ...],
+    sides: tuple[Rows, Rows],
+    options: Options,
+    own: Pair | None,
+    far: FarKeys | None,
+    backend: ExplicitBackend,
+) -> tuple[Tensor, Tensor, Tensor]:
+    (queries, keys), (scaling, window) = sides, options
+    if far is not None:
+        return _far_backward(tensors, sides, options, own, far, backend)
+    chosen = _choose(backend, tensors[1], queries, keys, options)
+    if chosen == "vendor":
+        return _vendor_backward(tensors, queries, keys, scaling, own)
+    if chosen == "reference":
+        found = attend_backward_reference(tensors, queries, keys, scaling=scaling, window=window, own=own)
+        return _heads_inside(found[0]), _heads_inside(found[1]), _heads_inside(found[2])
+    return _triton_backward(tensors, queries, keys, options, own)
 
 
 def _choose(backend: ExplicitBackend, query: Tensor, queries: Rows, keys: Rows, options: Options) -> str:

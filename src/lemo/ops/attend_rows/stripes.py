@@ -220,14 +220,24 @@ def _forward_rectangle(
     return output.masked_fill_(empty, 0.0), lse.masked_fill_(empty, -torch.inf)
 
 
-def backward(tensors: tuple[Tensor, ...], work: Work, marks: Marks, scaling: float, dense: Dense | None) -> Triple:
-    """Gradients of query, key and value, given gradient, query, key, value, output and log-sum-exp of the rows."""
+def backward(
+    tensors: tuple[Tensor, ...],
+    work: Work,
+    marks: Marks,
+    scaling: float,
+    dense: Dense | None,
+    start: tuple[Tensor, Tensor] | None = None,
+) -> Triple:
+    """Gradients of query, key and value, given gradient, query, key, value, output and log-sum-exp of the rows.
+
+    Those of key and value are added to `start`, in place.
+    """
     from lemo.ops.attend_rows import kernel
 
     grad, query, key, value, output, lse = tensors
     lse = lse.contiguous()
     sum_of_query = like_rows(query, False, torch.float32)
-    d_key, d_value = like_rows(key, False), like_rows(value, False)
+    d_key, d_value = start or (like_rows(key, False), like_rows(value, False))
     floor_N = torch.zeros_like(marks.ends_N)
     end_K = torch.zeros(key.shape[1], dtype=torch.int32, device=key.device)
     for document in _documents(work, marks.cut):
@@ -239,7 +249,8 @@ def backward(tensors: tuple[Tensor, ...], work: Work, marks: Marks, scaling: flo
         floor_N[document.queries] = document.keys.start + behind * marks.cut.stripe
         # The last stripe has no query behind it.
         for at, part in enumerate(list(_parts(document.keys, marks.cut.stripe))[:-1], document.stripes.start):
-            _backward_rectangle(tensors, (sum_of_query, d_key, d_value), (document, part, at), marks, (scaling, dense))
+            sums = sum_of_query, d_key, d_value
+            _backward_rectangle(tensors, sums, (document, part, at), marks, (scaling, dense, start is not None))
     seen = torch.stack([floor_N, marks.ends_N])
     d_query, delta = kernel.backward_query(
         grad, query, key, value, (output, lse), work, scaling, None, seen=seen, start=sum_of_query
@@ -254,9 +265,9 @@ def backward(tensors: tuple[Tensor, ...], work: Work, marks: Marks, scaling: flo
 def _backward_rectangle(
     tensors: tuple[Tensor, ...], sums: tuple[Tensor, ...], where: tuple, marks: Marks, how: tuple
 ) -> None:
-    """Adds the gradients of one stripe's rectangle to the sum of the queries', and writes those of its keys."""
+    """Adds the gradients of one stripe's rectangle to the sum of the queries', and writes or adds those of its keys."""
     document, keys, at = where
-    scaling, dense = how
+    scaling, dense, adds = how
     sum_of_query, d_key, d_value = sums
     rows = document.queries.stop - document.queries.start
     first = marks.read()[1][at] if dense is not None else 0
@@ -267,8 +278,10 @@ def _backward_rectangle(
     cut = [t[:, queries] for t in (grad, query)] + [t[:, keys] for t in (key, value)]
     cut += [t[:, queries] for t in (output, lse)]
     if dense is not None:
-        d_query, d_key[:, keys], d_value[:, keys] = dense.backward(*cut, False, scaling)
+        d_query, *pair = dense.backward(*cut, False, scaling)
         sum_of_query[:, queries] += d_query
+        for target, found in zip((d_key, d_value), pair, strict=True):
+            target[:, keys].add_(found) if adds else target[:, keys].copy_(found)
         return
     begin = marks.first_S[at]
     ends = torch.zeros(2, 2, dtype=torch.int32, device=query.device)
@@ -281,4 +294,5 @@ def _backward_rectangle(
     before = torch.arange(rows, device=query.device) < begin
     sum_of_query[:, queries] += d_query.masked_fill_(before[None, :, None], 0.0)
     for target, found in zip((d_key, d_value), pair, strict=True):
-        target[:, keys] = found.masked_fill_(begin >= rows, 0.0)
+        found = found.masked_fill_(begin >= rows, 0.0)
+        target[:, keys].add_(found) if adds else target[:, keys].copy_(found)

@@ -19,7 +19,7 @@ from lemo.ops.attend_rows.reference import Rows, Segments, attend_backward_refer
 from lemo.ops.attend_rows.tiling import laid_out, like_rows
 
 Triple = tuple[Tensor, Tensor, Tensor]
-PROBE_ROWS = 200
+PROBE_ROWS, FURTHER_KEYS = 200, 72
 # Largest error of a probed result, relative to the largest entry: bf16 resolves 2**-8, a wrong kernel is off by more.
 PROBE_ERROR = 0.03
 
@@ -69,8 +69,13 @@ def varlen_runs(dtype: torch.dtype, head_dim: int, device: torch.device) -> bool
     return _probed(dtype, head_dim, device)[1]
 
 
+def varlen_meets_corners(dtype: torch.dtype, head_dim: int, device: torch.device) -> bool:
+    """Whether, causal, it lets the last query of a sequence see the last of more keys than there are queries."""
+    return _probed(dtype, head_dim, device)[2]
+
+
 @lru_cache(maxsize=64)
-def _probed(dtype: torch.dtype, head_dim: int, device: torch.device) -> tuple[tuple[Dense, ...], bool]:
+def _probed(dtype: torch.dtype, head_dim: int, device: torch.device) -> tuple[tuple[Dense, ...], bool, bool]:
     with torch.cuda.device(device), torch.no_grad():
         reasons = {}
         dense = []
@@ -81,22 +86,33 @@ def _probed(dtype: torch.dtype, head_dim: int, device: torch.device) -> tuple[tu
             if reasons[kernel.name] is None:
                 dense.append(kernel)
         reasons["varlen"] = probe(VARLEN, dtype, head_dim, device)
+        corner = ((True, PROBE_ROWS + FURTHER_KEYS),)
+        reasons["varlen, corner"] = reasons["varlen"] or probe(VARLEN, dtype, head_dim, device, corner)
     for name, reason in reasons.items():
         _log.info("attend_rows: %s of %s, %d wide: %s", name, dtype, head_dim, reason or "passed its probe")
-    return tuple(dense), reasons["varlen"] is None
+    return tuple(dense), reasons["varlen"] is None, reasons["varlen, corner"] is None
 
 
-def probe(kernel: Dense, dtype: torch.dtype, head_dim: int, device: torch.device) -> str | None:
-    """Why a kernel cannot be used; None when it agrees with the reference, causal and on a rectangle, both passes."""
+def probe(
+    kernel: Dense,
+    dtype: torch.dtype,
+    head_dim: int,
+    device: torch.device,
+    shapes: tuple[tuple[bool, int], ...] = ((True, PROBE_ROWS), (False, PROBE_ROWS - FURTHER_KEYS)),
+) -> str | None:
+    """Why a kernel cannot be used; None when it agrees with the reference, both passes.
+
+    `shapes`: whether it is causal, and with how many keys.
+    """
     generator = torch.Generator(device).manual_seed(0)
 
     def draw(heads: int, rows: int) -> Tensor:
         made = torch.randn(rows, heads, head_dim, generator=generator, device=device)
         return made.to(dtype).transpose(0, 1)
 
-    grad, query, key, value = (draw(heads, PROBE_ROWS) for heads in (4, 4, 2, 2))
-    for causal in (True, False):
-        columns = PROBE_ROWS if causal else PROBE_ROWS - 72
+    grad, query = (draw(4, PROBE_ROWS) for _ in range(2))
+    key, value = (draw(2, PROBE_ROWS + FURTHER_KEYS) for _ in range(2))
+    for causal, columns in shapes:
         pair = key[:, :columns], value[:, :columns]
         queries, keys = _probe_rows(columns, causal, device)
         wide = query.float(), pair[0].float(), pair[1].float()
@@ -117,11 +133,11 @@ def probe(kernel: Dense, dtype: torch.dtype, head_dim: int, device: torch.device
 
 
 def _probe_rows(columns: int, causal: bool, device: torch.device) -> tuple[Rows, Rows]:
-    place = torch.arange(PROBE_ROWS, device=device)
-    queries = Segments((0,), (PROBE_ROWS,), place if causal else place + columns)
+    place = torch.arange(columns, device=device)
+    last = columns if causal else columns + PROBE_ROWS
+    queries = Segments((0,), (PROBE_ROWS,), torch.arange(last - PROBE_ROWS, last, device=device))
     # The reference takes `valid` queries for such that need not see a key of their own.
-    keys = queries if causal else Segments((0,), (columns,), place[:columns], torch.ones_like(place[:columns]).bool())
-    return queries, keys
+    return queries, Segments((0,), (columns,), place, None if causal else torch.ones_like(place).bool())
 
 
 # ---- dense
