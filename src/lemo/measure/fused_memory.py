@@ -58,13 +58,19 @@ def saved_bytes(sizes: ModelSizes, rows: LayerRows, recompute: str) -> dict[str,
         # Under exact forward keys and values are those of the rows that pass gradient.
         found |= {"query": n * sizes.query * e, "key": frame * sizes.key * e, "value": frame * sizes.key * e}
     if level == "none":
-        # Under exact forward with a row behind them for the rows that are not kept.
-        kept = (n + rows.exact) * shape.ffn * e
+        kept = _kept_rows(rows) * shape.ffn * e
         found |= {"gate": kept, "up": kept} if shape.gated else {"gate": kept}
     skipped = 0 if rows.loss is not None else rows.stream - rows.runs
     if rows.bypass and skipped:
         found["bypass_rstd"] = skipped * wide
     return found
+
+
+def _kept_rows(rows: LayerRows) -> int:
+    """Rows of gate and up that level `none` keeps: picked up by chunks, with one behind them for those not wanted."""
+    from lemo.runtime.fused.mlp import CHUNK_ROWS
+
+    return rows.back + (rows.exact and rows.queries > CHUNK_ROWS)
 
 
 def parked_bytes(sizes: ModelSizes, rows: LayerRows, recompute: str) -> float:
@@ -211,7 +217,7 @@ class FusedLayerMemory:
         n, e, adapter = self.rows.queries, self.e, self.sizes.adapter
         keep = self.level == "none" and not self.rows.exact
         if self.level == "none" and not keep:
-            work.add(kept=self.ways * (self.rows.back + 1) * self.ffn * e)
+            work.add(kept=self.ways * _kept_rows(self.rows) * self.ffn * e)
         chunk = n if keep else min(n, self.chunk_rows)
         for turn in range(1 if keep else min(2, -(-n // max(1, self.chunk_rows)))):
             if turn and n < 2 * self.chunk_rows:
