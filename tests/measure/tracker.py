@@ -20,13 +20,14 @@ KERNELS = {
         "norm_rows",
         "norm_rows_backward",
         "rope_rows_",
+        "write_rows_",
         "attend_forward",
         "attend_backward",
         "attend_local",
         "attend_local_backward",
     ),
     "lemo.runtime.context": ("attend_local", "write_rows_"),
-    "lemo.runtime.fused.mlp": ("norm_rows", "norm_rows_backward", "gated_act", "gated_act_backward"),
+    "lemo.runtime.fused.mlp": ("norm_rows", "norm_rows_backward", "gated_act", "gated_act_backward", "write_rows_"),
     "lemo.runtime.fused.final": ("norm_rows", "norm_rows_backward"),
 }
 

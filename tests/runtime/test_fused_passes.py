@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -47,3 +49,16 @@ def test_maps_into_the_mlp_are_kept_over_chunks(family, mode, inputs, monkeypatc
     monkeypatch.setattr(mlp, "CHUNK_ROWS", 7)
     model = tiny_model(family, dtype=torch.float64)
     assert_equal_engines(model, plan_of(model, mode), inputs, recompute="none")
+
+
+@pytest.mark.parametrize("policy", ["topk", "threshold"])
+@pytest.mark.parametrize("inputs", [batch(48, supervised_from=30), ragged()], ids=["whole", "ragged"])
+@pytest.mark.parametrize(("mode", "kv"), [("skip", "all"), ("exact keys", "kept"), ("both keys", "all")])
+def test_gradients_of_queries_meet_those_of_keys(mode, kv, inputs, policy, monkeypatch):
+    """Rows that offer keys and run get both; under a threshold some of them are not valid."""
+    in_double(monkeypatch)
+    model = tiny_model(dtype=torch.float64)
+    plan = plan_of(model, mode, kv)
+    if policy == "threshold":
+        plan = replace(plan, policy=policy, layers=tuple(replace(x, threshold=0.1) for x in plan.layers))
+    assert_equal_engines(model, plan, inputs)

@@ -29,6 +29,7 @@ class Shape:
         rank: of the bypass.
         residual: one is added.
         flags: some rows are left alone.
+        add: values are added to what the rows hold.
         scale: of the bypass; small where a benchmark adds it again and again.
     """
 
@@ -37,6 +38,7 @@ class Shape:
     rank: int = 5
     residual: bool = False
     flags: bool = False
+    add: bool = False
     scale: float = 1.0
 
     def write(self, generator: torch.Generator) -> Inputs:
@@ -48,7 +50,7 @@ class Shape:
             made["residual_nM"] = draw()
         if self.flags:
             made["valid_n"] = torch.rand(self.rows, generator=generator) < 0.5
-        return made
+        return made | {"add": True} if self.add else made
 
     def bypass(self, generator: torch.Generator) -> Inputs:
         """Arguments of bypass_rows_."""
@@ -200,7 +202,7 @@ def _naive_bypass_backward(**inputs: Any) -> Tensor:
 
 def _write_bytes(inputs: Inputs) -> int:
     values = inputs["values_nM"]
-    return (2 + ("residual_nM" in inputs)) * values.numel() * values.element_size()
+    return (2 + ("residual_nM" in inputs) + inputs.get("add", False)) * values.numel() * values.element_size()
 
 
 def _bypass_bytes(inputs: Inputs) -> int:
@@ -253,6 +255,9 @@ SPECS = (
             Case("no rows", Shape(rows=0).write),
             Case("odd width", Shape((41, 77), residual=True).write),
             Case("wide", Shape((6, 5000), 3, residual=True, flags=True).write),
+            Case("added", Shape(add=True).write),
+            Case("added, residual, some not valid", Shape(add=True, residual=True, flags=True).write),
+            Case("added, odd width", Shape((41, 77), add=True, flags=True).write),
         ),
         benchmark_shapes=(Case("16384 of 32768 x 4096, residual", Shape((32768, 4096), 16384, residual=True).write),),
         flops=_no_flops,

@@ -79,7 +79,9 @@ def why_not(stream: Tensor, rank: int) -> str | None:
     return None
 
 
-def write(stream: Tensor, rows: Tensor, values: Tensor, residual: Tensor | None, valid: Tensor | None) -> None:
+def write(
+    stream: Tensor, rows: Tensor, values: Tensor, residual: Tensor | None, valid: Tensor | None, add: bool = False
+) -> None:
     """As write_rows_, for `stream` (N, M) contiguous."""
     width = stream.shape[1]
     padded_width = triton.next_power_of_2(width)
@@ -91,7 +93,8 @@ def write(stream: Tensor, rows: Tensor, values: Tensor, residual: Tensor | None,
         _write_kernel[(tiles,)](
             stream, rows.contiguous(), values.contiguous(), None if residual is None else residual.contiguous(),
             None if valid is None else valid.contiguous(), len(rows),
-            WIDTH=width, PADDED=padded_width, LINES=lines, num_warps=min(max(lines * padded_width // 1024, 4), 32),
+            WIDTH=width, PADDED=padded_width, LINES=lines, ADD=add,
+            num_warps=min(max(lines * padded_width // 1024, 4), 32),
         )  # fmt: skip
 
 
@@ -166,6 +169,7 @@ def _write_kernel(
     WIDTH: tl.constexpr,
     PADDED: tl.constexpr,
     LINES: tl.constexpr,
+    ADD: tl.constexpr,
 ):
     line = tl.program_id(0).to(tl.int64) * LINES + tl.arange(0, LINES)
     column = tl.arange(0, PADDED)
@@ -178,7 +182,10 @@ def _write_kernel(
     values = tl.load(values_ptr + here, mask=mask, other=0.0)
     if residual_ptr is not None:
         values = values.to(tl.float32) + tl.load(residual_ptr + here, mask=mask, other=0.0).to(tl.float32)
-    tl.store(stream_ptr + row[:, None] * WIDTH + column[None, :], values.to(stream_ptr.dtype.element_ty), mask=mask)
+    there = stream_ptr + row[:, None] * WIDTH + column[None, :]
+    if ADD:
+        values = values.to(tl.float32) + tl.load(there, mask=mask, other=0.0).to(tl.float32)
+    tl.store(there, values.to(stream_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit

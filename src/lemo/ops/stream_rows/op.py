@@ -24,9 +24,10 @@ def write_rows_(
     *,
     residual_nM: Tensor | None = None,
     valid_n: Tensor | None = None,
+    add: bool = False,
     backend: Backend = "auto",
 ) -> None:
-    """stream[rows] = values + residual, where valid; all other rows stay. No autograd.
+    """stream[rows] = values + residual, or += with `add`, where valid; all other rows stay. No autograd.
 
     Args:
         stream_NM: (..., M) floating and contiguous; leading dimensions are flattened to rows.
@@ -35,6 +36,7 @@ def write_rows_(
         values_nM: (n, M) contiguous, same dtype.
         residual_nM: (n, M) contiguous, same dtype, added; None for nothing.
         valid_n: (n,) bool; None when every row is written.
+        add: add to what the rows hold instead of replacing it.
         backend: `triton`, `reference`, or `auto` to take the kernel where it can run.
 
     Raises:
@@ -42,10 +44,10 @@ def write_rows_(
         ValueError: shapes, dtypes or devices do not fit.
 
     Cost:
-        2·n·M elements moved, 3·n·M with a residual.
+        2·n·M elements moved, n·M more with a residual and n·M more with `add`; no atomics.
 
     Numerics:
-        the sum in fp32 (fp64 for fp64), one rounding; without residual exact.
+        the sum in fp32 (fp64 for fp64), one rounding; of values alone exact.
 
     Source:
         LeMo section 4 (permutation-free kernels, residual add fused); docs/method.md.
@@ -61,11 +63,11 @@ def write_rows_(
     if settle_backend("write_rows_", backend, stream, lambda: _why_not_triton(stream, 0), stream.shape[1]) == "triton":
         from lemo.ops.stream_rows import kernel
 
-        kernel.write(stream, rows_n, values_nM, residual_nM, valid_n)
+        kernel.write(stream, rows_n, values_nM, residual_nM, valid_n, add)
         return
     with torch.no_grad():
         old_nM = stream.index_select(0, rows_n)
-        new_nM = write_rows_reference(old_nM, values_nM, residual_nM=residual_nM, valid_n=valid_n)
+        new_nM = write_rows_reference(old_nM, values_nM, residual_nM=residual_nM, valid_n=valid_n, add=add)
         stream.index_copy_(0, rows_n, new_nM)
 
 

@@ -9,12 +9,18 @@ from lemo.ops.scatter_rows.reference import inverse_rms_reference
 
 
 def write_rows_reference(
-    old_nM: Tensor, values_nM: Tensor, *, residual_nM: Tensor | None = None, valid_n: Tensor | None = None
+    old_nM: Tensor,
+    values_nM: Tensor,
+    *,
+    residual_nM: Tensor | None = None,
+    valid_n: Tensor | None = None,
+    add: bool = False,
 ) -> Tensor:
     """What write_rows_ leaves in rows that held `old_nM`; see `lemo.ops.write_rows_` for the contract."""
-    if residual_nM is not None:
+    if residual_nM is not None or add:
         wide = torch.promote_types(values_nM.dtype, torch.float32)
-        values_nM = (values_nM.to(wide) + residual_nM).to(values_nM.dtype)
+        sum_nM = values_nM.to(wide) if residual_nM is None else values_nM.to(wide) + residual_nM
+        values_nM = (sum_nM + old_nM if add else sum_nM).to(values_nM.dtype)
     return values_nM if valid_n is None else torch.where(valid_n[:, None], values_nM, old_nM)
 
 

@@ -15,6 +15,7 @@ from lemo.ops import (
     norm_rows,
     norm_rows_backward,
     rope_rows_,
+    write_rows_,
 )
 from lemo.ops.attend_rows.far import FarKeys
 from lemo.ops.attend_rows.reference import Rows
@@ -247,7 +248,9 @@ def project_back(
     if not want_input:
         return None
     assert frame is not None and queries is not None
-    return frame.index_add_(0, call.places_n, queries)
+    # Places are distinct: no atomics. Rows that are not valid pass no gradient.
+    write_rows_(frame, call.places_n, queries, valid_n=call.valid_n, add=True)
+    return frame
 
 
 def select_heads(heads: State, places: State) -> State:

@@ -371,7 +371,7 @@ class _Backward:
         if call.frame_rows is None:
             self.grad.add_(found)
         else:
-            self.grad.index_add_(0, call.frame_rows, found)
+            write_rows_(self.grad, call.frame_rows, found, add=True)
 
 
 def _all_of(call: FusedCall) -> FusedCall:
