@@ -109,12 +109,17 @@ def attend_passing(parts: LayerParts, heads: State, call: FusedCall) -> tuple[Te
     if not len(parted.far_n):
         return near_lO, near_Hl
     far_fO, far_Hf = attend(parts, heads | select_heads(heads, {"query": parted.far_n}), parted.far, call.keys)
-    output_nO = near_lO.new_empty(len(near_lO) + len(far_fO), near_lO.shape[1])
-    lse_Hn = near_Hl.new_empty(len(near_Hl), len(output_nO))
-    for places, output, lse in ((parted.near_n, near_lO, near_Hl), (parted.far_n, far_fO, far_Hf)):
-        output_nO.index_copy_(0, places, output)
-        lse_Hn.index_copy_(1, places, lse)
-    return output_nO, lse_Hn
+    lse_Hn = near_Hl.new_empty(len(near_Hl), len(near_lO) + len(far_fO))
+    lse_Hn.index_copy_(1, parted.near_n, near_Hl).index_copy_(1, parted.far_n, far_Hf)
+    return _together(parted, near_lO, far_fO), lse_Hn
+
+
+def _together(parted: PartedRows, near_lO: Tensor, far_fO: Tensor) -> Tensor:
+    """(n, O) rows of both kinds, in their places."""
+    rows_nO = near_lO.new_empty(len(near_lO) + len(far_fO), near_lO.shape[1])
+    write_rows_(rows_nO, parted.near_n, near_lO.contiguous())
+    write_rows_(rows_nO, parted.far_n, far_fO.contiguous())
+    return rows_nO
 
 
 def attend_frame(parts: LayerParts, heads: State, call: FusedCall) -> tuple[Tensor, Tensor]:
@@ -192,9 +197,8 @@ class AttentionBackward:
             self, heads=self.heads | select_heads(self.heads, {"query": far}), queries=parted.far, parted=None
         )
         grads = work.run(parts, *(t.index_select(0, far) for t in rows), lse_HN.index_select(1, far))
-        d_query = sums["query"].new_empty(len(rows[0]), *sums["query"].shape[1:])
-        d_query.index_copy_(0, near, sums["query"]).index_copy_(0, far, grads["query"])
-        return {"query": d_query} | {name: sums[name].add_(grads[name]) for name in ("key", "value")}
+        d_query = _together(parted, sums["query"].flatten(1), grads["query"].flatten(1))
+        return {"query": d_query.unflatten(1, (-1, parts.head_dim))} | {name: sums[name].add_(grads[name]) for name in ("key", "value")}
 
 
 def unturn_heads(
