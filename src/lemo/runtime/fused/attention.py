@@ -198,7 +198,9 @@ class AttentionBackward:
         )
         grads = work.run(parts, *(t.index_select(0, far) for t in rows), lse_HN.index_select(1, far))
         d_query = _together(parted, sums["query"].flatten(1), grads["query"].flatten(1))
-        return {"query": d_query.unflatten(1, (-1, parts.head_dim))} | {name: sums[name].add_(grads[name]) for name in ("key", "value")}
+        return {"query": d_query.unflatten(1, (-1, parts.head_dim))} | {
+            name: sums[name].add_(grads[name]) for name in ("key", "value")
+        }
 
 
 def unturn_heads(

@@ -265,11 +265,11 @@ class _Backward:
         chosen = grad_nM.index_select(0, mlp.rows_n)
         rows = None if self.rows is None else self.rows[mlp.rows_n]
         mlp_backward(self.parts, chosen, middle.index_select(0, mlp.rows_n), wide, self.gradients, rows)
-        grad_nM.index_copy_(0, mlp.rows_n, chosen)
+        write_rows_(grad_nM, mlp.rows_n, chosen)
         if mlp.down_MR is not None:
             rows = middle.index_select(0, mlp.skipped_s)
             skipped = mlp_bypass_backward(self.parts, grad_nM.index_select(0, mlp.skipped_s), rows, mlp, self.gradients)
-            grad_nM.index_copy_(0, mlp.skipped_s, skipped)
+            write_rows_(grad_nM, mlp.skipped_s, skipped)
 
     def _wants_frame(self) -> bool:
         """Whether the gradient of the normed frame is of use: for the stream, or for the norm's own tensors."""
