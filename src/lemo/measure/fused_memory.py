@@ -129,7 +129,7 @@ class FusedLayerMemory:
 
     def forward(self) -> None:
         """Runs the layer; what it saves stays."""
-        rows, sizes, e = self.rows, self.sizes, self.e
+        rows, e = self.rows, self.e
         frame, n, width = rows.frame, rows.queries, self.width
         with self.ledger.scope() as work:
             work.add(normed=frame * width * e, rstd=frame * self.wide)
@@ -139,11 +139,8 @@ class FusedLayerMemory:
             work.drop("normed")
             self._turn(work, n, frame)
             self._attend_forward(work, n)
-            if rows.split:
-                work.add(rows=n * width * e)
-            work.add(low=n * sizes.adapter.output * e, middle=n * width * e)
-            work.drop("low")
             self._save(work)
+            self._middle(work)
             self._mlp_forward(work)
         self._keep(1)
 
@@ -193,25 +190,42 @@ class FusedLayerMemory:
         work.drop("passing", "far")
 
     def _save(self, work: Scope) -> None:
-        """Copies for the backward pass, and the end of what it does not need."""
+        """Copies for the backward pass, and the end of what is not needed any more."""
         rows, e, width = self.rows, self.e, self.width
-        if rows.exact:
-            n = rows.passes
-            # All of them are copied, whatever the level keeps.
-            work.add(copies=n * (2 * width + 2 * self.sizes.query + 2 * self.sizes.key) * e)
-            work.add(copies=n * (1 + self.sizes.shape.heads) * self.wide)
-            if self.sizes.head_norms:
-                work.add(copies=n * (self.sizes.query + 2 * self.sizes.key) * e)
-        if rows.whole and (rows.keys or not rows.exact) and not (self.offload and rows.offers):
-            work.add(clone=rows.frame * width * e)
-        # Henceforth only what is saved, and the rows on their way into the MLP.
-        work.clear()
         # Gate and up come later.
         level = "mlp" if self.recompute == "none" else self.recompute
-        parked = parked_bytes(self.sizes, rows, level) if self.offload else 0.0
-        work.add(saved=sum(saved_bytes(self.sizes, rows, level).values()) - parked)
-        if rows.exact or self.level not in ("none", "mlp"):
-            work.add(middle=rows.queries * width * e)
+        saved = saved_bytes(self.sizes, rows, level)
+        saved.pop("middle", None)  # later, too
+        if rows.exact:
+            of_keys = () if rows.keys else ("frame", "rstd", "mean", "key", "value")
+            work.add(copies=sum(saved.get(name, 0.0) for name in ("output", "lse", "query", *of_keys)))
+        if rows.whole and (rows.keys or not rows.exact) and not (self.offload and rows.offers):
+            work.add(clone=rows.frame * width * e)
+        work.clear()
+        work.add(saved=sum(saved.values()) - (parked_bytes(self.sizes, rows, level) if self.offload else 0.0))
+        if rows.exact or self.level == "layer":
+            work.add(output=rows.queries * self.sizes.query * e)
+        if rows.exact and not rows.keys and not rows.whole:
+            work.add(frame=rows.frame * width * e)
+
+    @property
+    def _in_stream(self) -> bool:
+        """Rows between attention and MLP are written into the stream itself."""
+        return self.rows.exact and self.rows.whole and not self.rows.split
+
+    def _middle(self, work: Scope) -> None:
+        """The output projection. An adapter's update has memory of its own before it is added to the residual."""
+        rows, rank = self.rows, self.sizes.adapter.output
+        size = rows.queries * self.width * self.e
+        work.add(low=rows.queries * rank * self.e)
+        if self._in_stream or "frame" in work.names:
+            work.touch(size if rank else 0)
+        else:
+            work.add(middle=size)
+            work.touch(size if rank and rows.split else 0)
+        work.drop("low", "output")
+        if rows.exact and self.level in ("none", "mlp"):
+            work.add(saved=rows.back * self.width * self.e)
 
     def _mlp_forward(self, work: Scope) -> None:
         n, e, adapter = self.rows.queries, self.e, self.sizes.adapter
@@ -230,7 +244,8 @@ class FusedLayerMemory:
             if not keep:
                 work.drop("wide")
             work.names["act"] = work.names.pop("next_act")
-            work.add(low=chunk * adapter.down * e, update=chunk * self.width * e)
+            update = 0 if self._in_stream and not adapter.down else chunk * self.width * e
+            work.add(low=chunk * adapter.down * e, update=update)
             work.drop("low", "update")
 
     # ---- backward

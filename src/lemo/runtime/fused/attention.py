@@ -20,7 +20,7 @@ from lemo.ops import (
 from lemo.ops.attend_rows.far import FarKeys
 from lemo.ops.attend_rows.reference import Rows
 from lemo.runtime.context import attend_near, put_far
-from lemo.runtime.fused.call import FusedCall
+from lemo.runtime.fused.call import ExactRows, FusedCall
 from lemo.runtime.fused.maps import Gradients
 from lemo.runtime.fused.parts import LayerParts, Norm
 from lemo.runtime.rows import PartedRows
@@ -257,6 +257,22 @@ def project_back(
     # Places are distinct: no atomics. Rows that are not valid pass no gradient.
     write_rows_(frame, call.places_n, queries, valid_n=call.valid_n, add=True)
     return frame
+
+
+def kept_heads(heads: State, before: State, exact: ExactRows | None) -> State:
+    """Queries, keys and values that levels `none` and `mlp` keep: of rows that pass gradient, and keys that get some.
+
+    Where heads are normed, the projections `before` that are kept, and their norm and rotation made again.
+    """
+    if exact is not None:
+        places = {"query": exact.ran_n}
+        if not exact.keys:
+            places |= {"key": exact.places_n, "value": exact.places_n}
+        if before:
+            before = before | {n: before[n].index_select(0, p) for n, p in places.items()}
+        else:
+            heads = heads | select_heads(heads, places)
+    return {f"pre_{n}": t for n, t in before.items()} or {f"head_{n}": t for n, t in heads.items()}
 
 
 def select_heads(heads: State, places: State) -> State:

@@ -16,9 +16,9 @@ from lemo.runtime.fused.attention import (
     State,
     attend_frame,
     attend_passing,
+    kept_heads,
     make_heads,
     project_back,
-    select_heads,
     turn_heads,
     unturn_heads,
 )
@@ -120,13 +120,26 @@ class _Forward:
         heads = turn_heads(parts, call, state, (call.rows_n, call.frame_rows))
         output, lse = attend_frame(parts, heads, call)
         assert frame is not None
-        rows = frame if call.places_n is None else frame.index_select(0, call.places_n)
-        middle = _add_update(parts, rows, parts.output.forward(output, (0,), call.rows_n)[0])
         if self.needs_grad:
-            self._save(frame, rstd, mean, heads, before, output, lse, middle)
-        del state, before, heads, output, lse, rows, frame
+            self._save(frame, rstd, mean, heads, before, output, lse)
+        del state, before, heads, lse
+        middle = self._middle(frame, output)
+        del output, frame
+        if self.needs_grad and self.level in ("none", "mlp"):
+            self.saved["middle"] = middle if call.exact is None else middle.index_select(0, call.exact.ran_n)
         self._finish(middle)
         return self.saved
+
+    def _middle(self, frame: Tensor, output: Tensor) -> Tensor:
+        """Rows between attention and MLP: the stream itself, written over, where exact forward runs all of it."""
+        parts, call = self.parts, self.call
+        if call.places_n is not None:
+            return parts.output.add(output, frame.index_select(0, call.places_n), call.rows_n, parts.multiplier)
+        if call.exact is not None and (call.frame_rows is None or not call.exact.keys):
+            # Backward has its own copy of what it needs of the frame, which may be the stream.
+            into = self.stream if call.frame_rows is None else frame
+            return parts.output.add(output, into, call.rows_n, parts.multiplier)
+        return _add_update(parts, frame, parts.output.forward(output, (0,), call.rows_n)[0])
 
     def _save(
         self,
@@ -137,30 +150,23 @@ class _Forward:
         before: State,
         output: Tensor,
         lse: Tensor,
-        middle: Tensor,
     ) -> None:
-        call, saved = self.call, self.saved
-        exact = call.exact
-        if exact is not None:
-            places = {"query": exact.ran_n}
-            if not exact.keys:
-                places |= {"key": exact.places_n, "value": exact.places_n}
-                frame, rstd = frame.index_select(0, exact.places_n), rstd.index_select(0, exact.places_n)
-                mean = None if mean is None else mean.index_select(0, exact.places_n)
-                if not exact.pairs:
-                    saved |= {"all_key": heads["key"], "all_value": heads["value"]}
-            output, middle = output.index_select(0, exact.ran_n), middle.index_select(0, exact.ran_n)
-            lse, heads = lse.index_select(1, exact.ran_n), heads | select_heads(heads, places)
-            before = before | {n: before[n].index_select(0, p) for n, p in places.items() if n in before}
+        """What backward needs of all that comes before the output projection."""
+        call, saved, exact = self.call, self.saved, self.call.exact
+        if exact is not None and not exact.keys:
+            frame, rstd = frame.index_select(0, exact.places_n), rstd.index_select(0, exact.places_n)
+            mean = None if mean is None else mean.index_select(0, exact.places_n)
+            if not exact.pairs:
+                saved |= {"all_key": heads["key"], "all_value": heads["value"]}
         saved |= {"frame": frame, "rstd": rstd}
         if mean is not None:
             saved["mean"] = mean
-        if self.level != "layer":
+        if self.level != "layer" and exact is None:
             saved |= {"output": output, "lse": lse}
+        elif self.level != "layer":
+            saved |= {"output": output.index_select(0, exact.ran_n), "lse": lse.index_select(1, exact.ran_n)}
         if self.level in ("none", "mlp"):
-            # Where heads are normed, the projections are kept and their norm and rotation made again.
-            names = {f"pre_{k}": t for k, t in before.items()} or {f"head_{k}": t for k, t in heads.items()}
-            saved |= {"middle": middle} | names
+            saved |= kept_heads(heads, before, exact)
         self._offload()
         if "frame" in saved and call.frame_rows is None and (exact is None or exact.keys):
             # A frame that is the whole stream is the stream itself, which is about to be written over.
@@ -195,7 +201,11 @@ class _Forward:
             middle, rows_n = middle.index_select(0, chosen), rows_n[chosen]
             valid_n = None if valid_n is None else valid_n[chosen]
 
-        def write(rows: slice, update: Tensor) -> None:
+        def write(rows: slice, act: Tensor, numbers: Tensor | None) -> None:
+            if middle is stream:
+                parts.down.add(act, stream[rows], numbers, parts.multiplier)
+                return
+            update = parts.down.forward(act, (0,), numbers)[0]
             if parts.multiplier != 1.0:
                 update.mul_(parts.multiplier)
             if rows_n is None:
@@ -218,7 +228,7 @@ class _Forward:
 
 
 def _add_update(parts: LayerParts, rows: Tensor, update: Tensor) -> Tensor:
-    """rows + m·update, in the memory of the update."""
+    """rows + m·update, in the memory of the update: `rows` stay."""
     if parts.multiplier != 1.0:
         update.mul_(parts.multiplier)
     return update.add_(rows)
@@ -319,8 +329,11 @@ class _Backward:
             output, lse = attend_passing(parts, heads, call)
         else:
             output, lse = saved["output"], saved["lse"]
-        ran = frame if compact.places_n is None else frame.index_select(0, compact.places_n)
-        middle = _add_update(parts, ran, parts.output.forward(output, (0,), self.rows)[0])
+        if compact.places_n is None:
+            middle = _add_update(parts, frame, parts.output.forward(output, (0,), self.rows)[0])
+        else:
+            ran = frame.index_select(0, compact.places_n)
+            middle = parts.output.add(output, ran, self.rows, parts.multiplier)
         return heads, before, normed, output, lse, middle
 
     def _attention(self, grad_nM: Tensor, heads: State, before: State, output: Tensor, lse: Tensor) -> State:

@@ -25,18 +25,18 @@ def chunks(rows: int) -> Iterator[slice]:
 def run_mlp(
     parts: LayerParts,
     middle_nM: Tensor,
-    write: Callable[[slice, Tensor], None],
+    write: Callable[[slice, Tensor, Tensor | None], None],
     *,
     rows_n: Tensor | None,
     keep: bool,
     only_m: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Update of the MLP, handed to `write` chunk by chunk before the layer's multiplier.
+    """The MLP up to its last map, which `write` applies chunk by chunk.
 
     Args:
         parts: the layer.
-        middle_nM: (n, M) rows between attention and MLP.
-        write: takes a slice of the rows and their update (rows, M).
+        middle_nM: (n, M) rows between attention and MLP; `write` may overwrite those of its chunk.
+        write: takes a slice of the rows, their activation (rows, F), and their flat rows where dropout draws by them.
         rows_n: flat rows; None for the whole stream.
         keep: return the maps into the MLP, for backward.
         only_m: places of the rows for which they are returned; None for all.
@@ -56,7 +56,7 @@ def run_mlp(
         elif keep:
             kept = dict(zip(("gate", "up"), wide, strict=False))
         del wide
-        write(rows, parts.down.forward(act, (0,), numbers)[0])
+        write(rows, act, numbers)
     return kept if few is None else dict(zip(("gate", "up"), few.found(), strict=False))
 
 
