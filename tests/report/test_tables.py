@@ -21,13 +21,32 @@ def record(name: str, samples, unit: str = "nats", statistic: str = "mean", **ch
     return dataclasses.replace(made, **changes)
 
 
-def test_readme_tables_are_those_of_the_records():
-    text = (ROOT / "README.md").read_text()
+@pytest.mark.parametrize("document", ["README.md", "docs/results.md", "docs/guide/estimate.md"])
+def test_tables_are_those_of_the_records(document):
+    text = (ROOT / document).read_text()
     records = read_records(sorted((ROOT / "benchmarks" / "results").glob("*.jsonl")))
     assert tables.fill(text, records) == text, (
-        "run `python -m lemo.report.tables README.md benchmarks/results/*.jsonl` and commit the result"
+        f"run `python -m lemo.report.tables {document} benchmarks/results/*.jsonl` and commit the result"
     )
     assert "<!-- records:" in text
+
+
+def test_estimates_are_listed_with_what_was_measured():
+    keys = [
+        "shape=a tokens=4096 keep=1.0 kv=all recompute=none engine=plain",
+        "shape=b tokens=8 keep=0.3 kv=kept layers=2",
+    ]
+    keys[1] += " recompute=lin engine=fused offload=True"
+    setting = {"statistic": "mean", "within": 0.1, "errors": dict(zip(keys, [0.01, -0.2], strict=True))}
+    setting["peaks_bytes"] = dict.fromkeys(keys, 2**30)
+    name = "estimate/within_ten_percent"
+    made = Record.measure(name, "share", [1.0, 0.0], setting, script="s.py", seeds=[0])
+    lines = tables.TABLES["estimate"]([made]).splitlines()
+    assert lines[0] == "1 of 2 points within 10%."
+    assert [part.strip() for part in lines[4].split("|")[1:-1]] == [
+        "b, 2 layers", "8", "keep 0.3, kv kept", "fused", "lin, offload", "1.00", "-20.0%",
+    ]  # fmt: skip
+    assert "dense" in lines[5]
 
 
 def test_a_study_has_one_line_per_variant():

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lemo.errors import DataError
+from lemo.measure.memory import GIB
 from lemo.measure.record import Record, read_records
 from lemo.report.method_names import name_method
 
@@ -115,9 +116,30 @@ def bar_table(records: Sequence[Record]) -> str:
     return markdown(["bar", "value", "unit", "device", "measured", "by"], rows)
 
 
+def estimate_table(records: Sequence[Record]) -> str:
+    """Measured peak of every held-out point beside the estimate's error, largest first."""
+    found = latest(records, "estimate/within_ten_percent")
+    if not found:
+        return NOT_MEASURED
+    setting = found[0].setting
+    rows = []
+    for key, error in sorted(setting["errors"].items(), key=lambda item: -abs(item[1])):
+        point = dict(part.split("=", 1) for part in key.split())
+        shape = point["shape"] + (f", {point['layers']} layers" if "layers" in point else "")
+        what = point.get("preset") or ("dense" if point["keep"] == "1.0" else f"keep {point['keep']}, kv {point['kv']}")
+        how = point["recompute"] + (", offload" if "offload" in point else "")
+        peak = setting["peaks_bytes"][key] / GIB
+        rows.append([shape, f"{int(point['tokens']):,}", what, point["engine"], how, f"{peak:.2f}", f"{error:+.1%}"])
+    heading = ["shape", "tokens", "rows", "engine", "recompute", "peak, GiB", "estimate off by"]
+    close = sum(abs(error) <= setting["within"] for error in setting["errors"].values())
+    text = f"{close} of {len(rows)} points within {setting['within']:.0%}."
+    return f"{text}\n\n{markdown(heading, rows)}\n\n{found[0].device}, {found[0].time[:10]}, `{found[0].script}`."
+
+
 TABLES: dict[str, Callable[[Sequence[Record]], str]] = {
     "bars": bar_table,
     "training": training_table,
+    "estimate": estimate_table,
     "demo": _study_table(
         "demo",
         {
