@@ -150,6 +150,7 @@ class AttentionBackward:
         own: keys and values (G, n, D) of the query rows when all others are constants.
         far: the far keys that count; None for all.
         parted: the queries, when some of them attend locally.
+        start: gradients (G, K, D) of keys and values to which these are added, in place; None for none.
     """
 
     heads: State
@@ -158,6 +159,7 @@ class AttentionBackward:
     own: tuple[Tensor, Tensor] | None = None
     far: FarKeys | None = None
     parted: PartedRows | None = None
+    start: tuple[Tensor, Tensor] | None = None
 
     def run(self, parts: LayerParts, grad_nO: Tensor, output_nO: Tensor, lse_HN: Tensor) -> State:
         """Gradients of `query`, `key`, `value`: (rows, heads, D)."""
@@ -177,30 +179,28 @@ class AttentionBackward:
             window=parts.window,
             own=self.own,
             far=self.far,
+            start=self.start,
         )
         return {name: g.transpose(0, 1) for name, g in zip(("query", "key", "value"), grads, strict=True)}
 
     def _run_parted(self, parted: PartedRows, parts: LayerParts, rows: tuple[Tensor, Tensor], lse_HN: Tensor) -> State:
-        """Gradients from local loss rows, then those from far rows beside or on top of them."""
+        """Gradients from local loss rows, to whose sums those from far rows are added."""
         near = parted.near_n
         query = select_heads(self.heads, {"query": near})["query"]
         grad, output = (t.index_select(0, near).unflatten(-1, (-1, parts.head_dim)).transpose(0, 1) for t in rows)
         operands = (grad, query, self.heads["key"], self.heads["value"], output, lse_HN.index_select(1, near))
         local = parted.local.windowed(parts.window)
-        found = attend_local_backward(*operands, local, scaling=parts.scaling)
-        sums = {name: g.transpose(0, 1) for name, g in zip(("query", "key", "value"), found, strict=True)}
-        del grad, query, output, operands, found
+        near_query, *pair = attend_local_backward(*operands, local, scaling=parts.scaling)
+        sums = near_query.transpose(0, 1)
+        del grad, query, output, operands, near_query
         if not len(parted.far_n):
-            return sums
+            return {"query": sums, "key": pair[0].transpose(0, 1), "value": pair[1].transpose(0, 1)}
         far = parted.far_n
-        work = replace(
-            self, heads=self.heads | select_heads(self.heads, {"query": far}), queries=parted.far, parted=None
-        )
+        heads = self.heads | select_heads(self.heads, {"query": far})
+        work = replace(self, heads=heads, queries=parted.far, parted=None, start=(pair[0], pair[1]))
         grads = work.run(parts, *(t.index_select(0, far) for t in rows), lse_HN.index_select(1, far))
-        d_query = _together(parted, sums["query"].flatten(1), grads["query"].flatten(1))
-        return {"query": d_query.unflatten(1, (-1, parts.head_dim))} | {
-            name: sums[name].add_(grads[name]) for name in ("key", "value")
-        }
+        d_query = _together(parted, sums.flatten(1), grads["query"].flatten(1))
+        return grads | {"query": d_query.unflatten(1, (-1, parts.head_dim))}
 
 
 def unturn_heads(
