@@ -161,10 +161,10 @@ class _Forward:
         saved |= {"frame": frame, "rstd": rstd}
         if mean is not None:
             saved["mean"] = mean
-        if self.level != "layer" and exact is None:
+        if self.level != "layer":
+            if exact is not None:
+                output, lse = output.index_select(0, exact.ran_n), lse.index_select(1, exact.ran_n)
             saved |= {"output": output, "lse": lse}
-        elif self.level != "layer":
-            saved |= {"output": output.index_select(0, exact.ran_n), "lse": lse.index_select(1, exact.ran_n)}
         if self.level in ("none", "mlp"):
             saved |= kept_heads(heads, before, exact)
         self._offload()
