@@ -74,6 +74,24 @@ for found, wanted in zip(first, expected):
     torch.testing.assert_close(found, wanted, rtol=2e-3, atol=2e-3, check_dtype=False)
 """
 
+COPIES = """
+import torch
+from lemo.ops.attend_local.kernel import sum_copies
+from lemo.testing import poisoned_allocations
+
+draw = torch.Generator().manual_seed(0)
+for width, dtype in ((48, torch.float16), (2100, torch.float32)):  # no power of two; more than one program takes
+    table = torch.randn(30, width, generator=draw).to(dtype)
+    counts = torch.tensor([2, 0, 1, 20, 0, 3, 4, 0])
+    order, first = torch.randperm(30, generator=draw), torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    with poisoned_allocations():
+        found = sum_copies(table, order, first)
+    exact = torch.stack([part.double().sum(0) for part in table[order].split(counts.tolist())])
+    assert found.dtype == dtype and not found[[1, 4, 7]].any()
+    torch.testing.assert_close(found.double(), exact, rtol=1e-3, atol=1e-5 if dtype == torch.float32 else 4e-3)
+assert sum_copies(table, order[:0], first[:1]).shape == (0, 2100)
+"""
+
 OPS = [
     "attend_local",
     "attend_rows",
@@ -102,6 +120,11 @@ def test_kernels_meet_their_reference(op):
 def test_local_attention_goes_on_from_a_vendors_start():
     """With a stand-in for the vendor's kernel; what memory held before makes no difference to any bit."""
     _interpreted(STARTED)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_copies_gradients_are_summed_by_key():
+    _interpreted(COPIES)
 
 
 def _interpreted(*program: str) -> str:

@@ -1,4 +1,4 @@
-"""Triton kernel of attend_local: two parts of one softmax become one."""
+"""Triton kernels of attend_local: two parts of one softmax become one, and copies' gradients one sum."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from lemo.ops.backend import on_device_of, padded
 
 Pair = tuple[Tensor, Tensor]
 ROWS, WARPS = 32, 4
+WIDTH = 2048  # numbers of a row that a program sums
 
 
 def put_merged(first: Pair, second: Pair, into: Pair) -> None:
@@ -29,6 +30,41 @@ def put_merged(first: Pair, second: Pair, into: Pair) -> None:
         _merge_kernel[(batch * triton.cdiv(rows, ROWS), heads)](
             *outputs, *sums, *strides, rows, HEAD_DIM=head_dim, PADDED_DIM=padded(head_dim), ROWS=ROWS, num_warps=WARPS
         )
+
+
+def sum_copies(table_CO: Tensor, order_C: Tensor, first_K: Tensor) -> Tensor:
+    """Sum of the rows `order_C[first_K[k]:first_K[k + 1]]` of a table for every key k: (K, O), 0 for none.
+
+    Args:
+        table_CO: (C, O) rows, contiguous.
+        order_C: (C,) int64 rows of the table, key after key.
+        first_K: (K + 1,) int64 where each key's begin; the last is C.
+
+    Returns:
+        (K, O) in the dtype of the table, summed in fp32 in the order of `order_C`.
+    """
+    keys, width = len(first_K) - 1, table_CO.shape[1]
+    found = table_CO.new_empty(keys, width)
+    if found.numel() == 0:
+        return found
+    size = min(WIDTH, triton.next_power_of_2(width))
+    with on_device_of(table_CO):
+        _sum_kernel[(keys, triton.cdiv(width, size))](
+            table_CO, order_C, first_K, found, width, WIDTH=size, num_warps=WARPS
+        )
+    return found
+
+
+@triton.jit
+def _sum_kernel(table_ptr, order_ptr, first_ptr, found_ptr, width, WIDTH: tl.constexpr):
+    key = tl.cast(tl.program_id(0), tl.int64)
+    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    inside = column < width
+    total = tl.zeros((WIDTH,), dtype=tl.float32)
+    for at in range(tl.load(first_ptr + key), tl.load(first_ptr + key + 1)):
+        row = tl.load(order_ptr + at)
+        total += tl.load(table_ptr + row * width + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(found_ptr + key * width + column, total.to(found_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit

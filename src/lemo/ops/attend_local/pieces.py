@@ -92,7 +92,7 @@ class Runs:
     Attributes:
         calls: the runs as sequences, with their gathered keys, as many at a time as a call takes.
         order_C: (gathered keys of all calls,) int64 which they are, in the order of the keys that they are copies of.
-        first_K: (K,) int64 the first copy of each key in this order.
+        first_K: (K + 1,) int64 the first copy of each key in this order, and the number of copies.
     """
 
     calls: tuple[Rectangle, ...]
@@ -193,7 +193,8 @@ def find_runs(local: LocalRows) -> Runs | None:
         return None
     counts_K = torch.bincount(copies_C, minlength=len(local.keys.position_N))
     device = local.keys.position_N.device
-    order_C, first_K = (_sent(t, device) for t in (torch.argsort(copies_C, stable=True), counts_K.cumsum(0) - counts_K))
+    firsts_K = torch.cat([counts_K.new_zeros(1), counts_K.cumsum(0)])
+    order_C, first_K = (_sent(t, device) for t in (torch.argsort(copies_C, stable=True), firsts_K))
     return Runs(tuple(call.upload(device, causal=True) for call in calls), order_C, first_K)
 
 

@@ -11,7 +11,6 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lemo.ops.attend_local.pieces import Runs
 from lemo.ops.attend_local.plan import LocalRows
@@ -144,6 +143,8 @@ def backward_runs(tensors: tuple[Tensor, ...], runs: Runs, scaling: float) -> Tr
         runs: the queries, of which each is in one.
         scaling: factor of the scores.
     """
+    from lemo.ops.attend_local.kernel import sum_copies
+
     grad, query, key, value, output, lse = tensors
     if not runs.calls:
         return tuple(like_rows(t, False) for t in (query, key, value))  # type: ignore[return-value]
@@ -160,8 +161,7 @@ def backward_runs(tensors: tuple[Tensor, ...], runs: Runs, scaling: float) -> Tr
     for copies in gathered:
         table = copies[0] if len(copies) == 1 else torch.cat(copies)
         copies.clear()
-        # The sum of some rows of a table, for every key: in fp32, in a fixed order.
-        found_KO = F.embedding_bag(runs.order_C, table, runs.first_K, mode="sum")
+        found_KO = sum_copies(table, runs.order_C, runs.first_K)
         sums.append(found_KO.unflatten(1, (len(key), -1)).transpose(0, 1))
     return d_query, sums[0], sums[1]
 
