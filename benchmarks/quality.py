@@ -4,8 +4,8 @@
     python -m benchmarks.quality list [GRID]          # cells, predicted seconds, FLOPs, ideal gains
     python -m benchmarks.quality compare              # Records of gaps and bars, from the cells' Records
 
-Several GPUs share a grid by --share 1/4 and so on, each with an --out of its own; --known names Records of cells that
-are done. Where several processes share one GPU, --untimed leaves out what that spoils.
+Several processes run one grid with the same --claims FOLDER, new for every run, and an --out of their own each; --known
+names Records of cells that are done. Where several share one GPU, --untimed leaves out what that spoils.
 
 FOLDERs of model and data are what `benchmarks/prepare_data.py` writes; the protocol stands in `quality_study.py`, the
 methods in `quality_methods.py`, the grids in `quality_grids.py`. A cell is one trained adapter. Its Records share
@@ -58,31 +58,24 @@ class Grid:
         files = [*options.known, *([options.out] if options.out.exists() else [])]
         self.records = [record for file in files for record in read_records(file)]
         self.cells = [shortened(cell, options) for cell in GRIDS[options.grid]]
-        if options.only:
-            self.cells = [cell for cell in self.cells if cell.method in options.only]
-        if options.seeds:
-            self.cells = [cell for cell in self.cells if cell.seed in options.seeds]
-        if options.share != (1, 1):
-            self.cells = self.mine(*options.share)
+        self.cells = chosen(self.cells, options)
+        self.claimed: set[str] = set()
 
-    def mine(self, place: int, places: int) -> list[Cell]:
-        """One of several equal shares of what is left to do; cells that need one calibration stay together."""
-        groups: dict[str, list[Cell]] = {}
-        for cell in (cell for cell in self.cells if not self.done(cell)):
-            plan = cell.spec.plan
-            fitted = plan is not None and plan.needs_fit
-            key = (
-                self.study.plan_folder(plan, cell.spec).name if fitted else f"{self.setting(cell)['cell']} {cell.seed}"
-            )
-            groups.setdefault(key, []).append(cell)
-        shares: list[list[Cell]] = [[] for _ in range(places)]
-        spent = [0.0] * places
-        for group in sorted(groups.values(), key=lambda cells: -sum(map(self.predicted, cells))):
-            least = spent.index(min(spent))
-            shares[least] += group
-            spent[least] += sum(map(self.predicted, group))
-        order = {id(cell): number for number, cell in enumerate(self.cells)}
-        return sorted(shares[place - 1], key=lambda cell: order[id(cell)])
+    def claim(self, cell: Cell) -> bool:
+        """Whether this process may run the cell: no other has claimed it, or one that needs the same calibration."""
+        if self.options.claims is None:
+            return True
+        plan, setting = cell.spec.plan, self.setting(cell)
+        fitted = plan is not None and plan.needs_fit
+        key = self.study.plan_folder(plan, cell.spec).name if fitted else f"{setting['cell']}-{cell.seed}"
+        if key not in self.claimed:
+            self.options.claims.mkdir(parents=True, exist_ok=True)
+            try:
+                (self.options.claims / key).touch(exist_ok=False)
+            except FileExistsError:
+                return False
+            self.claimed.add(key)
+        return True
 
     def rate(self, cell: Cell) -> float:
         """The cell's learning rate: its own, the command's, or the best of the sweep with this protocol."""
@@ -136,8 +129,10 @@ class Grid:
                 continue
             needed = self.predicted(cell)
             spent = time.perf_counter() - start + self.options.started_seconds
-            if missing or spent + needed > self.options.budget_seconds:
+            if spent + needed > self.options.budget_seconds:
                 missing.append(cell)
+                continue
+            if not self.claim(cell):
                 continue
             began = time.perf_counter()
             self.run_cell(cell)
@@ -256,6 +251,20 @@ def _swept_at(records: Sequence[Record], protocol: Protocol, model: str, window:
     return best
 
 
+def chosen(cells: Sequence[Cell], options: argparse.Namespace) -> list[Cell]:
+    """The cells of the command line's methods, with its seeds, whichever the grid has.
+
+    Raises:
+        LookupError: no cell is left.
+    """
+    found = [cell for cell in cells if not options.only or cell.method in options.only]
+    if options.seeds:
+        found = list(dict.fromkeys(replace(cell, seed=seed) for seed in options.seeds for cell in found))
+    if not found:
+        raise LookupError(f"grid {options.grid} has none of the methods {', '.join(options.only)}")
+    return found
+
+
 def shortened(cell: Cell, options: argparse.Namespace) -> Cell:
     """The cell with the steps of the command line, if any."""
     if options.steps is None:
@@ -299,13 +308,6 @@ def list_grids(options: argparse.Namespace) -> int:
     return 0
 
 
-def _share(text: str) -> tuple[int, int]:
-    place, _, places = text.partition("/")
-    if not (place.isdigit() and places.isdigit() and 1 <= int(place) <= int(places)):
-        raise argparse.ArgumentTypeError(f"{text!r} is no share such as 1/4")
-    return int(place), int(places)
-
-
 def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
@@ -320,11 +322,11 @@ def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--budget-seconds", type=float, default=float("inf"), help="start no cell that would end later than this")
     add("--started-seconds", type=float, default=START_SECONDS, help="seconds of the budget that the start takes")
     add("--only", type=lambda text: text.split(","), help="methods, separated by commas")
-    add("--seeds", type=lambda text: [int(s) for s in text.split(",")])
+    add("--seeds", type=lambda text: [int(s) for s in text.split(",")], help="instead of the grid's")
     add("--learning-rate", type=float, help="instead of the best of the sweep")
     add("--domains", type=lambda text: text.split(","), help=f"instead of {','.join(DOMAINS)}")
     add("--known", type=lambda text: [Path(name) for name in text.split(",")], default=[], help="Records of done cells")
-    add("--share", type=_share, default=(1, 1), help="which of how many shares of the cells, 1/4 to 4/4")
+    add("--claims", type=Path, help="folder in which processes that run one grid say which cells they took")
     add("--untimed", action="store_true", help="write no times: other processes use the GPU")
     for name in ("steps", "window", "batch", "rank", "validation-windows", "calibration-windows", "predictor-steps"):
         add(f"--{name}", type=int, help="instead of the protocol's")
@@ -343,8 +345,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return list_grids(options)
     if options.verb == "compare":
         return write_comparisons(options.out)
-    grid = Grid(options)
     try:
+        grid = Grid(options)
         grid.run()
     except LookupError as error:
         print(f"error: {error}", file=sys.stderr)

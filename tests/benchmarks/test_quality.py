@@ -127,21 +127,45 @@ def test_far_rows_are_drawn_as_without_local_ones(inputs: Path):
         assert more.sum() > few.sum() and not (few & ~more).any() and "local_rows" not in batch
 
 
-def test_shares_of_a_grid_are_all_of_it_once(inputs: Path, tmp_path: Path, monkeypatch):
+def test_processes_of_one_grid_run_every_cell_once(inputs: Path, tmp_path: Path, monkeypatch):
     monkeypatch.setitem(GRIDS, "pilot", [Cell(n, s) for s in (0, 1) for n in ("dense_all", "balanced", *RANKED)])
     monkeypatch.setattr(quality.Grid, "done", lambda self, cell: cell == Cell("balanced", 1))
-    found = []
-    for place in (1, 2, 3):
-        more = ("--learning-rate", "1e-2", "--share", f"{place}/3")
-        grid = quality.Grid(quality.read_options(_options(inputs, tmp_path / "r.jsonl", "pilot", *more)))
-        assert grid.cells, "everyone has something to do"
-        found.append(grid.cells)
-    cells = [cell for part in found for cell in part]
+    more = ("--learning-rate", "1e-2", "--claims", str(tmp_path / "claims"))
+    options = quality.read_options(_options(inputs, tmp_path / "r.jsonl", "pilot", *more))
+    first, second = quality.Grid(options), quality.Grid(options)
+    ran = []
+    monkeypatch.setattr(second, "run_cell", lambda cell: ran.append((2, cell)))
+
+    def run_first(cell):
+        ran.append((1, cell))
+        second.run() if len(ran) == 1 else None
+
+    monkeypatch.setattr(first, "run_cell", run_first)
+    assert first.run() == 0
+    cells = [cell for _, cell in ran]
     assert set(cells) == set(GRIDS["pilot"]) - {Cell("balanced", 1)} and len(cells) == len(set(cells))
+    assert {who for who, _ in ran} == {1, 2}
     for method in RANKED:
-        assert len({number for number, part in enumerate(found) for c in part if c.method == method}) == 1
-    with pytest.raises(SystemExit):
-        quality.read_options(_options(inputs, tmp_path / "r.jsonl", "pilot", "--share", "4/3"))
+        assert len({who for who, cell in ran if cell.method == method}) == 1, "one calibration, one process"
+
+
+def test_a_cell_that_does_not_fit_leaves_room_for_shorter_ones(inputs: Path, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setitem(GRIDS, "pilot", [Cell("balanced", 0), Cell("dense_all", 0)])
+    more = ("--learning-rate", "1e-2", "--budget-seconds", "50", "--started-seconds", "0")
+    grid = quality.Grid(quality.read_options(_options(inputs, tmp_path / "r.jsonl", "pilot", *more)))
+    monkeypatch.setattr(grid, "predicted", lambda cell: 90.0 if cell.method == "balanced" else 10.0)
+    ran = []
+    monkeypatch.setattr(grid, "run_cell", ran.append)
+    assert grid.run() == 1 and ran == [Cell("dense_all", 0)]
+    assert "balanced seed 0 comes next" in capsys.readouterr().out
+
+
+def test_seeds_of_the_command_line_replace_those_of_the_grid(inputs: Path, tmp_path: Path, capsys):
+    more = ("--learning-rate", "1e-2", "--seeds", "3,4", "--only", "local_12_40")
+    grid = quality.Grid(quality.read_options(_options(inputs, tmp_path / "r.jsonl", "explore", *more)))
+    assert [(cell.method, cell.seed) for cell in grid.cells] == [("local_12_40", 3), ("local_12_40", 4)]
+    assert quality.main(_options(inputs, tmp_path / "r.jsonl", "main", "--only", "local_12_40")) == 2
+    assert "grid main has none of the methods local_12_40" in capsys.readouterr().err
 
 
 def test_a_grid_needs_a_swept_rate(inputs: Path, tmp_path: Path, capsys):
