@@ -106,6 +106,30 @@ def make_plan(model: Any, run: RunConfig, tokenizer: Any, folder: str | Path | N
     )
 
 
+def describe_plan(plan: Plan, window_tokens: int) -> list[str]:
+    """What a run prints about its plan, for samples of at most `window_tokens`."""
+    sparse = [layer for layer in plan.layers if not layer.is_dense]
+    if not sparse:
+        return ["plan: every layer dense"]
+    forward = sum(layer.forward_ratio for layer in sparse) / len(sparse)
+    backward = sum(layer.backward_ratio for layer in sparse) / len(sparse)
+    does = "skip rows" if forward < 1 else f"run every row forward, gradient {plan.gradient}"
+    lines = [
+        f"plan: {len(sparse)} of {len(plan.layers)} layers {does}; forward {forward:.2f}, "
+        f"backward {backward:.2f}, blocks of {plan.block_size}, {plan.scorer} / {plan.policy}, kv {plan.kv}"
+    ]
+    chunk = plan.context_window
+    if chunk is not None and window_tokens > 2 * chunk:
+        rows = "rows without gradient and local loss rows see their chunk, the one before and the first block"
+        lines.append(f"  context window: in documents of more than {2 * chunk:,} rows, {rows}")
+    elif chunk is not None:
+        lines.append(
+            f"  context window: no sample has more than {2 * chunk:,} rows, two chunks of {chunk:,}, so every row sees "
+            "all rows before it, and local loss rows are far ones"
+        )
+    return lines
+
+
 def calibration_batches(run: RunConfig, tokenizer: Any, model: Any) -> list[dict[str, Any]]:
     """Windows of the training data as calibration reads them, with loss rows drawn as in training.
 

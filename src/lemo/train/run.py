@@ -23,7 +23,7 @@ from lemo.train.data import DataReport, WindowDataset, load_windows
 from lemo.train.distributed import Processes
 from lemo.train.lora import add_adapter, check_targets, save_adapter, trainable_parameters
 from lemo.train.model import load_model, load_tokenizer, resolve_path
-from lemo.train.planning import make_plan, skeleton_plan, training_collator, validation_batches
+from lemo.train.planning import describe_plan, make_plan, skeleton_plan, training_collator, validation_batches
 from lemo.train.refit import refitting
 from lemo.train.sources import list_sources, needs_tokenizer
 from lemo.train.trainer import LemoTrainer
@@ -185,18 +185,10 @@ class _Session:
             self.processes.from_main(make)
         # Only the first process calibrates; the others read what it saved.
         plan = made[0] if made else Plan.load(self.folder.plan)
-        sparse = [layer for layer in plan.layers if not layer.is_dense]
-        if not sparse:
-            self._say("plan: every layer dense")
-            return plan
-        forward = sum(layer.forward_ratio for layer in sparse) / len(sparse)
-        backward = sum(layer.backward_ratio for layer in sparse) / len(sparse)
-        does = "skip rows" if forward < 1 else f"run every row forward, gradient {plan.gradient}"
-        self._say(
-            f"plan: {len(sparse)} of {len(plan.layers)} layers {does}; forward {forward:.2f}, "
-            f"backward {backward:.2f}, blocks of {plan.block_size}, {plan.scorer} / {plan.policy}, kv {plan.kv}"
-        )
-        if plan.block_size != self.run.sparsity.block_size and self.run.loss_rows.share < 1:
+        for line in describe_plan(plan, self.run.data.window_tokens):
+            self._say(line)
+        dense = all(layer.is_dense for layer in plan.layers)
+        if not dense and plan.block_size != self.run.sparsity.block_size and self.run.loss_rows.share < 1:
             raise ConfigError(
                 f"sparsity.block_size is {self.run.sparsity.block_size}, but the plan has blocks of {plan.block_size}; "
                 "loss rows would straddle blocks. Set sparsity.block_size to the plan's"
