@@ -104,12 +104,12 @@ class Point:
     @property
     def gradient(self) -> Any:
         """Of exact forward."""
-        return "rows" if self.preset is None else PRESETS[self.preset].gradient
+        return "rows" if self.preset is None else PRESETS[self.preset].sparsity["gradient"]
 
     @property
     def dense_layers(self) -> tuple[int, ...]:
         """Layers that leave nothing out."""
-        return (0, -1) if self.preset is None else PRESETS[self.preset].dense_layers
+        return (0, -1) if self.preset is None else tuple(PRESETS[self.preset].sparsity["dense_layers"])
 
     @property
     def scorer(self) -> str:
@@ -155,9 +155,9 @@ class Point:
 
 def exact(shape: str, tokens: int, recompute: str, preset: str = "balanced", **more: Any) -> Point:
     """A point with the ratios of a preset in which every row runs forward."""
-    chosen = PRESETS[preset]
-    ratios = {"keep": chosen.backward_ratio, "forward": chosen.forward_ratio, "kv": chosen.kv}
-    return Point(shape, tokens, recompute, preset=preset, **ratios, **more)
+    chosen = PRESETS[preset].sparsity
+    ratios = {"keep": chosen["backward_ratio"], "forward": chosen["forward_ratio"]}
+    return Point(shape, tokens, recompute, preset=preset, kv="all", **ratios, **more)
 
 
 @lru_cache(maxsize=64)

@@ -17,6 +17,7 @@ from lemo.cli.recipe import build_run, load_recipe, parse_yaml
 from lemo.cli.schema import describe_fields, recipe_schema
 from lemo.config import RunConfig, resolved
 from lemo.errors import ConfigError, DataError
+from lemo.train.planning import needs_calibration
 from lemo.train.survey import DataFacts, MachineFacts, survey_data, survey_model
 from tests.train.test_chat import PLAIN, TALK
 from tests.train.tiny import byte_tokenizer, save_tiny_model, words
@@ -64,7 +65,7 @@ def test_one_text_file_trains_as_it_stands(model, tmp_path):
 @pytest.mark.parametrize("machine", [CPU, GPU], ids=["cpu", "gpu"])
 def test_every_preset_is_a_valid_recipe(model, preset, machine):
     run = draft(model, text_facts(40_000, 30_000), machine, preset=preset)
-    assert run.sparsity.forward_ratio == PRESETS[preset].forward_ratio
+    assert run.sparsity.forward_ratio == 1
     assert run.loss_rows.share == PRESETS[preset].loss_share
     assert run.training.gradient_checkpointing is machine.gpu
     assert run.model.dtype == ("bfloat16" if machine.gpu else "float32")
@@ -72,8 +73,9 @@ def test_every_preset_is_a_valid_recipe(model, preset, machine):
 
 
 def test_presets_are_ordered_by_what_they_skip():
-    ratios = [PRESETS[name].backward_ratio + PRESETS[name].forward_ratio for name in ("quality", "balanced", "fast")]
-    assert ratios == sorted(ratios, reverse=True) and len(set(ratios)) == 3
+    for what in ("loss_share", "local_share", "context_window"):
+        found = [getattr(PRESETS[name], what) for name in ("quality", "balanced", "fast")]
+        assert found == sorted(found, reverse=True) and len(set(found)) == 3
 
 
 @pytest.mark.parametrize(
@@ -124,18 +126,13 @@ def test_presets_write_all_that_they_choose(model):
         run = draft(model, text_facts(100_000), preset=name)
         chosen = run.sparsity
         assert (run.loss_rows.share, run.loss_rows.span) == (preset.loss_share, preset.span)
-        assert (chosen.scorer, chosen.dense_layers) == ("recent", preset.dense_layers)
-        assert chosen.gradient == preset.gradient if preset.exact else chosen.kv == preset.kv
-
-
-def test_a_preset_may_have_a_window_and_local_loss_rows(model, monkeypatch):
-    assert all(preset.exact for preset in PRESETS.values() if preset.context_window is not None)
-    chosen = dataclasses.replace(PRESETS["balanced"], context_window=1024, local_share=0.25)
-    monkeypatch.setitem(PRESETS, "balanced", chosen)
-    run = draft(model, text_facts(100_000))
-    assert (run.sparsity.context_window, run.loss_rows.local_share) == (1024, 0.25)
-    estimated = read_source(str(model), [], PresetName.balanced)
-    assert (estimated.sparsity.context_window, estimated.loss_rows.local_share) == (1024, 0.25)
+        assert (chosen.scorer, tuple(chosen.dense_layers), chosen.gradient) == ("recent", (), "keys")
+        assert (chosen.context_window, run.loss_rows.local_share) == (preset.context_window, preset.local_share)
+        assert not needs_calibration(run)
+        estimated = read_source(str(model), [], PresetName[name])
+        assert estimated.loss_rows == run.loss_rows
+        names = preset.sparsity
+        assert [getattr(estimated.sparsity, n) for n in names] == [getattr(chosen, n) for n in names]
 
 
 def test_the_default_preset_is_what_a_recipe_without_keys_does(model):

@@ -138,7 +138,6 @@ def draft_recipe(wish: Wish, model: ModelFacts, data: DataFacts, machine: Machin
         "data": _data(wish, data, shape, machine),
         "loss_rows": _loss_rows(data, shape, preset),
         "sparsity": _sparsity(shape, preset),
-        "calibration": _calibration(data, shape, preset, machine),
         "lora": _lora(),
         "training": _training(shape, machine),
     }
@@ -209,55 +208,30 @@ def _loss_rows(data: DataFacts, shape: Shape, preset: Preset) -> list[Line]:
     lines: list[Line] = [
         ("share", preset.loss_share, "of the blocks are far loss rows, which attend to all rows; drawn anew each epoch")
     ]
-    if preset.local_share:
-        how = "in windows this short far ones, too" if _within(shape, preset) else "which attend within context_window"
-        lines.append(("local_share", preset.local_share, f"besides are local loss rows, {how}"))
+    how = "in windows this short far ones, too" if _within(shape, preset) else "which attend within context_window"
+    lines.append(("local_share", preset.local_share, f"besides are local loss rows, {how}"))
     lines.append(("span", preset.span, "rows of a run of them, so that most of what they read carries loss too"))
     return lines
 
 
 def _within(shape: Shape, preset: Preset) -> bool:
     """Whether a row of a sample sees all rows before it in its chunk and the chunk before."""
-    return preset.context_window is not None and shape.window_tokens <= 2 * preset.context_window
+    return shape.window_tokens <= 2 * preset.context_window
 
 
 def _sparsity(shape: Shape, preset: Preset) -> list[Line]:
     block = 64 if shape.window_tokens >= 2048 else 32 if shape.window_tokens >= 512 else 16
-    lines: list[Line] = [
-        ("block_size", block, "rows are chosen by blocks of this many tokens"),
-        ("forward_ratio", preset.forward_ratio, "share of rows that run a layer"),
-        ("backward_ratio", preset.backward_ratio, "share of rows that pass gradient; all rows with loss do"),
-        ("scorer", "recent", "beside rows with loss those shortly before them; predictor and random are the others"),
-        ("dense_layers", list(preset.dense_layers), "layers that leave nothing out"),
-    ]
-    if preset.exact:
-        lines.append(("gradient", preset.gradient, "keys and values of all rows pass gradient as well"))
-        if preset.context_window is not None:
-            how = "rows of a chunk; rows without loss and local ones see theirs, the one before, the first block"
-            how = "of no effect in windows of up to twice as many rows" if _within(shape, preset) else how
-            lines.append(("context_window", preset.context_window, how))
-    else:
-        lines.append(("kv", preset.kv, "rows that skip offer no keys; all costs time and keeps more quality"))
-    return lines
-
-
-def _calibration(data: DataFacts, shape: Shape, preset: Preset, machine: MachineFacts) -> list[Line]:
-    if preset.exact:
-        return []
-    windows, held = (16, 4) if machine.gpu else (4, 1)
-    lines: list[Line] = []
-    length = shape.window_tokens
-    if length > 8192 and not data.answers:
-        length = 8192
-        lines.append(("window_tokens", length, "predictors generalise over length; shorter windows calibrate faster"))
-    count = max(2, shape.windows * shape.window_tokens // length)
-    held = max(1, min(held, count // 4))
-    lines.append(("windows", max(1, min(windows, count - held)), "fit, per layer, what ranks blocks"))
-    lines.append(("tune_windows", held, "held out, for the report"))
-    lines.append(("bypass_rank", preset.bypass_rank, "rows that skip a layer get a linear map of this rank"))
-    if not machine.gpu:
-        lines.append(("predictor_steps", 150, "fewer than on a GPU"))
-    return lines
+    window = "rows of a chunk; rows without loss and local ones see theirs, the one before, the first block"
+    about = {
+        "forward_ratio": "share of rows that run a layer",
+        "backward_ratio": "share of rows that pass gradient; all rows with loss do",
+        "scorer": "beside rows with loss those shortly before them; predictor and random are the others",
+        "dense_layers": "layers that leave nothing out",
+        "gradient": "keys and values of all rows pass gradient as well",
+        "context_window": "of no effect in windows of up to twice as many rows" if _within(shape, preset) else window,
+    }
+    lines: list[Line] = [("block_size", block, "rows are chosen by blocks of this many tokens")]
+    return lines + [(key, value, about[key]) for key, value in preset.sparsity.items()]
 
 
 def _lora() -> list[Line]:

@@ -89,16 +89,7 @@ def read_source(source: str, overrides: list[str] | None, preset: PresetName | N
         "model": {"path": source},
         "data": {"window_tokens": 8192},
         "loss_rows": {"share": named.loss_share, "span": named.span, "local_share": named.local_share},
-        "sparsity": {
-            "forward_ratio": named.forward_ratio,
-            "backward_ratio": named.backward_ratio,
-            "gradient": named.gradient,
-            "kv": named.kv,
-            "scorer": "recent",
-            "dense_layers": list(named.dense_layers),
-            "context_window": named.context_window,
-        },
-        "calibration": {"bypass_rank": named.bypass_rank},
+        "sparsity": named.sparsity,
     }
     sources = override_values(values, given)
     return build_run(values, source, sources)

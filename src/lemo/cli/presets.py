@@ -1,4 +1,4 @@
-"""Named sets of options: how much a run leaves out.
+"""Named sets of options: how many rows carry loss, and how far most of them see.
 
 docs/quality.md says what each costs where that was measured, docs/decisions/0016-the-default.md why they are these.
 """
@@ -6,56 +6,46 @@ docs/quality.md says what each costs where that was measured, docs/decisions/001
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
 
 @dataclass(frozen=True)
 class Preset:
-    """One set of options.
+    """One set of options. Every row runs forward, rows with loss pass gradient, and nothing is calibrated.
 
     Attributes:
         about: what it does, in one line.
-        forward_ratio: share of rows that run a layer.
-        backward_ratio: share of rows that pass gradient, local loss rows not counted.
         loss_share: share of blocks of plain text that are far loss rows: they attend to all rows.
-        span: rows of a run of such blocks.
-        gradient: of exact forward.
-        kv: whether skipped rows offer keys and values.
-        dense_layers: layers that never skip.
-        bypass_rank: rank of what skipped rows get instead of a layer; of no effect where every row runs forward.
-        context_window: rows of a chunk that rows without gradient attend within; None for all keys.
         local_share: share of blocks that carry loss and pass gradient besides, but attend as rows without gradient do.
+        context_window: rows of a chunk that rows without gradient attend within.
+        span: rows of a run of blocks with loss.
     """
 
     about: str
-    forward_ratio: float
-    backward_ratio: float
     loss_share: float
-    span: int
-    gradient: Literal["rows", "pairs", "keys"]
-    kv: Literal["all", "kept"]
-    dense_layers: tuple[int, ...]
-    bypass_rank: int
-    context_window: int | None = None
-    local_share: float = 0.0
+    local_share: float
+    context_window: int
+    span: int = 1024
 
     @property
-    def exact(self) -> bool:
-        """Whether every row runs forward: nothing has to be calibrated."""
-        return self.forward_ratio == 1
+    def sparsity(self) -> dict[str, Any]:
+        """Keys of a recipe's section `sparsity`, but for what the data decides."""
+        return {
+            "forward_ratio": 1.0,
+            "backward_ratio": self.loss_share,
+            "scorer": "recent",
+            "dense_layers": [],
+            "gradient": "keys",
+            "context_window": self.context_window,
+        }
 
 
 PRESETS: dict[str, Preset] = {
-    "quality": Preset(
-        "every row runs forward, six of ten carry loss, two of them attend to all rows",
-        1.0, 0.2, 0.2, 1024, "keys", "all", (), 64, 2048, 0.4,
-    ),
+    "quality": Preset("every row runs forward, six of ten carry loss, two of them attend to all rows", 0.2, 0.4, 2048),
     "balanced": Preset(
-        "every row runs forward, three of eight carry loss, one of them attends to all rows",
-        1.0, 0.12, 0.12, 1024, "keys", "all", (), 64, 1024, 0.25,
+        "every row runs forward, three of eight carry loss, one of them attends to all rows", 0.12, 0.25, 1024
     ),
     "fast": Preset(
-        "every row runs forward, two of ten carry loss, one in five of them attends to all rows",
-        1.0, 0.04, 0.04, 1024, "keys", "all", (), 64, 512, 0.15,
+        "every row runs forward, two of ten carry loss, one in five of them attends to all rows", 0.04, 0.15, 512
     ),
-}  # fmt: skip
+}
