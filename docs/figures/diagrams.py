@@ -146,11 +146,11 @@ def panel_of(name: str, far: Sequence[int], local: Sequence[int]) -> Panel:
     """A preset, with blocks in about the shares that it draws."""
     preset = PRESETS[name]
     further = {"context_window": preset.context_window, "local_ratio": preset.local_share}
-    ratios = preset.forward_ratio, preset.backward_ratio
-    work = LayerWork(*ratios, kv=preset.kv, gradient=preset.gradient, recompute="lin", **further)
-    said = f"{preset.forward_ratio:g}, {preset.backward_ratio:g} + {preset.local_share:g}"
+    forward, backward = (preset.sparsity[f"{way}_ratio"] for way in ("forward", "backward"))
+    work = LayerWork(forward, backward, gradient=preset.sparsity["gradient"], kv="all", recompute="lin", **further)
+    said = f"{forward:g}, {backward:g} + {preset.local_share:g}"
     loss_share = preset.loss_share + preset.local_share
-    return Panel(f"{name}, a preset", said, work, far, loss_share, len(preset.dense_layers), local=local)
+    return Panel(f"{name}, a preset", said, work, far, loss_share, local=local)
 
 
 def draw_budgets(folder: Path = HERE) -> None:
