@@ -105,8 +105,8 @@ def test_a_table_is_worked_out_once(monkeypatch):
     """Every layer of a batch asks with the same table and budgets: nothing is copied or counted a second time."""
     from lemo.ops.select_rows import op
 
-    table, copies, copy = BlockTable(**LAYOUT), [], op._to
-    monkeypatch.setattr(op, "_to", lambda t, device: copies.append(t) or copy(t, device))
+    table, copies, copy = BlockTable(**LAYOUT), [], op.send
+    monkeypatch.setattr(op, "send", lambda t, device: copies.append(t) or copy(t, device))
     for _ in range(3):
         rank = rank_blocks(torch.randn(3), table)
         select_rows(rank, torch.tensor([2]), table)

@@ -17,6 +17,7 @@ from lemo.errors import ConfigError
 from lemo.ops import attend_local, plan_local, write_rows_
 from lemo.ops.attend_local.plan import LocalRows
 from lemo.ops.attend_rows.reference import Rows
+from lemo.ops.backend import send
 from lemo.runtime.rows import ContextRows, PartedRows, RowRange
 
 
@@ -142,7 +143,7 @@ def _row_set(layout: Layout, rows_S: Tensor) -> RowSet:
     """Ascending flat rows of documents, from the host."""
     document_S = torch.bucketize(rows_S, layout.document_start_D, right=True) - 1
     lengths = torch.bincount(document_S, minlength=len(layout.document_start_D))
-    rows_N = _sent(rows_S, layout.device)
+    rows_N = send(rows_S, layout.device)
     return RowSet(rows_N, tuple(lengths.tolist()), rows_N[:0])
 
 
@@ -150,9 +151,4 @@ def _mask_of_local(layout: Layout) -> Tensor:
     """(B·T,) uint8, 1 for rows of local blocks."""
     mask_N = torch.zeros(layout.batch * layout.tokens, dtype=torch.uint8)
     mask_N[layout.rows_of(layout.local_K)] = 1
-    return _sent(mask_N, layout.device)
-
-
-def _sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on the device, without waiting."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+    return send(mask_N, layout.device)

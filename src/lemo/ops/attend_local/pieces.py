@@ -30,6 +30,7 @@ from lemo.ops.attend_rows.far_stripes import GATHERED_KEYS
 from lemo.ops.attend_rows.stripes import ordered
 from lemo.ops.attend_rows.tiling import Work
 from lemo.ops.attend_rows.vendor import Spans
+from lemo.ops.backend import send
 
 if TYPE_CHECKING:
     from lemo.ops.attend_local.plan import LocalRows
@@ -194,7 +195,7 @@ def find_runs(local: LocalRows) -> Runs | None:
     counts_K = torch.bincount(copies_C, minlength=len(local.keys.position_N))
     device = local.keys.position_N.device
     firsts_K = torch.cat([counts_K.new_zeros(1), counts_K.cumsum(0)])
-    order_C, first_K = (_sent(t, device) for t in (torch.argsort(copies_C, stable=True), firsts_K))
+    order_C, first_K = (send(t, device) for t in (torch.argsort(copies_C, stable=True), firsts_K))
     return Runs(tuple(call.upload(device, causal=True) for call in calls), order_C, first_K)
 
 
@@ -223,12 +224,7 @@ class _Call:
         most = [max(b - a for a, b in itertools.pairwise(side)) for side in ends]
         query_S, key_S = (upload(side, device, torch.int32) for side in ends)
         spans = Spans(query_S, key_S, (most[0], most[1]), causal)
-        return Rectangle(slice(self.first, self.stop), _sent(torch.cat(self.keys), device), spans)
-
-
-def _sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on the device, without waiting."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+        return Rectangle(slice(self.first, self.stop), send(torch.cat(self.keys), device), spans)
 
 
 def _rising(local: LocalRows) -> tuple[Tensor, Tensor]:

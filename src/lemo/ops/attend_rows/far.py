@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lemo.ops.attend_rows.reference import Rows, documents
 from lemo.ops.attend_rows.stripes import ordered
+from lemo.ops.backend import send
 
 FAR_STRIPE = 1024
 """Positions of a stripe. Its own and the one before are near a query, those before these are far."""
@@ -134,5 +135,4 @@ def _first(queries: Rows, keys: Rows, drawn: Sequence[Tensor], stripe: int) -> T
 
 def upload(numbers: Sequence[int], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
     """Numbers of the host on the device, without waiting."""
-    made = torch.tensor(numbers, dtype=dtype)
-    return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made
+    return send(torch.tensor(numbers, dtype=dtype), device)

@@ -24,7 +24,7 @@ from lemo.ops.attend_rows.reference import Rows, documents
 from lemo.ops.attend_rows.stripes import ordered
 from lemo.ops.attend_rows.tiling import Work, like_rows
 from lemo.ops.attend_rows.vendor import Spans, Triple, varlen_backward, varlen_runs
-from lemo.ops.backend import choose_with_vendor
+from lemo.ops.backend import choose_with_vendor, send
 
 Pair = tuple[Tensor, Tensor]
 GATHERED_KEYS = 65536  # of one call: their copies and gradients are a few times the keys' own size
@@ -180,7 +180,7 @@ def _operands(tensors: tuple[Tensor, ...], call: list[_Sequence], rows: slice, i
         counts = torch.tensor([end - begin for begin, end in (sequence.queries for sequence in call)])
         logs = torch.tensor([math.log(sequence.weight) for sequence in call], dtype=lse.dtype)
         spread = logs.repeat_interleave(counts)
-        lse = lse - (spread.pin_memory().to(lse.device, non_blocking=True) if lse.is_cuda else spread)
+        lse = lse - send(spread, lse.device)
     return grad[:, rows], query[:, rows], key, value, output[:, rows], lse.contiguous()
 
 
@@ -235,4 +235,4 @@ def _spread(numbers: list[int], ends: list[int], device: torch.device) -> Tensor
     """(last end,) int32: each number for the entries of its sequence."""
     counts = torch.tensor(ends).diff()
     spread = torch.tensor(numbers, dtype=torch.int32).repeat_interleave(counts)
-    return spread.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else spread
+    return send(spread, device)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lemo.ops.attend_rows.reference import Rows
-from lemo.ops.backend import interpreting, padded, shared_memory_bytes, why_no_kernel
+from lemo.ops.backend import interpreting, padded, send, shared_memory_bytes, why_no_kernel
 
 MAX_HEAD_DIM = 256
 # Fewer programs than this run nearly all at once: tiles of equal length are then spread over the processors. More run
@@ -144,9 +144,7 @@ def tile_table(
             work = others * (share if rising else 1 - at / length)
             found.append((-work, start + at, start + length, other, other + others))
     tiles = torch.tensor([tile[1:] for tile in sorted(found)], dtype=torch.int32).reshape(-1, 4)
-    if device.type == "cuda":
-        tiles = tiles.pin_memory().to(device, non_blocking=True)
-    return tiles, len(found), max((n.bit_length() for n in segments[3]), default=0)
+    return send(tiles, device), len(found), max((n.bit_length() for n in segments[3]), default=0)
 
 
 def sizes(query: Tensor, key: Tensor, tiling: Tiling, window: int | None, programs: int) -> dict[str, int]:

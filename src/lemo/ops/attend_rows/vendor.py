@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lemo.ops.attend_rows.reference import Rows, Segments, attend_backward_reference, attend_rows_reference
 from lemo.ops.attend_rows.tiling import laid_out, like_rows
+from lemo.ops.backend import send
 
 Triple = tuple[Tensor, Tensor, Tensor]
 PROBE_ROWS, FURTHER_KEYS = 200, 72
@@ -281,7 +282,7 @@ VARLEN = Dense(
 @lru_cache(maxsize=256)
 def _document_ends(lengths: tuple[int, ...], starts: tuple[int, ...], device: torch.device) -> Tensor:
     ends = torch.tensor([starts[0], *(s + n for s, n in zip(starts, lengths, strict=True))], dtype=torch.int32)
-    return ends.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else ends
+    return send(ends, device)
 
 
 def causal_forward(query: Tensor, pair: tuple[Tensor, Tensor], rows: Rows, scaling: float) -> tuple[Tensor, Tensor]:

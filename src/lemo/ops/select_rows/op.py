@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lemo.ops.backend import Backend, choose_backend
+from lemo.ops.backend import Backend, choose_backend, send
 from lemo.ops.select_rows.reference import BlockTable, SelectedRows
 
 
@@ -114,7 +114,7 @@ class _Budget:
         skipped_at_K = (skipped_D.cumsum(0) - skipped_D)[document_K]
         spans = _document_spans(table)
         columns = (table.start_K, table.length_K, *spans, self.of_block_K, chosen_at_K, skipped_at_K)
-        return _to(torch.stack(columns), device)
+        return send(torch.stack(columns), device)
 
 
 def _budget(table: BlockTable, budget_D: Tensor) -> _Budget:
@@ -141,7 +141,7 @@ def _select_by_sorting(rank_K: Tensor, budget: _Budget, table: BlockTable, keep_
     """Stable sorts bring the blocks of each kind to the front, in a number that the host knows."""
     device = rank_K.device
     start_K, length_K, document_K, _ = _on(table, device)
-    inside_K = rank_K < table.once((id(budget), "blocks", device), lambda: _to(budget.of_block_K, device))
+    inside_K = rank_K < table.once((id(budget), "blocks", device), lambda: send(budget.of_block_K, device))
     rows_N, block_N = _rows_of(_first(inside_K, budget.blocks), start_K, length_K, budget.rows)
     skipped = _first(~inside_K, len(rank_K) - budget.blocks)
     skipped_S, _ = _rows_of(skipped, start_K, length_K, budget.skipped)
@@ -176,20 +176,15 @@ def _document_spans(table: BlockTable) -> tuple[Tensor, Tensor]:
 def _spans(table: BlockTable, device: torch.device) -> Tensor:
     """(3, K) int64 on the device: first block of the document, the one behind its last, and whether forced."""
     return table.once(
-        ("spans", device), lambda: _to(torch.stack([*_document_spans(table), table.forced_K.long()]), device)
+        ("spans", device), lambda: send(torch.stack([*_document_spans(table), table.forced_K.long()]), device)
     )
 
 
 def _on(table: BlockTable, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The table's tensors on the device, copied once."""
     columns = (table.start_K, table.length_K, table.document_K, table.forced_K)
-    start, length, document, forced = table.once(("table", device), lambda: tuple(_to(t, device) for t in columns))
+    start, length, document, forced = table.once(("table", device), lambda: tuple(send(t, device) for t in columns))
     return start, length, document, forced
-
-
-def _to(tensor: Tensor, device: torch.device) -> Tensor:
-    """A host tensor on the device. Pinned memory lets the copy run without the host waiting for the device."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _check(per_block_K: Tensor, table: BlockTable) -> None:
