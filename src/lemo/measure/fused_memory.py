@@ -319,10 +319,12 @@ class FusedLayerMemory:
             work.add(sums=n * sizes.query * 4, wide=2 * rows.frame * sizes.key * 4)
             with self.ledger.scope("attention workspace") as vendor:
                 vendor.add(part=query + gathered * sizes.key * (4 * e + 4), space=self._space(n, gathered))
-            work.add(grads=query, delta=n * heads * 4, pair=2 * rows.frame * sizes.key * e)
+            pair = 2 * rows.frame * sizes.key * e
+            work.add(grads=query + (pair if rows.local else 0), delta=n * heads * 4, pair=0 if rows.local else pair)
             work.drop("sums", "delta", "wide")
         elif rows.offers:
-            work.add(sums=n * sizes.query * 4, pair=2 * rows.frame * sizes.key * e)
+            # Gradients of keys are added to those of local rows.
+            work.add(sums=n * sizes.query * 4, pair=0 if rows.local else 2 * rows.frame * sizes.key * e)
             with self.ledger.scope("attention workspace") as vendor:
                 vendor.add(part=query + 2 * min(STRIPE, rows.frame) * sizes.key * e, space=self._space(n, STRIPE))
             work.add(grads=query, delta=n * heads * 4)
@@ -339,22 +341,22 @@ class FusedLayerMemory:
                 work.names["grads"] = work.names.pop("again")
         if rows.local:
             work.add(all_grads=rows.back * sizes.query * e)
-            # Gradients of keys are added up where those of local rows lie.
             work.drop("gathered", "grads", "local")
         if sizes.head_norms:
             work.touch(rows.back * (sizes.query * e + heads * self.wide))
         work.drop("grad_output")
 
     def _local_backward(self, work: Scope) -> None:
-        """Of local rows: keys are gathered for every chunk that has some; all gradients meet in fp32."""
+        """Of local rows: keys are gathered for every run of them, and the copies' gradients added up."""
         rows, sizes, e = self.rows, self.sizes, self.e
-        query, pair = rows.local * sizes.query, 2 * rows.frame * sizes.key
-        gathered = min(GATHERED, rows.near_keys)
-        work.add(gathered=3 * query * e, sums=(query + pair) * 4)
+        query, copies = rows.local * sizes.query * e, 2 * rows.run_keys * sizes.key * e
+        gathered = min(GATHERED, rows.run_keys)
+        work.add(gathered=3 * query, local=query)
         with self.ledger.scope("attention workspace") as vendor:
-            vendor.add(part=query * e + 4 * gathered * sizes.key * e, space=self._space(rows.local, gathered))
-        work.add(local=(query + pair) * e)
-        work.drop("gathered", "sums")
+            vendor.add(part=query + 4 * gathered * sizes.key * e, space=self._space(rows.local, gathered))
+        work.add(copies=copies)
+        work.add(pair=2 * rows.frame * sizes.key * e)
+        work.drop("gathered", "copies")
 
     def _space(self, queries: int, keys: int) -> float:
         return self.vendor.size_bytes(self.sizes, queries, min(keys, self.rows.back_frame))

@@ -54,6 +54,11 @@ class LayerRows:
         return self.window * chunks
 
     @property
+    def run_keys(self) -> int:
+        """Keys that runs of local rows read, with those of their own chunk, of which a run reads three quarters."""
+        return self.near_keys * 7 // 4
+
+    @property
     def exact(self) -> bool:
         """More rows run than pass gradient."""
         return self.passes < self.runs
