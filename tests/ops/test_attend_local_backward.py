@@ -145,6 +145,7 @@ def test_rectangles_and_own_chunks_make_the_whole(documents, gathered, monkeypat
         int((local.queries.position_N[s : s + n] >= 16).sum())
         for s, n in zip(local.queries.starts, local.queries.lengths, strict=True)
     )
+    assert local.reaches_back == bool(local.rectangles)
     before = vendor.backward_before(tuple(t.double() for t in tensors), local, scaling)
     own = local.near(1)
     sides = (own.work.rows, *own.work.segments[:2]), (own.work.others, *own.work.segments[2:])

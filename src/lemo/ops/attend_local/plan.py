@@ -58,6 +58,13 @@ class LocalRows:
         return self._once("sinks", lambda: far_sinks(self))
 
     @property
+    def reaches_back(self) -> bool:
+        """Whether a query is behind the first chunk of its document, where positions are on the host. Found once."""
+        assert self.position_on_host_N is not None
+        position_N = self.position_on_host_N
+        return self._once("reaches back", lambda: bool((position_N >= self.chunk).any()))
+
+    @property
     def rectangles(self) -> tuple[Rectangle, ...]:
         """What a vendor's kernel may have of the backward pass, where positions are on the host. Made once."""
         return self._once("rectangles", lambda: rectangles(self))

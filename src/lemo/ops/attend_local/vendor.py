@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from lemo.ops.attend_local.pieces import Runs
+from lemo.ops.attend_local.pieces import Rectangle, Runs
 from lemo.ops.attend_local.plan import LocalRows
 from lemo.ops.attend_rows.tiling import like_rows
 from lemo.ops.attend_rows.vendor import PROBE_ERROR, Triple, varlen_backward, varlen_meets_corners, varlen_runs
@@ -123,7 +123,7 @@ def why_not_backward(query: Tensor, local: LocalRows) -> str | None:
         return reason
     if local.position_on_host_N is None:
         return "the host does not know the queries' positions, see plan_local"
-    if local.chunk < SHORTEST or not local.rectangles:
+    if local.chunk < SHORTEST or not local.reaches_back:
         return f"no query is behind a first chunk of {SHORTEST} rows or more"
     if not varlen_runs(query.dtype, query.shape[2], query.device):
         return "the kernel for varied lengths failed its probe"
@@ -145,15 +145,13 @@ def backward_runs(tensors: tuple[Tensor, ...], runs: Runs, scaling: float) -> Tr
     """
     from lemo.ops.attend_local.kernel import sum_copies
 
-    grad, query, key, value, output, lse = tensors
+    _, query, key, value, *_ = tensors
     if not runs.calls:
         return tuple(like_rows(t, False) for t in (query, key, value))  # type: ignore[return-value]
     d_query = like_rows(query, runs.covers(query.shape[1]))
     gathered: tuple[list[Tensor], list[Tensor]] = [], []
     for part in runs.calls:
-        pair = (t.transpose(0, 1).index_select(0, part.index_K).transpose(0, 1) for t in (key, value))
-        cut = [t[:, part.rows] for t in (grad, query, output, lse)]
-        found = varlen_backward((*cut[:2], *pair, *cut[2:]), part.spans, scaling)
+        found = _among_gathered(tensors, part, scaling)
         d_query[:, part.rows] = found[0]
         for target, copies in zip(gathered, found[1:], strict=True):
             target.append(copies.transpose(0, 1).flatten(1))
@@ -166,6 +164,14 @@ def backward_runs(tensors: tuple[Tensor, ...], runs: Runs, scaling: float) -> Tr
     return d_query, sums[0], sums[1]
 
 
+def _among_gathered(tensors: tuple[Tensor, ...], part: Rectangle, scaling: float) -> Triple:
+    """Gradients of a part's queries, and of the copies of keys and values that are gathered for it."""
+    grad, query, key, value, output, lse = tensors
+    pair = (t.transpose(0, 1).index_select(0, part.index_K).transpose(0, 1) for t in (key, value))
+    cut = [t[:, part.rows] for t in (grad, query, output, lse)]
+    return varlen_backward((*cut[:2], *pair, *cut[2:]), part.spans, scaling)
+
+
 def backward_before(tensors: tuple[Tensor, ...], local: LocalRows, scaling: float) -> Triple:
     """Gradients of query, key and value in fp32, heads inside rows, through the chunk before and the sink.
 
@@ -174,12 +180,10 @@ def backward_before(tensors: tuple[Tensor, ...], local: LocalRows, scaling: floa
         local: rows whose positions the host knows.
         scaling: factor of the scores.
     """
-    grad, query, key, value, output, lse = tensors
+    _, query, key, value, *_ = tensors
     d_query, d_key, d_value = (like_rows(t, False, torch.float32) for t in (query, key, value))
     for part in local.rectangles:
-        pair = (t.transpose(0, 1).index_select(0, part.index_K).transpose(0, 1) for t in (key, value))
-        cut = [t[:, part.rows] for t in (grad, query, output, lse)]
-        found = varlen_backward((*cut[:2], *pair, *cut[2:]), part.spans, scaling)
+        found = _among_gathered(tensors, part, scaling)
         d_query[:, part.rows] = found[0]
         for target, gathered in zip((d_key, d_value), found[1:], strict=True):
             target.transpose(0, 1).index_add_(0, part.index_K, gathered.transpose(0, 1).to(target.dtype))

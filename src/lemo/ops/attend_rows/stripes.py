@@ -14,7 +14,7 @@ selection and works on (projections, say) before attending gives the copy the ti
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -280,8 +280,7 @@ def _backward_rectangle(
     if dense is not None:
         d_query, *pair = dense.backward(*cut, False, scaling)
         sum_of_query[:, queries] += d_query
-        for target, found in zip((d_key, d_value), pair, strict=True):
-            target[:, keys].add_(found) if adds else target[:, keys].copy_(found)
+        _give((d_key, d_value), pair, keys, adds)
         return
     begin = marks.first_S[at]
     ends = torch.zeros(2, 2, dtype=torch.int32, device=query.device)
@@ -293,6 +292,13 @@ def _backward_rectangle(
     # What no pair reaches, the kernel leaves as it was.
     before = torch.arange(rows, device=query.device) < begin
     sum_of_query[:, queries] += d_query.masked_fill_(before[None, :, None], 0.0)
-    for target, found in zip((d_key, d_value), pair, strict=True):
-        found = found.masked_fill_(begin >= rows, 0.0)
-        target[:, keys].add_(found) if adds else target[:, keys].copy_(found)
+    _give((d_key, d_value), [found.masked_fill_(begin >= rows, 0.0) for found in pair], keys, adds)
+
+
+def _give(targets: tuple[Tensor, Tensor], pair: Sequence[Tensor], keys: slice, adds: bool) -> None:
+    """Gradients of some keys and values, written where those of all are, or added to them."""
+    for target, found in zip(targets, pair, strict=True):
+        if adds:
+            target[:, keys].add_(found)
+        else:
+            target[:, keys].copy_(found)
