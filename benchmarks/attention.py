@@ -1,7 +1,7 @@
 """Times explicit attention: compact causal, and kept queries on all keys, by every kernel that can run.
 
     python benchmarks/attention.py [--parts probe compact all tilings] [--lengths 16384 65536] [--keeps 0.3 0.5]
-        [--heads 32/8 32/32] [--cuts 2048/4096/512 ...] [--candidates triton dense varlen] [--out FOLDER]
+        [--heads 32/8 32/32] [--cuts 2048/4096/512 ...] [--candidates triton dense] [--out FOLDER]
 
 Rates count useful FLOPs only: 4·D·H per pair of a query and a key that it sees forward, 10·D·H backward. Kept queries
 are random blocks of 64; each candidate must agree with the Triton kernels before it is timed, and is set against the
@@ -26,6 +26,7 @@ from torch import Tensor
 from lemo.measure.record import Record
 from lemo.ops import attend_backward, attend_forward, plan_rows
 from lemo.ops.attend_rows import stripes, tiling, vendor
+from lemo.ops.attend_rows.cuts import Cut
 from lemo.ops.attend_rows.reference import Segments
 
 SCRIPT, SEED, BLOCK, HEAD_DIM = "benchmarks/attention.py", 0, 64, 128
@@ -50,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--keeps", type=float, nargs="+", default=[0.3, 0.5])
     parser.add_argument("--heads", nargs="+", default=["32/8", "32/32"], help="query heads / key heads")
     parser.add_argument("--cuts", nargs="+", default=["2048/4096/512"], help="chunk/stripe/step of the rectangles")
-    parser.add_argument("--candidates", nargs="+", default=["triton", "dense", "varlen"])
+    parser.add_argument("--candidates", nargs="+", default=["triton", "dense"])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "results")
     chosen = parser.parse_args(arguments)
@@ -242,7 +243,7 @@ def _agreeing(
             name = f"{kind} {cut}"
             begin = time.perf_counter()
             try:
-                passes = rectangle_passes(tensors, queries, keys, kind, cut)
+                passes = rectangle_passes(tensors, queries, keys, cut)
                 found = (*passes["forward"](), *passes["backward"]())
                 problem = _difference(found, wanted)
             except Exception as error:  # shown, and the others go on
@@ -256,15 +257,13 @@ def _agreeing(
     return candidates, problems
 
 
-def rectangle_passes(tensors: tuple[Tensor, ...], queries: Segments, keys: Segments, kind: str, cut: str) -> Passes:
-    """Both passes by rectangles: `dense` reads their ends on the host, `varlen` leaves them on the device."""
-    planned = plan_rows(queries, keys, stripes.Cut(*_split(cut)))
+def rectangle_passes(tensors: tuple[Tensor, ...], queries: Segments, keys: Segments, cut: str) -> Passes:
+    """Both passes by rectangles."""
+    planned = plan_rows(queries, keys, Cut(*_split(cut)))
     marks, work = planned.marks, tiling.Work.between(queries, keys)
     assert marks is not None
     query, *pair = tensors
-    dense = None
-    if kind == "dense":
-        dense = vendor.dense_kernels(query.dtype, HEAD_DIM, query.device)[0]
+    dense = vendor.dense_kernels(query.dtype, HEAD_DIM, query.device)[0]
     scaling = HEAD_DIM**-0.5
     saved = stripes.forward(query, (pair[0], pair[1]), work, marks, scaling, dense)
     return {

@@ -8,6 +8,7 @@ import torch
 from lemo.ops import attend_backward, attend_forward, plan_rows
 from lemo.ops.attend_rows import stripes, vendor
 from lemo.ops.attend_rows.cases import Shape, segments_of
+from lemo.ops.attend_rows.cuts import Cut
 from lemo.ops.attend_rows.reference import Segments, attend_backward_reference, attend_rows_reference
 from lemo.testing import Case, check_error_budget
 
@@ -21,6 +22,7 @@ SHAPES = {
     "head dimension 64": Shape(documents=(2500,), heads=6, groups=2, head_dim=64, order="NHD", share=0.3),
     "packed": Shape(documents=(1500, 64, 1, 900), block=16, heads=4, groups=2, head_dim=128, order="NHD"),
     "gaps between documents": Shape(documents=(900, 700), gap=37, heads=4, groups=2, head_dim=128, order="NHD"),
+    "long runs": Shape(documents=(6000, 2000), share=0.25, block=300, heads=4, groups=2, head_dim=128, order="NHD"),
     "heads outside": Shape(documents=(1300,), block=64, heads=4, groups=2, head_dim=128),
 }
 NAMES = ("output", "lse", "dq", "dk", "dv")
@@ -76,7 +78,7 @@ def test_kept_queries_on_all_keys(name, backend, planned):
     tensors, queries, keys, scaling = _drawn(name, False)
     grad = torch.randn_like(tensors[0])
     # Small enough that several rectangles are not empty.
-    rows = plan_rows(queries, keys, stripes.Cut(256, 512, 128)) if planned else queries
+    rows = plan_rows(queries, keys, Cut(256, 512, 128, 100)) if planned else queries
     _check(_both_passes(grad, tensors, rows, keys, scaling, backend), grad, tensors, queries, keys, scaling)
 
 
@@ -106,14 +108,13 @@ def test_graphs_of_other_code_on_the_same_sizes(first):
         assert float((got[0] - wanted).norm() / wanted.norm()) < 0.02
 
 
-@pytest.mark.parametrize("which", ["dense", "varlen"])
-def test_every_kernel_of_rectangles(which):
+def test_every_kernel_of_rectangles():
     from lemo.ops.attend_rows.tiling import Work
 
     tensors, queries, keys, scaling = _drawn("grouped", False)
     grad = torch.randn_like(tensors[0])
-    marks = plan_rows(queries, keys, stripes.Cut(256, 512, 128)).marks
-    kernels = vendor.dense_kernels(torch.bfloat16, 128, tensors[0].device) if which == "dense" else (None,)
+    marks = plan_rows(queries, keys, Cut(256, 512, 128, 100)).marks
+    kernels = vendor.dense_kernels(torch.bfloat16, 128, tensors[0].device)
     assert kernels
     for dense in kernels:
         work, pair = Work.between(queries, keys), (tensors[1], tensors[2])
@@ -186,7 +187,7 @@ def test_rows_that_are_not_valid_do_not_count(compact, backend):
         key, value = key[:, position], value[:, position]
     grad = torch.randn_like(query) * valid[:, None]
     others = rows if compact else keys
-    planned = rows if compact else plan_rows(rows, keys, stripes.Cut(256, 512, 128))
+    planned = rows if compact else plan_rows(rows, keys, Cut(256, 512, 128, 100))
     output, lse, d_query, *pair = _both_passes(grad, [query, key, value], planned, others, scaling, backend)
     kept = [query[:, :alive], *(t[:, :alive] if compact else t for t in (key, value))]
     assert not any(t[:, alive:].any() for t in (d_query, *(pair if compact else ())))

@@ -42,7 +42,8 @@ def attend_forward(
         scaling: positive factor of the scores.
         window: keys farther back than this are not seen; None for no window.
         backend: `vendor` for cuDNN or FlashAttention-2 through torch; `triton`; `reference`; or `auto` to take the
-            first of them that can run. On all keys, `auto` takes vendor kernels only for rows from `plan_rows`.
+            first of them that can run. On all keys, `auto` takes vendor kernels only for rows from `plan_rows`; others
+            are planned when `vendor` is asked for.
 
     Returns:
         Output (H, N, D) in the dtype of `query_HND`, heads inside rows in memory, so that
@@ -54,8 +55,8 @@ def attend_forward(
         ValueError: shapes, dtypes, devices or documents do not fit, or `scaling` or `window` is not positive.
 
     Cost:
-        4·D·H FLOPs per pair that is seen. No host synchronisation outside the reference, but for planned rows: the
-        host waits until the device has come past `plan_rows`.
+        4·D·H FLOPs per pair that is seen. No host synchronisation outside the reference, but by vendor kernels on all
+        keys: the host waits until the device has come past `plan_rows`.
 
     Numerics:
         scores, softmax and sums in fp32 (fp64 for fp64 input). On all keys `vendor` rounds the output once more, where
@@ -201,8 +202,6 @@ def _why_not_vendor(query: Tensor, queries: Rows, keys: Rows, options: Options, 
         return vendor.refuses(query, queries)
     if auto and _marks(queries) is None:
         return "its rectangles are not planned, see plan_rows"
-    if _marks(queries) is None and not vendor.varlen_runs(query.dtype, query.shape[2], query.device):
-        return "neither are its rectangles planned, nor does the kernel for varied lengths run"
     return _why_not_kernel(query, queries, keys, options)
 
 
@@ -215,14 +214,11 @@ def _work(queries: Rows, keys: Rows) -> tiling.Work:
     return tiling.Work.between(rising, rising if keys is queries else keys)
 
 
-def _rectangles(query: Tensor, queries: Rows, keys: Rows) -> tuple[tiling.Work, stripes.Marks, vendor.Dense | None]:
-    """Work, marks and the dense kernel; no dense kernel for rows that are not planned."""
-    marks = _marks(queries)
-    if marks is not None:
-        return _work(queries, keys), marks, vendor.dense_kernels(query.dtype, query.shape[2], query.device)[0]
-    marks = stripes.plan_rows(queries, keys).marks
+def _rectangles(query: Tensor, queries: Rows, keys: Rows) -> tuple[tiling.Work, stripes.Marks, vendor.Dense]:
+    """Work, marks, made now for rows that are not planned, and the dense kernel."""
+    marks = _marks(queries) or stripes.plan_rows(queries, keys).marks
     assert marks is not None
-    return _work(queries, keys), marks, None
+    return _work(queries, keys), marks, vendor.dense_kernels(query.dtype, query.shape[2], query.device)[0]
 
 
 def _vendor_forward(query: Tensor, pair: Pair, queries: Rows, keys: Rows, scaling: float) -> Pair:
