@@ -120,7 +120,10 @@ class Cells:
         return list(found.values())
 
     def of(self, method: str, metric: str, protocol: dict[str, Any], **wanted: Any) -> list[Record]:
-        """Newest Record of each (seed, cell) of a method that agrees with what is wanted."""
+        """Newest Record of each seed, at each number of steps and rate, of a method that agrees with what is wanted.
+
+        A method that was run under two names counts once.
+        """
         found: dict[tuple, Record] = {}
         for record in self.records:
             setting = record.setting
@@ -128,7 +131,8 @@ class Cells:
                 continue
             if any(setting[k] != v for k, v in wanted.items()):
                 continue
-            found.setdefault((record.seeds, setting["cell"]), record)
+            same = (record.seeds, *(setting[k] for k in ("asked_steps", "flops_steps", "learning_rate")))
+            found.setdefault(same, record)
         return list(found.values())
 
 
@@ -190,7 +194,7 @@ def write_comparisons(path: Path) -> int:
         return 0
     records = read_records(path)
     cells = Cells(records)
-    known = {(r.name, r.config_hash) for r in records}
+    known = {(r.name, r.config_hash, r.bar) for r in records}
     for protocol in cells.protocols():
         for item in COMPARISONS:
             for label, steps, pairs in pairs_of(cells, item, protocol):
@@ -309,6 +313,6 @@ def _append(
     record = Record.measure(name, unit, samples, setting, script=SCRIPT, seeds=seeds, bar=bar)
     newest = max(sources, key=lambda r: r.time)
     record = dataclasses.replace(record, device=newest.device, versions=newest.versions, commit=newest.commit)
-    if (name, record.config_hash) not in known:
-        known.add((name, record.config_hash))
+    if (name, record.config_hash, bar) not in known:
+        known.add((name, record.config_hash, bar))
         record.append(path)

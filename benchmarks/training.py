@@ -86,7 +86,7 @@ class Pool:
                 "setting": dataclasses.asdict(turn.group.setting),
                 "method": turn.method,
                 "turn": turn.turn,
-                "steps": turn.group.steps_a_turn,
+                "steps": turn.group.steps_of(turn.turn),
                 "warmup": turn.group.warmup,
                 "probe": turn.turn == 0,
             }

@@ -11,7 +11,7 @@ from lemo.train.rehearsal import shape_config
 
 LENGTHS = {"4k": 4096, "8k": 8192, "16k": 16384, "32k": 32768, "64k": 65536, "128k": 131072}
 # Timed steps over both turns.
-STEPS = {"4k": 20, "8k": 20, "16k": 12, "32k": 8, "64k": 6, "128k": 4}
+STEPS = {"4k": 20, "8k": 20, "16k": 12, "32k": 8, "64k": 6, "128k": 3}
 FAMILY = {"llama2-7b": "llama2", "llama3-8b": "llama3"}  # as in the ids of bars
 
 HF = ("hf_peft", "hf_peft:adapter=model")
@@ -28,7 +28,7 @@ RECOMPUTE = {
 # The setting that the quality study recommends, by shape.
 _EXACT = "keep=0.12,forward=1.0,gradient=keys,scorer=recent,kv=all,dense=,share=0.12,local=0.25,span=1024,context=1024"
 DEFAULT = {"llama2-7b": _EXACT, "llama3-8b": _EXACT}
-# Inputs of rows that only offer keys wait in host memory where a bar limits the memory.
+# Inputs, keys and values of rows that only offer keys wait in host memory where a bar limits the memory.
 OFFLOADS = ("64k", "128k")
 # FLOP/s that a step reaches, for estimates only.
 SPEED = {"liger": 500e12, "lemo_dense": 500e12, "lemo": 350e12}
@@ -73,20 +73,17 @@ class Group:
     warmup: int = 2
     turns: int = 2
 
-    @property
-    def steps_a_turn(self) -> int:
-        """Timed steps of a method in one turn."""
-        return max(1, self.steps // self.turns)
+    def steps_of(self, turn: int) -> int:
+        """Timed steps of a method in one turn; the first turns take what does not divide."""
+        return max(1, self.steps // self.turns + (turn < self.steps % self.turns))
 
 
 def lemo_method(use: str, shape: str, length: str) -> str:
-    """The method of `k50`, `k30`, `default` or `far`, the default without local loss rows, at a length."""
+    """The method of `k50`, `k30` or `default` at a length."""
     chosen = {"k50": "keep=0.5,kv=kept", "k30": "keep=0.3,kv=kept,share=0.3"}.get(use)
     if chosen is None:
-        chosen = DEFAULT[shape] + (",offload=1" if length in OFFLOADS else "")
-        chosen = chosen if use == "default" else chosen.replace(",local=0.25", "")
-    level = RECOMPUTE["default" if use == "far" else use][length]
-    return f"lemo:{chosen},recompute={level}"
+        chosen = DEFAULT[shape] + (",offload=keys" if length in OFFLOADS else "")
+    return f"lemo:{chosen},recompute={RECOMPUTE[use][length]}"
 
 
 def _group(shape: str, length: str, lora: str, methods: tuple[str, ...], comparisons: Any = ()) -> Group:
@@ -98,19 +95,14 @@ def _group(shape: str, length: str, lora: str, methods: tuple[str, ...], compari
 def _main_group(shape: str, length: str, lora: str) -> Group:
     """Liger against lemo's fixed shares and its default."""
     baselines = LIGER if length == "8k" else LIGER_LAYER
-    if length in ("64k", "128k"):
-        # PEFT's fp32 adapters only add casts and copies, as the shorter lengths show; this one is the stronger.
+    if length != "8k":
+        # PEFT's fp32 adapters only add casts and copies, as 8K and earlier runs at 32K show; this one is the stronger.
         baselines = baselines[1:]
     default = lemo_method("default", shape, length)
     comparisons = [Comparison(default, baselines, "time", f"C.{length}_time")]
     if length != "32k" and not (length == "8k" and shape == "llama3-8b"):
         comparisons.append(Comparison(default, (), "gib", f"C.{length}_gib"))
     methods = (*baselines, default)
-    if length in OFFLOADS and lora == "qkvo":
-        far = lemo_method("far", shape, length)
-        further, comparisons = (far,), [*comparisons, Comparison(far, baselines, "time")]
-    else:
-        further = ()
     if shape == "llama2-7b":
         fixed = {use: lemo_method(use, shape, length) for use in ("k50", "k30")}
         comparisons += [Comparison(fixed[use], baselines, "time", f"C.{length}_{use}") for use in fixed]
@@ -119,10 +111,10 @@ def _main_group(shape: str, length: str, lora: str) -> Group:
             dense = f"lemo_dense:recompute={'none' if length == '8k' else 'layer'}"
             comparisons.append(Comparison(dense, baselines, "time", "C.dense_parity"))
             methods = (*methods, dense)
-        if length == "64k" and lora == "qkvo":
+        if length == "8k" and lora == "qkvo":
             without = fixed["k50"] + ",last=all"
             methods, comparisons = (*methods, without), [*comparisons, Comparison(without, baselines, "time")]
-    return _group(shape, length, lora, (*methods, *further), comparisons)
+    return _group(shape, length, lora, methods, comparisons)
 
 
 def _main(length: str) -> list[Group]:
@@ -235,4 +227,4 @@ def estimate_step_seconds(setting: Setting, method: str) -> float:
 def estimate_turn_seconds(group: Group, method: str, step_seconds: float | None = None) -> float:
     """Rough time of one turn with start and warm-up. `step_seconds`: of an earlier turn, where there is one."""
     step = estimate_step_seconds(group.setting, method) if step_seconds is None else step_seconds
-    return START_S + step * (group.warmup + group.steps_a_turn + 1)
+    return START_S + step * (group.warmup + group.steps_of(0) + 1)

@@ -135,7 +135,7 @@ def make_records(groups: Sequence[Group], cells: dict[str, Cell]) -> tuple[list[
                 remarks.append(f"{_where(group)} {wanted.bar or wanted.what}: no baseline ran in the same command")
                 continue
             baseline, candidate = pair
-            if fewest := [one.method for one in pair if len(one.seconds) < group.steps_a_turn * group.turns]:
+            if fewest := [one.method for one in pair if len(one.seconds) < group.steps]:
                 remarks.append(
                     f"{_where(group)} {wanted.bar or wanted.what}: fewer steps than wanted of {' and '.join(fewest)}"
                 )
