@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lemo.errors import ConfigError
+from lemo.ops.backend import send
 
 T = TypeVar("T")
 
@@ -74,7 +75,12 @@ class Layout:
     @property
     def real_rows(self) -> int:
         """Rows that belong to a document."""
-        return int(self.document_length_D.sum())
+        return self.once("real rows", lambda: int(self.document_length_D.sum()))
+
+    @property
+    def longest(self) -> int:
+        """Rows of the longest document; 0 without one."""
+        return self.once("longest", lambda: max(self.document_length_D.tolist(), default=0))
 
     def rows_of(self, blocks_K: Tensor) -> Tensor:
         """Ascending int64 flat rows of the blocks that are set in `blocks_K` (K,) bool, on the CPU."""
@@ -127,13 +133,15 @@ class Layout:
         block_start = document_start[block_document] + offset
         block_length = torch.minimum(document_length[block_document] - offset, torch.tensor(block_size))
 
-        document_of_row = torch.full((batch * tokens,), -1)
-        position_of_row = torch.zeros(batch * tokens, dtype=torch.int64)
-        block_of_row = torch.full((batch * tokens,), -1)
-        rows = _expand(document_start, document_length)
-        document_of_row[rows] = torch.repeat_interleave(torch.arange(len(document_start)), document_length)
-        position_of_row[rows] = rows - document_start[document_of_row[rows]]
-        block_of_row[rows] = first_block_D[document_of_row[rows]] + position_of_row[rows] // block_size
+        # Of each run of rows, padding or not: its document and that one's first block.
+        document_R, first_block_R = torch.full_like(run_start, -1), torch.full_like(run_start, -1)
+        document_R[real], first_block_R[real] = torch.arange(len(blocks_D)), first_block_D
+        document_of_row, start_of_row, block_of_row = (
+            torch.repeat_interleave(t, run_end - run_start, output_size=batch * tokens)
+            for t in (document_R, run_start, first_block_R)
+        )
+        position_of_row = (torch.arange(batch * tokens) - start_of_row).masked_fill_(document_of_row < 0, 0)
+        block_of_row += position_of_row // block_size
 
         supervised, supervised_row, local = _supervised(supervised_BT, local_BT, block_of_row, len(block_document))
         guards = torch.zeros_like(supervised)
@@ -150,9 +158,9 @@ class Layout:
             block_document_K=block_document,
             forced_K=supervised | guards,
             supervised_K=supervised,
-            document_of_row_N=document_of_row.to(device),
-            position_of_row_N=position_of_row.to(device),
-            block_of_row_N=block_of_row.to(device),
+            document_of_row_N=send(document_of_row, device),
+            position_of_row_N=send(position_of_row, device),
+            block_of_row_N=send(block_of_row, device),
             supervised_row_S=supervised_row,
             local_K=local,
         )

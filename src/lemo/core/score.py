@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -46,7 +46,11 @@ class ScoreInputs:
 
 
 class Scorer(Protocol):
-    """Ranks blocks: higher is kept first."""
+    """Ranks blocks: higher is kept first.
+
+    A scorer whose scores are the same in all layers of a batch says so by an attribute `by_layer`, False: layers with
+    equal budgets then share one selection. See `scores_by_layer`.
+    """
 
     def scores(self, inputs: ScoreInputs) -> Tensor:
         """(K,) fp32 scores on the batch's device."""
@@ -167,6 +171,8 @@ class UpdateNorm:
 class Position:
     """Place in the document alone, later blocks first. A floor that predictors have to beat."""
 
+    by_layer: ClassVar[bool] = False
+
     def scores(self, inputs: ScoreInputs) -> Tensor:
         """(K,) fp32."""
         return block_positions(inputs.layout, inputs.layout.device)[:, 0]
@@ -179,6 +185,8 @@ class Recent:
     Rows with loss attend most to the rows shortly before them. Blocks after the last one with loss come last; where a
     document has no loss (as when only a forward is run), later blocks come first.
     """
+
+    by_layer: ClassVar[bool] = False
 
     def scores(self, inputs: ScoreInputs) -> Tensor:
         """(K,) fp32. Needs nothing of the layer, so it is made once per batch."""
@@ -235,6 +243,11 @@ def scorer_named(name: str, *, predictor: PatternPredictor | None = None, seed: 
     if name in STUDY_SCORERS:
         return STUDY_SCORERS[name]()
     raise ConfigError(f"scorer must be one of {', '.join((*TRAINING_SCORERS, *STUDY_SCORERS))}, got {name!r}")
+
+
+def scores_by_layer(scorer: Scorer) -> bool:
+    """Whether scores may depend on the layer, its input or its number; True of scorers that do not say."""
+    return getattr(scorer, "by_layer", True)
 
 
 def mlp_scores(norm_N: Tensor, layout: Layout, pool: str = "mean") -> Tensor:

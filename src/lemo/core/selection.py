@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RowSet:
-    """Rows of a batch, document by document.
+    """Rows of a batch, document by document. Equal is only what is the same object.
 
     `rows_N` has `capacity` entries, a number the host knows before the layer runs. Inside a document the first entries
     are the chosen rows in ascending order; under the `threshold` policy they may be followed by rows that were not
@@ -43,9 +43,9 @@ class RowSet:
         return rows.sort().values
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Selection:
-    """Rows of one layer for one batch.
+    """Rows of one layer for one batch, or of several layers that choose alike: what is made from it is made once.
 
     `y = x; y[rows] = layer(x[rows])`: `forward` are the rows whose value the layer computes, `backward` the subset that
     also keeps activations and passes gradient. None means all rows of the batch (the layer's dense call).

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from lemo.core.layout import Layout
-from lemo.core.plan import LayerPlan, Plan
+from lemo.core.plan import Plan
 from lemo.core.policy import select
-from lemo.core.score import Random, ScoreInputs, scorer_named
+from lemo.core.score import Random, ScoreInputs, Scorer, scorer_named, scores_by_layer
 from lemo.core.selection import RowSet, Selection
 from lemo.errors import ConfigError
 from lemo.runtime.context import parts_rows
@@ -20,6 +20,8 @@ from lemo.runtime.fused.call import Recompute
 from lemo.runtime.fused.factors import AdapterFactors
 from lemo.runtime.fused.offload import Convoy
 from lemo.runtime.rows import all_rows
+
+T = TypeVar("T")
 
 _IGNORED = -100
 LOCAL_ROWS = "local_rows"  # keyword of a call of the model: (B, T) bool, loss rows that attend locally
@@ -46,7 +48,7 @@ class BatchContext:
         loss_rows_only: nothing but the rows that carry loss is read behind the last layer.
         defers_norm: the norm before the head is left to the loss, which runs it on its rows.
         adapters: factors of the fused layers' adapters.
-        selections: selection of every layer that has run.
+        selections: selection of every layer that has run; the same object for layers that choose alike.
         mlp_selections: rows of the MLP of every layer that has its own.
     """
 
@@ -64,29 +66,46 @@ class BatchContext:
     adapters: AdapterFactors = field(default_factory=AdapterFactors)
     selections: dict[int, Selection] = field(default_factory=dict)
     mlp_selections: dict[int, RowSet] = field(default_factory=dict)
+    _made: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` returns, made once per batch and plan. A selection in the key counts as the object that it is."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     def select(self, index: int, x_NM: Tensor) -> Selection:
         """Selection of layer `index` for its input (B·T, M), without gradient and without host synchronisation."""
         layer = self.plan.layers[index]
         if layer.is_dense:
-            selection = Selection(None, None)
+            selection = self.once("dense", lambda: Selection(None, None))
         else:
-            with torch.no_grad():
-                scores_K = self._scores(index, layer, x_NM)
-                selection = select(
-                    self.layout,
-                    scores_K,
-                    forward_ratio=layer.forward_ratio,
-                    backward_ratio=layer.backward_ratio,
-                    policy=self.plan.policy,
-                    threshold=layer.threshold,
-                    ratio_of=self.plan.ratio_of,
-                )
-            if selection.backward is None and parts_rows(self.plan, self.layout, index):
-                # Not the layer's dense call: all rows pass gradient, but some of them attend locally.
-                everything = self.layout.once("all rows, with gradient", lambda: replace(all_rows(self.layout)))
-                selection = Selection(selection.forward, everything)
+            scorer = scorer_named(self.plan.scorer, predictor=layer.predictor, seed=self.plan.seed)
+            if scores_by_layer(scorer):
+                selection = self._select(index, scorer, x_NM)
+            else:
+                threshold = layer.threshold if self.plan.policy == "threshold" else None
+                key = ("selection", layer.forward_ratio, layer.backward_ratio, threshold)
+                selection = self.once(key, lambda: self._select(index, scorer, x_NM))
         self.selections[index] = selection
+        return selection
+
+    def _select(self, index: int, scorer: Scorer, x_NM: Tensor) -> Selection:
+        layer = self.plan.layers[index]
+        with torch.no_grad():
+            selection = select(
+                self.layout,
+                scorer.scores(self._score_inputs(index, x_NM)),
+                forward_ratio=layer.forward_ratio,
+                backward_ratio=layer.backward_ratio,
+                policy=self.plan.policy,
+                threshold=layer.threshold,
+                ratio_of=self.plan.ratio_of,
+            )
+        if selection.backward is None and parts_rows(self.plan, self.layout, index):
+            # Not the layer's dense call: all rows pass gradient, but some of them attend locally.
+            everything = self.layout.once("all rows, with gradient", lambda: replace(all_rows(self.layout)))
+            selection = Selection(selection.forward, everything)
         return selection
 
     def select_mlp(self, index: int, x_NM: Tensor, rows: RowSet) -> RowSet | None:
@@ -107,10 +126,6 @@ class BatchContext:
             chosen = select(self.layout, scores_K, **ratios, ratio_of=self.plan.ratio_of)
         self.mlp_selections[index] = chosen.forward
         return chosen.forward
-
-    def _scores(self, index: int, layer: LayerPlan, x_NM: Tensor) -> Tensor:
-        scorer = scorer_named(self.plan.scorer, predictor=layer.predictor, seed=self.plan.seed)
-        return scorer.scores(self._score_inputs(index, x_NM))
 
     def _score_inputs(self, index: int, x_NM: Tensor) -> ScoreInputs:
         keys_D = self.document_keys_D

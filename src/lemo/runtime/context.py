@@ -24,7 +24,7 @@ from lemo.runtime.rows import ContextRows, PartedRows, RowRange
 def attends_locally(plan: Plan, layout: Layout) -> bool:
     """Whether the plan's window takes any key from any row: the second chunk of a document still sees all."""
     window = plan.context_window
-    return window is not None and any(length > 2 * window for length in layout.document_length_D.tolist())
+    return window is not None and layout.longest > 2 * window
 
 
 def context_rows(
@@ -129,9 +129,11 @@ def _local_rows(layout: Layout, loss_only: bool) -> tuple[RowSet, Tensor]:
     """Rows of local blocks, or of these those alone that carry loss; and their positions (N,) on the host."""
 
     def make() -> tuple[RowSet, Tensor]:
-        rows_S = layout.rows_of(layout.local_K)
         if loss_only:
-            rows_S = rows_S[torch.isin(rows_S, layout.supervised_row_S)]
+            loss_S = layout.supervised_row_S
+            rows_S = loss_S[layout.local_K[torch.bucketize(loss_S, layout.block_start_K, right=True) - 1]]
+        else:
+            rows_S = layout.rows_of(layout.local_K)
         found = _row_set(layout, rows_S)
         starts_S = layout.document_start_D.repeat_interleave(torch.tensor(found.segment_lengths))
         return found, rows_S - starts_S

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,37 +38,72 @@ def make_call(
         kwargs: the layer's keywords; `position_embeddings` among them where it uses RoPE.
         mlp: rows of its MLP among those of the selection, when it has its own.
     """
+    plan = context.plan
+    # Rows without loss may go unread behind the last layer.
+    ends = mlp is None and context.loss_rows_only and index == len(plan.layers) - 1
+    kind = _Kind(ends, parts_rows(plan, context.layout, index), _has_vendor(x_BTM))
+    shared = context.once((selection, kind), lambda: _shared_call(context, selection, kind))
+    bypass = None if ends else plan.layers[index].bypass
+    far = None
+    if selection.forward is not selection.backward and plan.gradient != "pairs":
+        far = far_keys(context, index, _attending(shared), shared.keys)
+    tables = _rope(kwargs, x_BTM)
+    return replace(
+        shared,
+        bypass=None if bypass is None else bypass.on(x_BTM.device, x_BTM.dtype),
+        mlp=mlp,
+        cosine_PR=tables[0],
+        sine_PR=tables[1],
+        in_place=context.in_place and writable(x_BTM, True),
+        far=far,
+    )
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What the rows of a layer's call follow from, beside its selection.
+
+    Attributes:
+        ends: nothing but the rows that carry loss is read behind the layer.
+        parts: some of the rows that pass gradient attend locally.
+        plans: attention on all keys is planned for vendor kernels.
+    """
+
+    ends: bool
+    parts: bool
+    plans: bool
+
+    def planned(self, queries: RowRange, keys: RowRange) -> Rows:
+        """Queries of attention on all keys; the ends of its rectangles travel to the host while norm and maps run."""
+        return plan_rows(queries, keys) if self.plans else queries
+
+
+def _shared_call(context: BatchContext, selection: Selection, kind: _Kind) -> FusedCall:
+    """The call of all layers with this selection, but for what `make_call` adds: planned, and waited for, once."""
     layout, plan = context.layout, context.plan
     runs, passes = selection.forward, selection.backward
     runs, passes = runs or _everything(layout), passes or _everything(layout)
     exact = None if selection.forward is selection.backward else passes
     wanted = None
-    if mlp is None and context.loss_rows_only and index == len(plan.layers) - 1:
-        # Behind this layer nobody reads the other rows. With gradient into all keys that is all there is to it; where
-        # keys of rows that pass no gradient are constants, rows that do pass some have to be told apart: they run.
+    if kind.ends:
+        # Where keys of rows that pass no gradient are constants, rows that do pass some have to be told apart: they
+        # run. Else the rows that carry loss are all there is to it.
         wanted = loss_rows(layout) if exact is None or plan.gradient == "keys" else exact
         exact = exact if wanted is exact else None
     whole = runs is None or (plan.kv == "all" and len(runs.skipped_S) > 0)
     frame_rows = None if whole else runs.rows_N
     keys = RowRange.of_batch(layout) if whole else RowRange.of_rows(layout, runs)
     ran, parted = wanted or runs, None
-    if parts_rows(plan, layout, index):
-        parted = part_rows(plan, layout, wanted or passes, keys, lambda far: _planned(far, keys, x_BTM))
+    if kind.parts:
+        parted = part_rows(plan, layout, wanted or passes, keys, lambda far: kind.planned(far, keys))
     if ran is None or (ran is runs and not whole):
         places, queries = None, keys
     else:
         places = ran.rows_N if whole else inverse(frame_rows, layout.batch * layout.tokens)[ran.rows_N]
         queries = RowRange.of_rows(layout, ran)
         if parted is None or exact is not None:
-            queries = _planned(queries, keys, x_BTM)
-    bypass = None if wanted is not None else plan.layers[index].bypass
-    tables = _rope(kwargs, x_BTM)
-    sides = (places, frame_rows, queries, keys, x_BTM)
-    rows = None if exact is None else _exact_rows(context, ran, exact, sides, parted)
-    far = None
-    if selection.forward is not selection.backward and plan.gradient != "pairs":
-        attending = queries if rows is None else rows.range
-        far = far_keys(context, index, attending if parted is None else parted.far, keys)
+            queries = kind.planned(queries, keys)
+    sides = (places, frame_rows, queries, keys)
     return FusedCall(
         frame_rows=frame_rows,
         keys=keys,
@@ -76,26 +112,25 @@ def make_call(
         queries=queries,
         valid_n=None if ran is None else ran.valid_N,
         skipped_s=None if runs is None or wanted is not None else runs.skipped_S,
-        bypass=None if bypass is None else bypass.on(x_BTM.device, x_BTM.dtype),
-        exact=rows,
-        mlp=mlp,
-        cosine_PR=tables[0],
-        sine_PR=tables[1],
+        bypass=None,
+        exact=None if exact is None else _exact_rows(context, ran, exact, sides, kind, parted),
+        mlp=None,
+        cosine_PR=None,
+        sine_PR=None,
         recompute=context.recompute,
-        in_place=context.in_place and writable(x_BTM, True),
+        in_place=False,
         adapters=context.adapters,
         offload=context.offload,
-        far=far,
         parted=parted,
     )
 
 
 def _exact_rows(
-    context: BatchContext, ran: RowSet | None, passes: RowSet, call: tuple, parted: PartedRows | None
+    context: BatchContext, ran: RowSet | None, passes: RowSet, sides: tuple, kind: _Kind, parted: PartedRows | None
 ) -> ExactRows:
-    """`call`: places in the frame and flat rows of it, who runs and who offers keys, and the residual stream."""
+    """`sides`: places in the frame and flat rows of it, who runs and who offers keys."""
     layout, plan = context.layout, context.plan
-    places, frame_rows, queries, keys, x_BTM = call
+    places, frame_rows, queries, keys = sides
     size = layout.batch * layout.tokens
     if ran is passes:
         ran_n = torch.arange(passes.capacity, device=passes.rows_N.device)
@@ -104,11 +139,11 @@ def _exact_rows(
         places = passes.rows_N if frame_rows is None else ran_n
     span = RowRange.of_rows(layout, passes)
     if plan.gradient == "keys" and parted is None:
-        span = _planned(span, keys, x_BTM)
+        span = kind.planned(span, keys)
     local = None
     if ran is not passes and attends_locally(plan, layout):
         if parted is None:
-            far = (span if plan.gradient == "keys" else _planned(span, keys, x_BTM)), ran_n
+            far = (span if plan.gradient == "keys" else kind.planned(span, keys)), ran_n
         else:
             far = parted.far, ran_n[parted.far_n]
         whole = queries is keys and (ran is None or ran.capacity == layout.real_rows)
@@ -117,11 +152,15 @@ def _exact_rows(
     return ExactRows(places, ran_n, passes.rows_N, span, passes.valid_N, pairs, into_keys, local)
 
 
-def _planned(queries: RowRange, keys: RowRange, x_BTM: Tensor) -> Rows:
-    """Queries of attention on all keys; the ends of its rectangles travel to the host while norm and maps run."""
-    if x_BTM.is_cuda and x_BTM.dtype in (torch.bfloat16, torch.float16):
-        return plan_rows(queries, keys)
-    return queries
+def _attending(call: FusedCall) -> Rows:
+    """The rows whose attention on all keys passes gradient."""
+    if call.parted is not None:
+        return call.parted.far
+    return call.queries if call.exact is None else call.exact.range
+
+
+def _has_vendor(x_BTM: Tensor) -> bool:
+    return x_BTM.is_cuda and x_BTM.dtype in (torch.bfloat16, torch.float16)
 
 
 def _everything(layout: Layout) -> RowSet | None:
