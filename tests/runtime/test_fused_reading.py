@@ -143,7 +143,7 @@ def test_backward_uses_the_factors_of_its_forward(monkeypatch):
 
 
 def test_factors_of_shards_are_made_in_the_layers_call(monkeypatch):
-    """Where adapters are shards before the call, nothing is prepared, and the numbers are the same."""
+    """Where adapters are shards before the call, each layer is prepared alone, and the numbers are the same."""
     in_double(monkeypatch)
     model, inputs = adapted(), batch(48)
     plan, seen = plan_of(model, "skip"), []
@@ -157,8 +157,8 @@ def test_factors_of_shards_are_made_in_the_layers_call(monkeypatch):
 
     monkeypatch.setattr(factors.AdapterFactors, "prepare", prepare)
     run(model, plan, inputs, "fused")
-    assert seen == [4]
+    assert seen == [1, 3]
     monkeypatch.setattr("lemo.runtime.fused.parts.LayerReader.is_whole", lambda self: False)
     got = run(model, plan, inputs, "fused")
-    assert seen == [4, 0, 1, 1, 1, 1]
+    assert seen == [1, 3, 1, 1, 1, 1]
     assert torch.equal(got[0], wanted[0]) and all(torch.equal(got[1][n], g) for n, g in wanted[1].items())

@@ -232,8 +232,10 @@ class Handle:
                     "a training forward reached the model without labels, so lemo cannot tell which rows carry loss "
                     "and must not be skipped; pass labels, or run it inside `with handle.supervised(mask):`"
                 )
+            fused = self.fused_layers()
             if training and any(x.is_exact for x in self.plan.layers):
-                check_no_dropout(self.model, self.fused_layers())
+                check_no_dropout(self.model, fused)
+            # What else the host can do comes before: this waits for the device.
             layout = read_layout(arguments, self._supervised, self.plan.block_size, local_BT)
         except RunDense as reason:
             self.dense_batches += training
@@ -245,18 +247,18 @@ class Handle:
                 "layers one by one instead (layer.compile())"
             )
         draws = self.plan.scorer == "random" or self.plan.far_share < 1
-        context = BatchContext(
+        return BatchContext(
             self.plan,
             layout,
             step=self.sparse_batches,
             in_place=self.in_place,
             maskless=self._wants_no_mask(layout),
             document_keys_D=document_keys(layout, arguments.get("input_ids")) if draws else None,
-            fused=self.fused_layers(),
+            fused=fused,
             recompute=self._fused.recompute(),
             offload=self._fused.offload(),
+            adapters=self._fused.factors(fused),
         )
-        return self._fused.prepare(context)
 
     def _check_capturing(self, arguments: dict[str, Any], sparse_eval: bool) -> None:
         config = self.model.config

@@ -12,9 +12,10 @@ from lemo.families import find_family
 from lemo.runtime.batch import BatchContext
 from lemo.runtime.context import loss_rows
 from lemo.runtime.fused.call import LEVELS, Recompute
+from lemo.runtime.fused.factors import AdapterFactors
 from lemo.runtime.fused.final import install_norm, remove_norm
 from lemo.runtime.fused.offload import Convoy, HostMemory
-from lemo.runtime.fused.parts import Norm, read_norm
+from lemo.runtime.fused.parts import LayerParts, Norm, read_norm
 from lemo.runtime.model import decoder_layers
 
 Engine = Literal["auto", "fused", "generic"]
@@ -101,14 +102,15 @@ class FusedEngine:
             self._handle.note(f"{len(self._handle.plan.layers) - len(found)} layers keep their inputs: {NO_OFFLOAD}")
         return frozenset(found)
 
-    def prepare(self, context: BatchContext) -> BatchContext:
-        """Makes the factors of all adapters of a batch at once, but for layers that keep shards of them."""
-        if not context.fused:
-            return context
-        layers = decoder_layers(self._handle.model)
-        readable = (layers[i].__dict__["_lemo_layer"].peek_parts(layers[i]) for i in sorted(context.fused))
-        context.adapters.prepare([parts for parts in readable if parts is not None])
-        return context
+    def factors(self, fused: frozenset[int]) -> AdapterFactors:
+        """For one forward: makes the factors of all adapters together, but for layers that keep shards of them."""
+
+        def readable() -> list[LayerParts]:
+            layers = decoder_layers(self._handle.model)
+            found = (layers[i].__dict__["_lemo_layer"].peek_parts(layers[i]) for i in sorted(fused))
+            return [parts for parts in found if parts is not None]
+
+        return AdapterFactors(readable)
 
     def recompute(self) -> Recompute:
         """What backward computes again."""

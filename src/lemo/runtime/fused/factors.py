@@ -1,8 +1,8 @@
-"""Adapter factors in the compute dtype, made once a forward for the whole model with a handful of launches."""
+"""Adapter factors in the compute dtype, made once a forward with a handful of launches for all layers but the first."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -22,8 +22,14 @@ class AdapterFactors:
     column: backward makes it again, and rows drop alike wherever they are computed.
     """
 
-    def __init__(self) -> None:
-        """Empty."""
+    def __init__(self, readable: Callable[[], list[LayerParts]] = list) -> None:
+        """Empty.
+
+        Args:
+            readable: the parts of all layers that can be read before their call. Asked for when a second layer runs:
+                the host makes their factors while the device works on the first layer.
+        """
+        self._readable = readable
         self._bound: dict[int, tuple[LayerParts, LayerParts]] = {}
         self._seed: int | None = None
 
@@ -43,9 +49,12 @@ class AdapterFactors:
                 self._bound[id(parts)] = parts, parts
 
     def bind(self, parts: LayerParts, index: int) -> LayerParts:
-        """The parts of a layer with their factors: prepared ones, or made for it alone where it was not among them."""
+        """The parts of a layer with their factors: made for it alone if it is the first, else with all others."""
         if id(parts) not in self._bound:
-            self.prepare((parts,))
+            others: list[LayerParts] = []
+            if self._bound:
+                others, self._readable = self._readable(), list
+            self.prepare((parts, *(x for x in others if x is not parts and id(x) not in self._bound)))
         bound = self._bound[id(parts)][1]
         return self._keyed(bound, index) if bound.drops else bound
 
