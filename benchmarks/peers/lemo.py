@@ -29,7 +29,7 @@ OPTIONS = {
     "context": "",  # window of rows that pass no gradient, of exact forward; empty for all keys
     "far": "1.0",  # share of the far keys that backward reads, of exact forward
     "local": "0",  # share of blocks that carry loss and attend within the context window, besides `share`
-    "offload": "0",  # 1: what is saved for keys alone waits in host memory
+    "offload": "0",  # 1: what is saved for keys alone waits in host memory; keys: keys and values too
     "dense": "0/-1",  # layers that run densely, joined by /; empty for none
     "scorer": "predictor",
     "bypass": "64",  # its rank; 0 for none
@@ -77,10 +77,11 @@ def attached(model: Any, plan: Plan, options: dict[str, str]) -> Prepared:
         checkpoint_layers(model, recompute)
     else:
         keywords["recompute"] = recompute
-    if options.get("offload", "0") not in ("0", "1"):
-        raise Unsupported(f"offload must be 0 or 1, got {options['offload']!r}")
-    if options.get("offload") == "1":
-        keywords["offload"] = True
+    moved = {"0": False, "1": True, "keys": "keys"}
+    if options.get("offload", "0") not in moved:
+        raise Unsupported(f"offload must be 0, 1 or keys, got {options['offload']!r}")
+    if offload := moved[options.get("offload", "0")]:
+        keywords["offload"] = offload
     unsafe = options.get("bypass") == "0"
     handle = lemo.attach(model, plan, engine=engine, self_test=False, unsafe_no_bypass=unsafe, **keywords)
     if options.get("last") == "all":

@@ -215,7 +215,8 @@ class TrainingConfig:
             the MLP; `lin`, all linear maps; `layer`, everything. None is `lin` under gradient checkpointing, else
             `none`.
         offload: what the fused engine saves for keys alone, the inputs of rows that offer keys but do not run or pass
-            gradient, waits for backward in host memory.
+            gradient, waits for backward in host memory. `keys`: keys and values wait there too, and levels `lin` and
+            `layer` do not compute them again; `inputs` is the same as true.
         refit_steps: fit bypasses anew on the batch at hand every so many steps, as weights move; None for never.
         recall_steps: measure every so many steps how well predictors still find their blocks; None for never.
         early_stopping_evals: stop after this many evaluations without a lower validation loss, and keep the adapter of
@@ -237,7 +238,7 @@ class TrainingConfig:
     segment_rows: int = 2048
     engine: Literal["auto", "fused", "generic"] = "auto"
     recompute: Literal["none", "mlp", "lin", "layer"] | None = None
-    offload: bool = False
+    offload: bool | Literal["inputs", "keys"] = False
     logging_steps: int = 1
     eval_steps: int | None = None
     save_steps: int | None = None

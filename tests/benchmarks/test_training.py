@@ -70,6 +70,8 @@ def test_exact_forward_has_the_dense_loss_on_runs_of_rows_and_offload_changes_no
     assert found["losses"][0] == pytest.approx(plain["losses"][0], rel=2e-5)
     assert found["losses"] == offloaded["losses"]
     assert found["describe"]["forward_share"] == 1 and found["describe"]["backward_share"] < 0.5
+    keys = run(setting, exact + ",offload=keys,recompute=lin")
+    assert keys["losses"] == pytest.approx(found["losses"], rel=2e-5)
     assert run(setting, exact + ",offload=yes")["status"] == "unsupported"
     with monkeypatch.context() as patch:
         patch.setattr(far, "FAR_STRIPE", 16)
@@ -186,7 +188,9 @@ class InProcess:
 
     def run(self, turn, limit_s, following):
         InProcess.ran.append(f"{turn.method} {turn.turn}")
-        return run_job(Job(turn.group.setting, turn.method, turn.turn, turn.group.steps_of(turn.turn), turn.group.warmup))
+        return run_job(
+            Job(turn.group.setting, turn.method, turn.turn, turn.group.steps_of(turn.turn), turn.group.warmup)
+        )
 
     def close(self) -> None:
         pass

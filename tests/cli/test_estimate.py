@@ -77,6 +77,25 @@ def test_fit_keeps_the_ratios_where_it_can(sizes):
     assert fit_setting(sizes, setting, find_card("l4:0.9")) is None
 
 
+def test_parked_keys_are_counted(sizes):
+    """On the host and in the buffers of the device, three times or less what inputs take; said in words."""
+    setting = StepSetting(65536, forward_ratio=1.0, backward_ratio=0.37, gradient="keys", recompute="lin")
+    found = {x: make_estimate(sizes, replace(setting, offload=x), CARDS["h200"]) for x in (True, "inputs", "keys")}
+    inputs, keys = found[True], found["keys"]
+    assert inputs.host_bytes == found["inputs"].host_bytes and inputs.peak_bytes == found["inputs"].peak_bytes
+    ratio = 1 + 2 * sizes.key / sizes.shape.width
+    assert 1 < ratio <= 3 and keys.host_bytes == pytest.approx(ratio * inputs.host_bytes, rel=0.05)  # whole chunks
+    transit = "saved: on its way to the host"
+    assert keys.parts_bytes[transit] == pytest.approx(ratio * inputs.parts_bytes[transit])
+    assert ", offload;" in describe(inputs) and ", offload of keys too;" in describe(keys)
+    told = json.loads(run("smollm2-135m", "training.offload=keys", "--card", "h200", "--json"))["estimate"]
+    assert told["setting"]["offload"] == "keys" and told["host_bytes"] > 0
+    small = find_card("l4:1")
+    assert any(c.text == "training.offload: true" for c in changes(sizes, replace(setting, offload="keys"), small))
+    with pytest.raises(ConfigError, match="offload must be false, true, inputs or keys"):
+        replace(setting, offload="values")
+
+
 def test_changes_save_memory(sizes):
     setting, card = StepSetting(65536, kv="all", forward_ratio=0.5), find_card("l4:6")
     now = make_estimate(sizes, setting, card)

@@ -107,6 +107,10 @@ def test_overrides_win_and_are_typed(tmp_path):
         ("training: {max_steps: 1.5}", "training.max_steps must be an integer, got 1.5"),
         ("training: {max_steps: true}", "training.max_steps must be an integer, got true"),
         ("sparsity: {enabled: yes}", "sparsity.enabled must be true or false, got the text 'yes'"),
+        (
+            "training: {offload: values}",
+            "training.offload must be true or false or one of inputs, keys, got the text 'values'",
+        ),
         ("sparsity: {kv: some}", "sparsity.kv must be one of kept, all, got the text 'some'"),
         ("sparsity: {block_size: 64.5}", "sparsity.block_size must be an integer, got 64.5"),
         ("sparsity: {block_size: 0}", "sparsity.block_size must be positive, got 0"),

@@ -47,7 +47,7 @@ def rows_of(selections, layer: int, layers: int, mode: str, kv: str, loss: int |
 CASES = [("llama", mode) for mode in MODES] + [(f, mode) for f in ("qwen3", "opt") for mode in ("skip", "both rows")]
 
 
-@pytest.mark.parametrize("offload", [False, True], ids=["", "offload"])
+@pytest.mark.parametrize("offload", [False, True, "keys"], ids=["", "offload", "offload of keys"])
 @pytest.mark.parametrize("recompute", ["none", "mlp", "lin", "layer"])
 @pytest.mark.parametrize("kv", ["kept", "all"])
 @pytest.mark.parametrize(("family", "mode"), CASES)
@@ -91,9 +91,9 @@ def test_saved_bytes_are_exact(family, mode, kv, recompute, offload, monkeypatch
     for layer in range(sizes.shape.layers):
         rows = rows_of(selections, layer, sizes.shape.layers, mode, kv, loss_rows)
         found = sum(storage.nbytes() for storage in kept[layer].values())
-        away = parked_bytes(sizes, rows, recompute) if offload else 0
+        away = parked_bytes(sizes, rows, recompute, offload)
         assert parked.get(layer, 0) == away, (layer, rows)
-        assert found + away == sum(saved_bytes(sizes, rows, recompute).values()), (layer, rows)
+        assert found + away == sum(saved_bytes(sizes, rows, recompute, offload).values()), (layer, rows)
 
 
 PEAKS = [
@@ -112,9 +112,12 @@ def test_peak_is_close(family, mode, kv, recompute, monkeypatch):
     check_peak(family, mode, kv, recompute, monkeypatch)
 
 
-@pytest.mark.parametrize("recompute", ["none", "mlp", "lin", "layer"])
+OFFLOADS = [*((level, True) for level in ("none", "mlp", "lin", "layer")), ("lin", "keys"), ("layer", "keys")]
+
+
+@pytest.mark.parametrize(("recompute", "offload"), OFFLOADS)
 @pytest.mark.parametrize(("family", "mode", "kv"), [("llama", "exact keys", "kept"), ("qwen3", "skip", "all")])
-def test_peak_under_offload_is_close(family, mode, kv, recompute, monkeypatch):
+def test_peak_under_offload_is_close(family, mode, kv, recompute, offload, monkeypatch):
     """The same on the device; what the host holds is not counted there, and is what the walk says."""
     inner, chunks = Lane._new_chunk, []
 
@@ -125,7 +128,7 @@ def test_peak_under_offload_is_close(family, mode, kv, recompute, monkeypatch):
 
     monkeypatch.setattr(Lane, "_new_chunk", on_host)
     monkeypatch.setattr("lemo.runtime.fused.offload.CHUNK_BYTES", 1 << 14)
-    walked = check_peak(family, mode, kv, recompute, monkeypatch, offload=True)
+    walked = check_peak(family, mode, kv, recompute, monkeypatch, offload=offload)
     assert 0 < len(chunks) << 14 == walked.host_bytes
 
 

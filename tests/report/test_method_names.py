@@ -23,6 +23,7 @@ from lemo.report.method_names import name_method
             "context=1024,offload=1,recompute=lin",
             "lemo, 12 % far + 25 % local loss rows, window 1,024, recompute lin, offload",
         ),
+        ("lemo:keep=0.5,kv=kept,offload=keys", "lemo, 50 % of rows, kv kept, offload of keys too"),
         (
             "lemo:keep=0.5,kv=kept,recompute=mlp,last=all",
             "lemo, 50 % of rows, kv kept, recompute mlp, last layer on all rows",

@@ -179,13 +179,14 @@ def test_far_rows_may_read_a_sample_of_far_keys(case, monkeypatch):
     assert (max(moved) > 1e-8) == (case == "some")  # elsewhere nothing that is far reaches the loss
 
 
+@pytest.mark.parametrize("offloads", [True, "keys"])
 @pytest.mark.parametrize("recompute", ["none", "mlp", "lin", "layer"])
-def test_offload_changes_no_bit(recompute, monkeypatch):
+def test_offload_changes_no_bit(recompute, offloads, monkeypatch):
     monkeypatch.setattr(offload, "CHUNK_BYTES", 1000)
     model = tiny_model()
     plan, inputs = windowed(model), marked()
     loss, wanted, _ = run(model, plan, inputs, "fused", recompute=recompute)
-    got_loss, got, _ = run(model, plan, inputs, "fused", recompute=recompute, offload=True)
+    got_loss, got, _ = run(model, plan, inputs, "fused", recompute=recompute, offload=offloads)
     assert torch.equal(loss, got_loss) and all(torch.equal(got[name], g) for name, g in wanted.items())
 
 

@@ -229,11 +229,14 @@ def _outcome(found: Estimate) -> str:
     return f"{found.needed_bytes / GIB:.1f} GiB, {found.time.total_s:.2f} s a step, {verdict}"
 
 
+_OFFLOADS = {False: "", True: ", offload", "inputs": ", offload", "keys": ", offload of keys too"}
+
+
 def describe(found: Estimate) -> str:
     """The setting on one line."""
     setting = found.setting
     words = {
-        "fused": f"fused engine, recompute {setting.recompute}{', offload' if setting.offload else ''}",
+        "fused": f"fused engine, recompute {setting.recompute}{_OFFLOADS[setting.offload]}",
         "generic": f"generic engine, checkpointing {'on' if setting.recompute == 'layer' else 'off'}",
         "plain": f"no rows skip, checkpointing {'on' if setting.recompute == 'layer' else 'off'}",
     }[setting.engine]

@@ -215,6 +215,11 @@ def _to_dataclass(cls: type, model: pydantic.BaseModel) -> Any:
 def _explain(error: dict[str, Any], source: str, sources: dict[str, str]) -> str:
     """One line for one of pydantic's errors."""
     path = [part for part in error["loc"] if isinstance(part, str)]
+    if error["type"] != "extra_forbidden":
+        # Of a key that takes one of several types, pydantic also names each that did not match.
+        known = set(_keys(RunConfig))
+        while len(path) > 1 and ".".join(path) not in known:
+            path.pop()
     key = ".".join(path)
     source = sources.get(key, source)
     if error["type"] == "extra_forbidden":

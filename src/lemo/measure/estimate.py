@@ -176,7 +176,7 @@ def changes(sizes: ModelSizes, setting: StepSetting, card: Card) -> list[Change]
     levels = LEVELS[LEVELS.index(setting.recompute) + 1 :]
     if setting.engine == "fused":
         tried += [(f"training.recompute: {x}", lambda x=x: replace(setting, recompute=x)) for x in levels]
-        if not setting.offload:
+        if setting.offload in (False, "keys"):
             tried.append(("training.offload: true", lambda: replace(setting, offload=True)))
     elif setting.recompute == "none":
         tried.append(("training.gradient_checkpointing: true", lambda: replace(setting, recompute="layer")))

@@ -6,10 +6,14 @@ Follows `lemo.runtime.fused` step by step, as it runs on a GPU, where kernels al
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from lemo.measure.layer_rows import LayerRows
 from lemo.measure.ledger import Ledger, Scope
 from lemo.measure.sizes import ModelSizes
+
+if TYPE_CHECKING:
+    from lemo.runtime.fused.offload import Offload
 
 WIDE = 4  # bytes of the fp32 numbers that norms and softmax keep; 8 for a model in fp64
 INDEX = 8  # bytes of a row's number
@@ -41,7 +45,12 @@ def level_of(rows: LayerRows, recompute: str) -> str:
     return "lin" if recompute == "layer" and rows.exact and not rows.keys else recompute
 
 
-def saved_bytes(sizes: ModelSizes, rows: LayerRows, recompute: str) -> dict[str, float]:
+def takes_keys(rows: LayerRows, recompute: str, offload: Offload) -> bool:
+    """Keys and values go to the host instead of being computed again, as `FusedCall.takes_keys` has it."""
+    return offload == "keys" and rows.offers and level_of(rows, recompute) in ("lin", "layer")
+
+
+def saved_bytes(sizes: ModelSizes, rows: LayerRows, recompute: str, offload: Offload = False) -> dict[str, float]:
     """Bytes of each tensor that a layer keeps for its backward pass, rows' numbers left out."""
     e, wide, shape = sizes.element_bytes, max(WIDE, sizes.element_bytes), sizes.shape
     level, n, frame = level_of(rows, recompute), rows.back, rows.back_frame
@@ -57,6 +66,8 @@ def saved_bytes(sizes: ModelSizes, rows: LayerRows, recompute: str) -> dict[str,
         found["middle"] = n * shape.width * e
         # Under exact forward keys and values are those of the rows that pass gradient.
         found |= {"query": n * sizes.query * e, "key": frame * sizes.key * e, "value": frame * sizes.key * e}
+    elif takes_keys(rows, recompute, offload):
+        found |= {"key": frame * sizes.key * e, "value": frame * sizes.key * e}
     if level == "none":
         kept = _kept_rows(rows) * shape.ffn * e
         found |= {"gate": kept, "up": kept} if shape.gated else {"gate": kept}
@@ -73,9 +84,11 @@ def _kept_rows(rows: LayerRows) -> int:
     return rows.back + (rows.exact and rows.queries > CHUNK_ROWS)
 
 
-def parked_bytes(sizes: ModelSizes, rows: LayerRows, recompute: str) -> float:
+def parked_bytes(sizes: ModelSizes, rows: LayerRows, recompute: str, offload: Offload = True) -> float:
     """Bytes that offload moves to the host, as `FusedCall.offloaded` has it."""
-    saved = saved_bytes(sizes, rows, recompute)
+    if not offload:
+        return 0.0
+    saved = saved_bytes(sizes, rows, recompute, offload)
     names = ("frame", "key", "value") if rows.offers else ("all_key", "all_value")
     return sum(saved.get(name, 0.0) for name in names)
 
@@ -107,7 +120,7 @@ class FusedLayerMemory:
         rows: LayerRows,
         recompute: str,
         vendor: Workspace,
-        offload: bool = False,
+        offload: Offload = False,
     ) -> None:
         """Args: vendor: what the attention backward of a vendor takes."""
         from lemo.runtime.fused.mlp import CHUNK_ROWS
@@ -119,9 +132,10 @@ class FusedLayerMemory:
         self.wide = max(WIDE, self.e)
         self.ways = 2 if sizes.shape.gated else 1
         self.chunk_rows = CHUNK_ROWS
-        saved = saved_bytes(sizes, rows, recompute)
+        saved = saved_bytes(sizes, rows, recompute, offload)
         self.offload = offload
-        self.parked = parked_bytes(sizes, rows, recompute) if offload else 0.0
+        self.takes_keys = takes_keys(rows, recompute, offload)
+        self.parked = parked_bytes(sizes, rows, recompute, offload)
         self.frame_saved = saved["frame"] if rows.offers and rows.loss is None and not offload else 0.0
         self.saved = sum(saved.values()) + index_bytes(rows) - self.frame_saved - self.parked
 
@@ -194,7 +208,7 @@ class FusedLayerMemory:
         rows, e, width = self.rows, self.e, self.width
         # Gate and up come later.
         level = "mlp" if self.recompute == "none" else self.recompute
-        saved = saved_bytes(self.sizes, rows, level)
+        saved = saved_bytes(self.sizes, rows, level, self.offload)
         saved.pop("middle", None)  # later, too
         if rows.exact:
             of_keys = () if rows.keys else ("frame", "rstd", "mean", "key", "value")
@@ -202,7 +216,7 @@ class FusedLayerMemory:
         if rows.whole and (rows.keys or not rows.exact) and not (self.offload and rows.offers):
             work.add(clone=rows.frame * width * e)
         work.clear()
-        work.add(saved=sum(saved.values()) - (parked_bytes(self.sizes, rows, level) if self.offload else 0.0))
+        work.add(saved=sum(saved.values()) - parked_bytes(self.sizes, rows, level, self.offload))
         if rows.exact or self.level == "layer":
             work.add(output=rows.queries * self.sizes.query * e)
         if rows.exact and not rows.keys and not rows.whole:
@@ -275,11 +289,14 @@ class FusedLayerMemory:
         if self.level in ("none", "mlp"):
             self._turn(work, n, frame)
             return
-        split = rows.offers
-        work.add(low=frame * sum(sizes.adapter.inputs) * e)
-        if split:
-            work.touch(n * width * e)
-        work.add(heads=(n * sizes.query + 2 * frame * sizes.key) * e)
+        split, ranks = rows.offers, sizes.adapter.inputs
+        if self.takes_keys:
+            work.add(low=(n * ranks[0] + n * width) * e)
+        else:
+            work.add(low=frame * sum(ranks) * e)
+            if split:
+                work.touch(n * width * e)
+        work.add(heads=(n * sizes.query + (0 if self.takes_keys else 2 * frame * sizes.key)) * e)
         work.drop("low")
         self._turn(work, n, frame)
         if self.level == "layer":

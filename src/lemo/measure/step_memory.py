@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from lemo.errors import ConfigError
 from lemo.measure.fused_memory import INDEX, FusedLayerMemory, Workspace
@@ -11,6 +11,9 @@ from lemo.measure.layer_rows import LayerRows
 from lemo.measure.ledger import Ledger, Scope
 from lemo.measure.plain_memory import WIDE, PlainLayerMemory
 from lemo.measure.sizes import ModelSizes
+
+if TYPE_CHECKING:
+    from lemo.runtime.fused.offload import Offload
 
 Engine = Literal["fused", "generic", "plain"]
 STREAM, TRANSIT = "residual stream and its gradient", "saved: on its way to the host"
@@ -63,7 +66,7 @@ class StepSetting:
         bypass_rank: R; 0 for none.
         pooled_features: width of the predictors' projection.
         forced_share: share of blocks that hold loss and attend to all keys; that of the rows when None.
-        offload: what the fused engine saves for keys alone waits in host memory.
+        offload: what the fused engine saves for keys alone waits in host memory; `keys`: keys and values, too.
         context_window: of exact forward, rows of a chunk; None where all rows attend to all keys.
         far_share: of exact forward, share of the far keys that attention's backward reads.
         local_share: share of rows that carry loss besides, and attend within `context_window`.
@@ -86,7 +89,7 @@ class StepSetting:
     bypass_rank: int = 64
     pooled_features: int = 128
     forced_share: float | None = None
-    offload: bool = False
+    offload: Offload = False
     context_window: int | None = None
     far_share: float = 1.0
     local_share: float = 0.0
@@ -108,6 +111,8 @@ class StepSetting:
             raise ConfigError("local_share needs a context_window and gradient keys, of exact forward")
         if self.engine != "fused" and self.recompute in ("mlp", "lin"):
             raise ConfigError(f"recompute {self.recompute!r} is of the fused engine; the others know none and layer")
+        if self.offload not in (False, True, "inputs", "keys"):
+            raise ConfigError(f"offload must be false, true, inputs or keys, got {self.offload!r}")
         if self.engine != "fused" and self.offload:
             raise ConfigError(f"offload is of the fused engine; this step has {self.engine!r}")
 

@@ -29,8 +29,8 @@ def name_method(method: str) -> str:
     level = options.pop("recompute", "none")
     if level != "none":
         words.append("recompute" if name != "lemo" else f"recompute {level}")
-    if options.pop("offload", "0") == "1":
-        words.append("offload")
+    if (moved := options.pop("offload", "0")) != "0":
+        words.append("offload" if moved == "1" else f"offload of {moved} too")
     if (engine := options.pop("engine", "fused")) != "fused":
         words.append(f"{engine} engine")
     if options.pop("last", None) == "all":

@@ -18,6 +18,7 @@ from lemo.runtime.batch import LOCAL_ROWS, BatchContext, RunDense, document_keys
 from lemo.runtime.context import check_local_rows
 from lemo.runtime.fused.attachment import Engine, FusedEngine
 from lemo.runtime.fused.call import Recompute
+from lemo.runtime.fused.offload import Offload
 from lemo.runtime.head import LemoModel, forward_parameters, model_class, segmented_forward, why_not_segmented
 from lemo.runtime.layer import LayerState, install, removable, remove
 from lemo.runtime.model import (
@@ -316,7 +317,7 @@ def attach(
     segment_rows: int = 2048,
     engine: Engine = "auto",
     recompute: Recompute | None = None,
-    offload: bool = False,
+    offload: Offload = False,
 ) -> Handle:
     """Makes a model's decoder layers skip rows as `plan` says, in training forwards.
 
@@ -339,6 +340,8 @@ def attach(
             linear maps; `layer`, everything. None is `lin` under gradient checkpointing, else `none`.
         offload: what the fused engine saves for keys alone, the inputs of rows that offer keys but do not run or pass
             gradient, waits for backward in host memory. Costs no time where layers take longer than the copies.
+            `keys`: keys and values wait there too, and levels `lin` and `layer` do not compute them again; `inputs` is
+            the same as true.
 
     Returns:
         The handle; `with attach(...) as handle:` detaches at the end.
@@ -346,7 +349,7 @@ def attach(
     Raises:
         PlanError: a plan for another model, or one that skips rows without bypass.
         UnsupportedModelError: a layer that cannot skip rows; the message says which and why.
-        ConfigError: an unknown `loss`, `engine` or `recompute`, or `offload` with the generic engine.
+        ConfigError: an unknown `loss`, `engine`, `recompute` or `offload`, or `offload` with the generic engine.
     """
     if loss not in ("segmented", "model"):
         raise ConfigError(f"loss must be 'segmented' or 'model', got {loss!r}")

@@ -112,7 +112,7 @@ def forecast(run: RunConfig) -> Forecast:
         recompute=level,  # type: ignore[arg-type]
         segmented=run.training.loss == "segmented",
         segment_rows=run.training.segment_rows,
-        offload=run.training.offload and engine == "fused",
+        offload=run.training.offload if engine == "fused" else False,
         pooled_features=run.calibration.pooled_features,
         **_ratios(run, sizes.shape.layers),
     )

@@ -14,7 +14,7 @@ from lemo.runtime.context import loss_rows
 from lemo.runtime.fused.call import LEVELS, Recompute
 from lemo.runtime.fused.factors import AdapterFactors
 from lemo.runtime.fused.final import install_norm, remove_norm
-from lemo.runtime.fused.offload import Convoy, HostMemory
+from lemo.runtime.fused.offload import Convoy, HostMemory, Offload, read_offload
 from lemo.runtime.fused.parts import LayerParts, Norm, read_norm
 from lemo.runtime.model import decoder_layers
 
@@ -33,26 +33,27 @@ class FusedEngine:
         names: where the parts of the model's layers are; None when no family file says.
     """
 
-    def __init__(self, handle: Any, engine: Engine, level: Recompute | None, offload: bool = False) -> None:
+    def __init__(self, handle: Any, engine: Engine, level: Recompute | None, offload: Offload = False) -> None:
         """Nothing is installed yet.
 
         Args:
             handle: has `model`, `plan`, `context` and `note`.
             engine: which engine was asked for.
             level: what backward computes again; None to follow gradient checkpointing.
-            offload: what only keys need waits for backward in host memory.
+            offload: what only keys need waits for backward in host memory; `keys`: keys and values, too.
 
         Raises:
-            ConfigError: an unknown engine or level, or an engine that cannot offload.
+            ConfigError: an unknown engine, level or offload, or an engine that cannot offload.
         """
         if engine not in ENGINES:
             raise ConfigError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}")
         if level is not None and level not in LEVELS:
             raise ConfigError(f"recompute must be one of {', '.join(LEVELS)} or None, got {level!r}")
-        if offload and engine == "generic":
+        moved = read_offload(offload)
+        if moved is not None and engine == "generic":
             raise ConfigError(NO_OFFLOAD)
         self._handle, self._engine, self._level = handle, engine, level
-        self._host = HostMemory() if offload else None
+        self._host = None if moved is None else HostMemory(keys=moved == "keys")
         family = find_family(handle.model.config)
         self.names = None if family is None else family.names
         self._norm: nn.Module | None = None

@@ -40,8 +40,39 @@ def make_heads(parts: LayerParts, call: FusedCall, normed_nM: Tensor) -> State:
         query, key, value = parts.inputs.forward(normed_nM, (0, 1, 2), call.frame_rows)
     else:
         key, value = parts.inputs.forward(normed_nM, (1, 2), call.frame_rows)
-        (query,) = parts.inputs.forward(normed_nM.index_select(0, call.places_n), (0,), call.rows_n)
+        query = _make_queries(parts, call, normed_nM)
     return {"query": query, "key": key, "value": value}
+
+
+def _make_queries(parts: LayerParts, call: FusedCall, normed_nM: Tensor) -> Tensor:
+    """Projections (q, heads · D) of the rows that run, which are not all of the frame."""
+    assert call.places_n is not None
+    return parts.inputs.forward(normed_nM.index_select(0, call.places_n), (0,), call.rows_n)[0]
+
+
+def remake_heads(
+    parts: LayerParts, call: FusedCall, normed_nM: Tensor, saved: State, rows: tuple[Tensor | None, Tensor | None]
+) -> tuple[State, State]:
+    """Heads in backward as attention took them, and their projections where they are normed.
+
+    Keys and values that forward kept (`FusedCall.takes_keys`) are taken as they are; queries are computed again.
+
+    Args:
+        parts: the layer.
+        call: the rows.
+        normed_nM: (n, M) the frame's rows behind the first norm.
+        saved: `head_key` and `head_value`, or `pre_key` and `pre_value` where heads are normed, or neither.
+        rows: flat rows of the queries and of the keys.
+    """
+    if "head_key" in saved:
+        heads = turn_heads(parts, call, {"query": _make_queries(parts, call, normed_nM)}, rows)
+        return heads | {name: saved[f"head_{name}"] for name in ("key", "value")}, {}
+    if "pre_key" in saved:
+        state = {name: saved[f"pre_{name}"] for name in ("key", "value")}
+        state["query"] = _make_queries(parts, call, normed_nM)
+    else:
+        state = make_heads(parts, call, normed_nM)
+    return turn_heads(parts, call, state, rows), state if parts.head_norms else {}
 
 
 def turn_heads(parts: LayerParts, call: FusedCall, state: State, rows: tuple[Tensor | None, Tensor | None]) -> State:
@@ -52,14 +83,14 @@ def turn_heads(parts: LayerParts, call: FusedCall, state: State, rows: tuple[Ten
     Args:
         parts: the layer.
         call: the RoPE tables.
-        state: `query`, `key`, `value` of `make_heads`.
+        state: `query`, `key`, `value` of `make_heads`, or `query` alone.
         rows: flat rows of the queries and of the keys.
     """
-    split = {name: state[name].unflatten(-1, (-1, parts.head_dim)) for name in ("query", "key", "value")}
+    split = {name: heads_NO.unflatten(-1, (-1, parts.head_dim)) for name, heads_NO in state.items()}
     if parts.head_norms:
         for name, norm in zip(("query", "key"), parts.head_norms, strict=True):
             split[name] = _norm_heads(norm, split[name])[0]
-    _rotate(parts, call, split["query"], split["key"], rows, inverse=False)
+    _rotate(parts, call, split, rows, inverse=False)
     return {name: heads_NHD.transpose(0, 1) for name, heads_NHD in split.items()}
 
 
@@ -72,21 +103,22 @@ def _norm_heads(norm: Norm, heads_NHD: Tensor) -> tuple[Tensor, Tensor]:
 def _rotate(
     parts: LayerParts,
     call: FusedCall,
-    query_NHD: Tensor,
-    key_NGD: Tensor,
+    split: State,
     rows: tuple[Tensor | None, Tensor | None],
     *,
     inverse: bool,
 ) -> None:
+    """`query` and `key`, those that are there: (rows, heads, D)."""
     if not parts.rope or call.cosine_PR is None:
         return
     assert call.sine_PR is not None
     tables = call.cosine_PR, call.sine_PR
     if rows[0] is rows[1]:
-        rope_rows_((query_NHD, key_NGD), *tables, rows_N=rows[0], inverse=inverse)
+        rope_rows_((split["query"], split["key"]), *tables, rows_N=rows[0], inverse=inverse)
         return
-    rope_rows_(query_NHD, *tables, rows_N=rows[0], inverse=inverse)
-    rope_rows_(key_NGD, *tables, rows_N=rows[1], inverse=inverse)
+    for name, rows_N in zip(("query", "key"), rows, strict=True):
+        if name in split:
+            rope_rows_(split[name], *tables, rows_N=rows_N, inverse=inverse)
 
 
 def attend(parts: LayerParts, heads: State, queries: Rows, keys: Rows) -> tuple[Tensor, Tensor]:
@@ -213,7 +245,7 @@ def unturn_heads(
 ) -> State:
     """Gradients of the projections, (rows, heads · D), from those of rotated and normed heads."""
     grads = {name: g if g.stride(-1) == 1 and g.is_contiguous() else g.contiguous() for name, g in grads.items()}
-    _rotate(parts, call, grads["query"], grads["key"], rows, inverse=True)
+    _rotate(parts, call, grads, rows, inverse=True)
     if parts.head_norms:
         for name, norm in zip(("query", "key"), parts.head_norms, strict=True):
             grads[name] = _unnorm_heads(norm, grads[name], state[name], gradients)

@@ -63,8 +63,8 @@ class FusedCall:
         recompute: what backward computes again instead of finding it saved.
         in_place: write into the residual stream itself.
         adapters: factors of the adapters in this forward.
-        offload: takes to the host what backward needs only for keys of rows that do not run or pass gradient; None
-            leaves it on the device.
+        offload: takes to the host what backward needs only for keys of rows that do not run or pass gradient, and
+            keys and values too if it says so; None leaves it on the device.
         far: of exact forward, the far keys that attention's backward reads; None for all.
         parted: of exact forward, the rows that pass gradient, when some of them attend locally.
     """
@@ -101,14 +101,23 @@ class FusedCall:
         return "lin" if self.recompute == "layer" and not self.exact.keys else self.recompute
 
     @property
+    def offers(self) -> bool:
+        """In backward, some rows of the frame offer keys and nothing else."""
+        return self.places_n is not None if self.exact is None else self.exact.keys
+
+    @property
     def offloaded(self) -> tuple[str, ...]:
         """Names of the saved tensors that go to the host, those that are there."""
         if self.offload is None:
             return ()
         if self.exact is not None and not self.exact.keys:
             return ("all_key", "all_value")
-        offers = self.exact is not None or self.places_n is not None
-        return ("frame", "head_key", "head_value", "pre_key", "pre_value") if offers else ()
+        return ("frame", "head_key", "head_value", "pre_key", "pre_value") if self.offers else ()
+
+    @property
+    def takes_keys(self) -> bool:
+        """Keys and values of the frame go to the host at a level that would compute them again."""
+        return self.offload is not None and self.offload.keys and self.offers and self.keeps in ("lin", "layer")
 
     def for_backward(self) -> FusedCall:
         """The call as backward sees it: with gradient into all keys, exact forward is rows that skip and offer keys."""

@@ -19,6 +19,7 @@ from lemo.runtime.fused.attention import (
     kept_heads,
     make_heads,
     project_back,
+    remake_heads,
     turn_heads,
     unturn_heads,
 )
@@ -46,7 +47,8 @@ def run_fused(stream_BTM: Tensor, parts: LayerParts, call: FusedCall) -> Tensor:
 
     *Cost*: saves, per backward row, its input (M numbers) and, at recompute level `lin`, the attention's output; at
     `mlp` also queries, keys, values and the rows between attention and MLP; at `none` also the maps into the MLP. Rows
-    that only offer keys leave their inputs too, on the host where `call.offload` is there.
+    that only offer keys leave their inputs too, on the host where `call.offload` is there; with `call.takes_keys` also
+    their keys and values.
     *Numerics*: the adapters run in the layer's dtype; gradients of the bypass hold 1/rms constant.
     """
     if call.far is not None and parts.window is not None:
@@ -167,6 +169,9 @@ class _Forward:
             saved |= {"output": output, "lse": lse}
         if self.level in ("none", "mlp"):
             saved |= kept_heads(heads, before, exact)
+        elif call.takes_keys:
+            pair, before = ({n: t for n, t in x.items() if n != "query"} for x in (heads, before))
+            saved |= kept_heads(pair, before, None)
         self._offload()
         if "frame" in saved and call.frame_rows is None and (exact is None or exact.keys):
             # A frame that is the whole stream is the stream itself, which is about to be written over.
@@ -322,9 +327,7 @@ class _Backward:
             return heads, before, normed, saved["output"], saved["lse"], saved["middle"]
         assert normed is not None
         compact = call if call.exact is None else _all_of(call)
-        state = make_heads(parts, compact, normed)
-        before = state if parts.head_norms else {}
-        heads = turn_heads(parts, call, state, rows)
+        heads, before = remake_heads(parts, compact, normed, saved, rows)
         if level == "layer":
             output, lse = attend_passing(parts, heads, call)
         else:

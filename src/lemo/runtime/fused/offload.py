@@ -1,5 +1,7 @@
 """What backward needs only for the keys that rows offer waits in host memory; copies run beside the computation.
 
+These are the inputs of such rows, and on request their keys and values, which backward then does not compute again.
+
 A layer's tensors go through one of two *slots* of device memory: forward copies them into a slot and from there to the
 host, backward copies them into a slot again, one layer ahead of the layer that runs. All copies of a device run on one
 stream, and slots wait for it and for the computation by events, so the host waits for nothing, and the device holds two
@@ -13,23 +15,44 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from lemo.errors import ConfigError
 
 State = dict[str, Tensor]
 # Torch rounds pinned memory up to powers of two; chunks of one size fit tensors of every length, step after step.
 CHUNK_BYTES = 16 * 2**20
 ALIGNMENT_BYTES = 256
 SLOTS = 2
+Offload = bool | Literal["inputs", "keys"]
+
+
+def read_offload(offload: Offload) -> Literal["inputs", "keys"] | None:
+    """What goes to the host: inputs alone, or keys and values too; None for nothing.
+
+    Raises:
+        ConfigError: another value.
+    """
+    if isinstance(offload, bool):
+        return "inputs" if offload else None
+    if offload not in ("inputs", "keys"):
+        raise ConfigError(f"offload must be false, true (the same as 'inputs'), 'inputs' or 'keys', got {offload!r}")
+    return offload
 
 
 class HostMemory:
-    """Pinned host memory of one attachment: kept over steps, dropped by `close`."""
+    """Pinned host memory of one attachment: kept over steps, dropped by `close`.
 
-    def __init__(self) -> None:
+    Attributes:
+        keys: keys and values go there too, where backward would compute them again.
+    """
+
+    def __init__(self, keys: bool = False) -> None:
         """Nothing is allocated yet."""
+        self.keys = keys
         self.lanes: dict[torch.device, Lane] = {}
 
     def convoy(self) -> Convoy:
@@ -54,11 +77,16 @@ class HostMemory:
 
 
 class Convoy:
-    """Layers of one forward in their order: backward fetches them from the last to the first."""
+    """Layers of one forward in their order: backward fetches them from the last to the first.
+
+    Attributes:
+        keys: as in `HostMemory`.
+    """
 
     def __init__(self, memory: HostMemory) -> None:
         """Args: memory: of the attachment."""
         self._memory = memory
+        self.keys = memory.keys
         self._last: weakref.ref[Parked] | None = None
 
     def park(self, tensors: State) -> Parked:
