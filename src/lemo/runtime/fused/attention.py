@@ -135,23 +135,13 @@ def attend_passing(parts: LayerParts, heads: State, call: FusedCall) -> tuple[Te
     if parted is None:
         return attend(parts, heads, call.queries, call.keys)
     local = parted.local.windowed(parts.window)
-    query = select_heads(heads, {"query": parted.near_n})["query"]
-    near_HlD, near_Hl = attend_local(query, heads["key"], heads["value"], local, scaling=parts.scaling)
+    far_HfD, near_HlD = parted.cut(heads["query"], 1)
+    near_HlD, near_Hl = attend_local(near_HlD, heads["key"], heads["value"], local, scaling=parts.scaling)
     near_lO = near_HlD.transpose(0, 1).flatten(1)
     if not len(parted.far_n):
         return near_lO, near_Hl
-    far_fO, far_Hf = attend(parts, heads | select_heads(heads, {"query": parted.far_n}), parted.far, call.keys)
-    lse_Hn = near_Hl.new_empty(len(near_Hl), len(near_lO) + len(far_fO))
-    lse_Hn.index_copy_(1, parted.near_n, near_Hl).index_copy_(1, parted.far_n, far_Hf)
-    return _together(parted, near_lO, far_fO), lse_Hn
-
-
-def _together(parted: PartedRows, near_lO: Tensor, far_fO: Tensor) -> Tensor:
-    """(n, O) rows of both kinds, in their places."""
-    rows_nO = near_lO.new_empty(len(near_lO) + len(far_fO), near_lO.shape[1])
-    write_rows_(rows_nO, parted.near_n, near_lO.contiguous())
-    write_rows_(rows_nO, parted.far_n, far_fO.contiguous())
-    return rows_nO
+    far_fO, far_Hf = attend(parts, heads | {"query": far_HfD}, parted.far, call.keys)
+    return torch.cat([far_fO, near_lO]), torch.cat([far_Hf, near_Hl], 1)
 
 
 def attend_frame(parts: LayerParts, heads: State, call: FusedCall) -> tuple[Tensor, Tensor]:
@@ -217,22 +207,19 @@ class AttentionBackward:
 
     def _run_parted(self, parted: PartedRows, parts: LayerParts, rows: tuple[Tensor, Tensor], lse_HN: Tensor) -> State:
         """Gradients from local loss rows, to whose sums those from far rows are added."""
-        near = parted.near_n
-        query = select_heads(self.heads, {"query": near})["query"]
-        grad, output = (t.index_select(0, near).unflatten(-1, (-1, parts.head_dim)).transpose(0, 1) for t in rows)
-        operands = (grad, query, self.heads["key"], self.heads["value"], output, lse_HN.index_select(1, near))
+        (far_grad, grad), (far_output, output) = (parted.cut(t, 0) for t in rows)
+        (far_query, query), (far_lse, lse) = (parted.cut(t, 1) for t in (self.heads["query"], lse_HN))
+        grad, output = (t.unflatten(-1, (-1, parts.head_dim)).transpose(0, 1) for t in (grad, output))
+        operands = (grad, query, self.heads["key"], self.heads["value"], output, lse.contiguous())
         local = parted.local.windowed(parts.window)
         near_query, *pair = attend_local_backward(*operands, local, scaling=parts.scaling)
-        sums = near_query.transpose(0, 1)
-        del grad, query, output, operands, near_query
+        near = near_query.transpose(0, 1)
         if not len(parted.far_n):
-            return {"query": sums, "key": pair[0].transpose(0, 1), "value": pair[1].transpose(0, 1)}
-        far = parted.far_n
-        heads = self.heads | select_heads(self.heads, {"query": far})
+            return {"query": near, "key": pair[0].transpose(0, 1), "value": pair[1].transpose(0, 1)}
+        heads = self.heads | {"query": far_query}
         work = replace(self, heads=heads, queries=parted.far, parted=None, start=(pair[0], pair[1]))
-        grads = work.run(parts, *(t.index_select(0, far) for t in rows), lse_HN.index_select(1, far))
-        d_query = _together(parted, sums.flatten(1), grads["query"].flatten(1))
-        return grads | {"query": d_query.unflatten(1, (-1, parts.head_dim))}
+        grads = work.run(parts, far_grad, far_output, far_lse.contiguous())
+        return grads | {"query": torch.cat([grads["query"], near])}
 
 
 def unturn_heads(

@@ -96,6 +96,8 @@ def _shared_call(context: BatchContext, selection: Selection, kind: _Kind) -> Fu
     ran, parted = wanted or runs, None
     if kind.parts:
         parted = part_rows(plan, layout, wanted or passes, keys, lambda far: kind.planned(far, keys))
+        ordered = parted.far_first(wanted or passes)
+        ran, exact = (ran, ordered) if wanted is None else (ordered, exact)
     if ran is None or (ran is runs and not whole):
         places, queries = None, keys
     else:
@@ -145,7 +147,7 @@ def _exact_rows(
         if parted is None:
             far = (span if plan.gradient == "keys" else kind.planned(span, keys)), ran_n
         else:
-            far = parted.far, ran_n[parted.far_n]
+            far = parted.far, parted.cut(ran_n, 0)[0]
         whole = queries is keys and (ran is None or ran.capacity == layout.real_rows)
         local = context_rows(plan, layout, (queries, keys), far, whole)
     pairs, into_keys = (plan.gradient == name for name in ("pairs", "keys"))
