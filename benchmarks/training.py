@@ -133,7 +133,7 @@ class Session:
         """Seconds that a turn will take; none where the first turn said that the method cannot run."""
         if _hopeless(turn, self.cells):
             return 0.0
-        return estimate_turn_seconds(turn.group, turn.method, _step_seconds(turn, self.cells))
+        return estimate_turn_seconds(turn.group, turn.method, turn.turn, _step_seconds(turn, self.cells))
 
     def run(self) -> bool:
         """Runs what fits. Returns whether all is done.
@@ -295,7 +295,7 @@ def list_turns(groups: Sequence[Group], options: argparse.Namespace) -> None:
     cells, total = read_cells(options.work), 0.0
     for turn in (turn for group in groups for turn in turns_of(group)):
         if _is_open(turn, cells, options):
-            seconds = estimate_turn_seconds(turn.group, turn.method, _step_seconds(turn, cells))
+            seconds = estimate_turn_seconds(turn.group, turn.method, turn.turn, _step_seconds(turn, cells))
             total += seconds
             print(f"{seconds:6.0f} s  {_label(turn)}")
     print(f"{total:6.0f} s  estimated in all, on an H200")

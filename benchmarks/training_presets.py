@@ -31,7 +31,7 @@ DEFAULT = {"llama2-7b": _EXACT, "llama3-8b": _EXACT}
 # Inputs, keys and values of rows that only offer keys wait in host memory where a bar limits the memory.
 OFFLOADS = ("64k", "128k")
 # FLOP/s that a step reaches, for estimates only.
-SPEED = {"liger": 500e12, "lemo_dense": 500e12, "lemo": 350e12}
+SPEED = {"liger": 500e12, "lemo_dense": 500e12, "lemo": 450e12}
 SPEED_ELSE, LAUNCH_S, START_S = 420e12, 0.06, 10.0
 
 
@@ -94,10 +94,8 @@ def _group(shape: str, length: str, lora: str, methods: tuple[str, ...], compari
 
 def _main_group(shape: str, length: str, lora: str) -> Group:
     """Liger against lemo's fixed shares and its default."""
-    baselines = LIGER if length == "8k" else LIGER_LAYER
-    if length != "8k":
-        # PEFT's fp32 adapters only add casts and copies, as 8K and earlier runs at 32K show; this one is the stronger.
-        baselines = baselines[1:]
+    # PEFT's fp32 adapters only add casts and copies, as both variants at 8K and 32K show; this one is the stronger.
+    baselines = (LIGER if length == "8k" else LIGER_LAYER)[1:]
     default = lemo_method("default", shape, length)
     comparisons = [Comparison(default, baselines, "time", f"C.{length}_time")]
     if length != "32k" and not (length == "8k" and shape == "llama3-8b"):
@@ -224,7 +222,7 @@ def estimate_step_seconds(setting: Setting, method: str) -> float:
     return LAUNCH_S + flops.total / SPEED.get(name, SPEED_ELSE)
 
 
-def estimate_turn_seconds(group: Group, method: str, step_seconds: float | None = None) -> float:
-    """Rough time of one turn with start and warm-up. `step_seconds`: of an earlier turn, where there is one."""
+def estimate_turn_seconds(group: Group, method: str, turn: int = 0, step_seconds: float | None = None) -> float:
+    """Rough time of one turn with start, warm-up and the first turn's probe. `step_seconds`: of an earlier turn."""
     step = estimate_step_seconds(group.setting, method) if step_seconds is None else step_seconds
-    return START_S + step * (group.warmup + group.steps_of(0) + 1)
+    return START_S + step * (group.warmup + group.steps_of(turn) + (turn == 0))
