@@ -19,7 +19,8 @@ class Cut:
         stripe: most keys that share a rectangle backward; between long runs of queries, twice as many.
         step: ends of rectangles are rounded to multiples of it, so that dense kernels meet few different shapes. A
             multiple of every tile's rows, as are chunk and stripe.
-        run: queries in runs at least this long, in the mean, are cut where runs begin.
+        run: queries in runs at least this long, in the mean, are cut where a run begins that lies more than a step
+            behind the one before.
     """
 
     chunk: int = 2048
@@ -79,11 +80,12 @@ def cut_document(seen_N: Tensor, keys: int, cut: Cut, tile: int) -> Rectangles:
 
 
 def _run_begins(seen_N: Tensor, cut: Cut, tile: int) -> list[int] | None:
-    """Where runs of queries begin, in whole tiles; None where runs are short."""
-    jumps = (torch.nonzero(seen_N.diff() > cut.step).flatten() + 1).tolist()
-    if len(seen_N) < cut.run * (len(jumps) + 1):
+    """Where runs of queries that lie apart begin, in whole tiles; None where there are none, or runs are short."""
+    gaps_N = seen_N.diff(prepend=seen_N.new_zeros(1))
+    apart = torch.nonzero(gaps_N > cut.step).flatten().tolist()
+    if not apart or len(seen_N) < cut.run * (int((gaps_N[1:] > 1).sum()) + 1):
         return None
-    rounded = {-(-at // tile) * tile for at in jumps}
+    rounded = {-(-at // tile) * tile for at in apart}
     return sorted(at for at in rounded | {0} if at < len(seen_N))
 
 
