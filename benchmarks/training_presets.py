@@ -10,8 +10,8 @@ from lemo.measure.flops import DecoderShape, LayerWork, step_flops
 from lemo.train.rehearsal import shape_config
 
 LENGTHS = {"4k": 4096, "8k": 8192, "16k": 16384, "32k": 32768, "64k": 65536, "128k": 131072}
-# Timed steps over both turns.
-STEPS = {"4k": 20, "8k": 20, "16k": 12, "32k": 8, "64k": 6, "128k": 3}
+# Timed steps over both turns; in each turn as many of one batch as of the other, but for 128K, which has one batch.
+STEPS = {"4k": 20, "8k": 20, "16k": 12, "32k": 8, "64k": 8, "128k": 3}
 FAMILY = {"llama2-7b": "llama2", "llama3-8b": "llama3"}  # as in the ids of bars
 
 HF = ("hf_peft", "hf_peft:adapter=model")
