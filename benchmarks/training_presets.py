@@ -110,8 +110,10 @@ def _main_group(shape: str, length: str, lora: str) -> Group:
             comparisons.append(Comparison(dense, baselines, "time", "C.dense_parity"))
             methods = (*methods, dense)
         if length == "8k" and lora == "qkvo":
-            without = fixed["k50"] + ",last=all"
-            methods, comparisons = (*methods, without), [*comparisons, Comparison(without, baselines, "time")]
+            # Without the last layer's saving, and with what only keys need in host memory.
+            variants = (fixed["k50"] + ",last=all", default + ",offload=1")
+            methods = (*methods, *variants)
+            comparisons += [Comparison(variant, baselines, "time") for variant in variants]
     return _group(shape, length, lora, methods, comparisons)
 
 

@@ -111,3 +111,28 @@ def test_html_keeps_the_table_and_escapes_text(tmp_path: Path):
     page = html.page("T & U", [html.table(table + "\n\nbehind"), html.paragraph("x > y")])
     assert "<td>a&lt;b</td><td class=number>1.5</td>" in page
     assert "T &amp; U" in page and "x &gt; y" in page and "<p>behind</p>" in page
+
+
+def test_training_has_one_line_a_shape_and_length():
+    def speedup(what: str, method: str, value: float, tokens: int = 65536):
+        samples = {"baseline": [8.0, 10.0, 12.0], "lemo": [2.0, 2.5, 3.0]}
+        setting = {
+            "shape": "a",
+            "tokens": tokens,
+            "method": method,
+            "baseline": "liger",
+            "statistic": "ratio_of_medians",
+        }
+        found = Record.measure(
+            f"training/a/{tokens}/qkvo/{method}/speedup", "ratio", samples, setting,
+            script="s.py", seeds=[0], bar=f"C.{tokens // 1024}k_{what}/a/qkvo",
+        )  # fmt: skip
+        return dataclasses.replace(found, value=value)
+
+    peaks = [
+        record(f"training/a/65536/qkvo/{m}/peak_memory", [g], "GiB") for m, g in (("liger", 40.0), ("lemo:d", 20.0))
+    ]
+    lines = tables.TABLES["training"]([speedup("time", "lemo:d", 4.0), speedup("k50", "lemo:k", 3.0, 8192), *peaks])
+    cells = [[part.strip() for part in line.split("|")[1:-1]] for line in lines.splitlines()[2:4]]
+    assert cells[0] == ["a", "8,192", "10,000", "–", "–", "–", "–", "3.00", "–"]
+    assert cells[1] == ["a", "65,536", "10,000", "40.0", "2,500", "20.0", "4.00", "–", "–"]

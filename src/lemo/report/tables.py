@@ -15,9 +15,9 @@ from pathlib import Path
 from lemo.errors import DataError
 from lemo.measure.memory import GIB
 from lemo.measure.record import Record, read_records
-from lemo.report.method_names import name_method
 
 NOT_MEASURED = "*Not measured yet.*"
+_SPEEDUP = re.compile(r"C\.\d+k_(?P<what>time|k50|k30)/\w+/qkvo")
 _MARKED = re.compile(r"(<!-- records:(?P<name>[\w-]+) -->\n).*?(<!-- /records -->)", re.DOTALL)
 _MARKER = re.compile(r"<!-- /?records")
 
@@ -80,26 +80,33 @@ def _study_table(study: str, columns: dict[str, tuple[str, str]]) -> Callable[[S
 
 
 def training_table(records: Sequence[Record]) -> str:
-    """Step time and peak memory by method and length, LoRA on q, k, v and o; times over the strongest baseline.
+    """One line a shape and length: the strongest exact tool, the default, and times of fixed shares of kept rows.
 
-    Records are named `training/SHAPE/TOKENS/ADAPTERS/METHOD/WHAT`; a `speedup` holds its baseline's samples.
+    Made of the newest Records that answer the bars `C.{length}k_{time, k50, k30}` with LoRA on q, k, v and o; such a
+    `speedup` holds its baseline's samples, and `.../METHOD/peak_memory` the peak of either.
     """
-    cells: dict[tuple[str, int, str], dict[str, Record]] = {}
+    peaks = {r.name: r.value for r in sorted(records, key=lambda r: r.time) if r.name.endswith("/peak_memory")}
+    found: dict[tuple[str, int], dict[str, Record]] = {}
     for record in sorted(records, key=lambda r: r.time):
-        parts = record.name.split("/")
-        if parts[0] == "training" and len(parts) == 6 and parts[3] == "qkvo":
-            cells.setdefault((parts[1], int(parts[2]), parts[4]), {})[parts[5]] = record
-    rows, newest = [], None
-    for (shape, tokens, method), found in sorted(cells.items(), key=lambda item: item[0][:2]):
-        if "step_time" not in found or "peak_memory" not in found:
-            continue
-        times = f"{found['speedup'].value:.2f}" if "speedup" in found else "–"
-        cost = [f"{1000 * found['step_time'].value:,.0f}", f"{found['peak_memory'].value:.1f}", times]
-        rows.append([shape, f"{tokens:,}", name_method(method), *cost])
-        newest = max((newest, found["step_time"]), key=lambda r: r.time if r else "")
-    if newest is None:
+        if (match := _SPEEDUP.fullmatch(record.bar or "")) is not None:
+            found.setdefault((record.setting["shape"], record.setting["tokens"]), {})[match["what"]] = record
+    if not found:
         return NOT_MEASURED
-    heading = ["shape", "tokens", "method", "ms a step", "peak GiB", "times as fast as the strongest baseline"]
+
+    def cost(record: Record, method: str, side: str) -> list[str]:
+        peak = peaks.get(f"{record.name.rsplit('/', 2)[0]}/{method}/peak_memory")
+        ms = 1000 * statistics.median(record.samples[side])
+        return [f"{ms:,.0f}", "–" if peak is None else f"{peak:.1f}"]
+
+    rows = []
+    for (shape, tokens), one in sorted(found.items()):
+        default, any_one = one.get("time"), next(reversed(one.values()))
+        line = [shape, f"{tokens:,}", *cost(default or any_one, (default or any_one).setting["baseline"], "baseline")]
+        line += ["–", "–"] if default is None else cost(default, default.setting["method"], "lemo")
+        rows.append([*line, *(f"{one[what].value:.2f}" if what in one else "–" for what in ("time", "k50", "k30"))])
+    newest = max((r for one in found.values() for r in one.values()), key=lambda r: r.time)
+    heading = ["shape", "tokens", "Liger: ms a step", "GiB", "lemo, default: ms a step", "GiB", "times as fast"]
+    heading += ["with 50 % of rows kept", "with 30 %"]
     software = f"torch {newest.versions.get('torch', '?')}"
     return f"{markdown(heading, rows)}\n\n{newest.device}, {software}, {newest.time[:10]}, `{newest.script}`."
 
