@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from lemo.ops import linear_ce, linear_ce_module
@@ -69,6 +70,40 @@ def test_ignored_rows_never_reach_the_head():
     loss.backward()
     assert loss.isfinite() and hidden.grad.isfinite().all() and weight.grad.isfinite().all()
     assert torch.equal(hidden.grad[3:6], torch.zeros(3, 4))
+
+
+class _Operators(TorchDispatchMode):
+    """Names of the operators that ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("run", [linear_ce, _by_module], ids=["plain", "module"])
+def test_a_promise_of_labels_changes_nothing_and_counts_no_rows(run):
+    hidden, weight, labels = _inputs()
+    expected = run(hidden, weight, labels)
+    with _Operators() as operators:
+        loss = run(hidden, weight, labels, ignore_index=None)
+    assert "nonzero" not in operators.names and torch.equal(loss, expected)
+    for found, wanted in zip(*(torch.autograd.grad(t, [hidden, weight]) for t in (loss, expected)), strict=True):
+        assert torch.equal(found, wanted)
+    assert torch.equal(
+        linear_ce_reference(hidden, weight, labels, ignore_index=None), linear_ce_reference(hidden, weight, labels)
+    )
+
+
+@pytest.mark.parametrize("run", [linear_ce, _by_module], ids=["plain", "module"])
+def test_a_broken_promise_of_labels_is_refused_on_the_cpu(run):
+    hidden, weight, labels = _inputs()
+    labels[2] = -100
+    with pytest.raises(ValueError, match="promises that every row carries a token"):
+        run(hidden, weight, labels, ignore_index=None)
 
 
 def test_two_forwards_before_two_backwards():

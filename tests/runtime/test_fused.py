@@ -11,6 +11,8 @@ from lemo import attach
 from lemo.core.bypass import Bypass
 from lemo.errors import UnsupportedModelError
 from lemo.families import all_families
+from lemo.ops import linear_ce
+from lemo.runtime import head
 from tests.runtime.oracle import batch, gradients, tiny_model
 from tests.runtime.test_exact import in_double
 from tests.runtime.test_laws import sparse_plan
@@ -284,3 +286,20 @@ def test_own_mlp_rows(family, kv, recompute, monkeypatch):
     layers = [replace(x, mlp_ratio=0.3, mlp_bypass=bypass if i % 2 else None) for i, x in enumerate(plan.layers)]
     plan = replace(plan, layers=tuple(layers))
     assert_equal_engines(model, plan, batch(48, supervised_from=40), recompute=recompute)
+
+
+def test_labelled_rows_are_counted_only_where_the_labels_do_not_say(monkeypatch):
+    """Rows read from labels carry one, so nothing waits for a count; rows stated by a mask may carry none."""
+    seen = []
+    monkeypatch.setattr(head, "linear_ce", lambda *a, **k: seen.append(k["ignore_index"]) or linear_ce(*a, **k))
+    model, inputs = tiny_model(), batch(48, supervised_from=30)
+    plan = plan_of(model, "exact keys")
+    every_row = torch.ones_like(inputs["labels"], dtype=torch.bool)
+    with attach(model, plan, engine="fused", self_test=False, unsafe_no_bypass=True) as handle:
+        losses = [model(**inputs).loss]
+        with handle.supervised(every_row):
+            losses.append(model(**inputs).loss)
+        losses.append(model(**inputs, loss_weights=torch.ones(1, 48)).loss)
+    assert seen == [None, -100]
+    for loss in losses[1:]:
+        torch.testing.assert_close(loss, losses[0])

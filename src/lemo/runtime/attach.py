@@ -188,7 +188,7 @@ class Handle:
             raise ConfigError("loss_weights need the segmented loss, which does not run here; see the handle's notes")
         with self._running(context):
             if segmented:
-                final = self._fused.defer(context)
+                final = self._fused.defer(context, labelled=self._supervised is None)
                 output = segmented_forward(self.model, arguments, self._options["segment_rows"], final)
             else:
                 output = inner(**arguments)

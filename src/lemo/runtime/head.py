@@ -16,8 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lemo.families import head_transform
 from lemo.ops import linear_ce, linear_ce_module
-from lemo.runtime.fused.final import final_rows
-from lemo.runtime.fused.parts import Norm
+from lemo.runtime.fused.final import Deferred, final_rows
 from lemo.runtime.model import in_force
 from lemo.runtime.rows import without_class
 
@@ -107,9 +106,7 @@ def why_not_segmented(model: Any) -> str | None:
     return None
 
 
-def segmented_forward(
-    model: Any, arguments: dict[str, Any], segment_rows: int, final: tuple[Norm, Tensor] | None = None
-) -> Any:
+def segmented_forward(model: Any, arguments: dict[str, Any], segment_rows: int, final: Deferred | None = None) -> Any:
     """The model's forward with a loss whose logits exist for one segment of rows at a time.
 
     Args:
@@ -117,7 +114,7 @@ def segmented_forward(
         arguments: keywords of its forward; `labels` or `shift_labels` among them, and `loss_weights` (B, T) where rows
             weigh differently.
         segment_rows: rows of a segment.
-        final: the norm before the head and the flat rows that carry loss, where the decoder leaves that norm out.
+        final: the norm before the head and the rows that carry loss, where the decoder leaves that norm out.
 
     Returns:
         CausalLMOutputWithPast with `loss` (sum / num_items_in_batch, else the mean), `logits=None`, and whatever else
@@ -137,10 +134,11 @@ def segmented_forward(
         shift_labels[:, :-1] = labels[:, 1:]
     shift_labels = shift_labels.to(hidden_BTM.device)
     if final is not None:
-        norm, rows_S = final
-        hidden_BTM, shift_labels = final_rows(hidden_BTM, norm, rows_S), shift_labels.flatten()[rows_S]
-        weights = None if weights is None else weights.flatten()[rows_S]
-    loss = head_loss(model, hidden_BTM, shift_labels, num_items, segment_rows, weights)
+        hidden_BTM = final_rows(hidden_BTM, final.norm, final.rows_S)
+        shift_labels = shift_labels.flatten()[final.rows_S]
+        weights = None if weights is None else weights.flatten()[final.rows_S]
+    labelled = final is not None and final.labelled
+    loss = head_loss(model, hidden_BTM, shift_labels, num_items, segment_rows, weights, labelled)
     kept = {name: getattr(decoded, name, None) for name in ("past_key_values", "hidden_states", "attentions")}
     return CausalLMOutputWithPast(loss=loss, logits=None, **kept)
 
@@ -152,12 +150,14 @@ def head_loss(
     num_items: int | Tensor | None,
     segment_rows: int = 2048,
     weights_BT: Tensor | None = None,
+    labelled: bool = False,
 ) -> Tensor:
     """Cross-entropy of hidden states through the model's head, in segments: 0-d fp32.
 
     A plain linear head takes the op whose gradient is computed in the forward; any other head (an adapter on it, a
     sharded weight) is called as the module it is, under checkpointing per segment; so is any head whose rows weigh
-    differently (`weights_BT`, fp32: factors of the rows' losses).
+    differently (`weights_BT`, fp32: factors of the rows' losses). Where the caller knows that every row is `labelled`,
+    nobody waits for the device to count those that are.
     """
     head = in_force(model.get_output_embeddings())
     scale, softcap = head_transform(model.config)
@@ -165,9 +165,13 @@ def head_loss(
     if isinstance(num_items, Tensor):
         num_items = num_items.to(hidden_NM.device)
     options = {"softcap": softcap, "logit_scale": scale, "num_items": num_items, "segment_rows": segment_rows}
+    options["ignore_index"] = None if labelled else -100
     if weights_BT is not None:
         weights_N = weights_BT.flatten().to(hidden_NM.device)
-        return _weighted_loss(model, hidden_NM, labels_N, weights_N, num_items, segment_rows)
+        if not labelled:
+            rows = (labels_N != -100).nonzero().squeeze(1)
+            hidden_NM, labels_N, weights_N = hidden_NM[rows], labels_N[rows], weights_N[rows]
+        return _weighted_loss(model, hidden_NM, labels_N.long(), weights_N, num_items, segment_rows)
     plain = type(head) is nn.Linear and not hasattr(head.weight, "full_tensor")
     if plain and not head._forward_hooks and not head._forward_pre_hooks:
         return linear_ce(hidden_NM, head.weight, labels_N, bias_V=head.bias, **options)
@@ -182,9 +186,7 @@ def _weighted_loss(
     num_items: int | Tensor | None,
     segment_rows: int,
 ) -> Tensor:
-    """Sum of the rows' losses times their weights, over the number of items (of labelled rows when None)."""
-    rows = (labels_N != -100).nonzero().squeeze(1)
-    hidden_NM, labels_N, weights_N = hidden_NM[rows], labels_N[rows].long(), weights_N[rows]
+    """Sum of labelled rows' losses times their weights, over the number of items (of these rows when None)."""
 
     def loss_of(segment_NM: Tensor, segment_labels_N: Tensor, segment_weights_N: Tensor) -> Tensor:
         return (row_losses(model, segment_NM, segment_labels_N, segment_rows) * segment_weights_N).sum()
@@ -193,7 +195,7 @@ def _weighted_loss(
         hidden_NM.split(segment_rows), labels_N.split(segment_rows), weights_N.split(segment_rows), strict=True
     )
     total = torch.stack([checkpoint(loss_of, *piece, use_reentrant=False) for piece in pieces]).sum()
-    return total / (max(len(rows), 1) if num_items is None else num_items)
+    return total / (max(len(labels_N), 1) if num_items is None else num_items)
 
 
 def row_losses(base: Any, hidden_NM: Tensor, labels_N: Tensor, segment_rows: int = 2048) -> Tensor:

@@ -23,7 +23,7 @@ def linear_ce(
     labels_N: Tensor,
     *,
     bias_V: Tensor | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     num_items: int | Tensor | None = None,
@@ -40,7 +40,7 @@ def linear_ce(
         weight_VM: (V, M), frozen or trainable, may be tied to the embedding.
         labels_N: (...) integer label of each row, already shifted: row t holds the token that it predicts.
         bias_V: (V,) or None.
-        ignore_index: label of rows without loss.
+        ignore_index: label of rows without loss; None promises that every row carries a token, and nothing waits.
         softcap: final logit softcap, None for none.
         logit_scale: factor on the logits (a model that divides by s passes 1/s).
         num_items: divisor of the summed loss, an int or a 0-d tensor; None for the number of rows that carry a label.
@@ -54,12 +54,14 @@ def linear_ce(
 
     Raises:
         BackendError: `triton` was asked for and cannot run; the message says why.
-        ValueError: shapes, dtypes or devices do not fit, or `segment_rows` is not positive.
+        ValueError: shapes, dtypes or devices do not fit, `segment_rows` is not positive, or, on the CPU, the promise of
+            `ignore_index=None` is broken.
 
     Cost:
         2·n·V·M FLOPs for the loss and as many each for the gradients of hidden and weight, n the rows with a label;
         in bf16 2·segment_rows·V bytes at a time by the kernel, else 6 (10 with a softcap); saves gradients of hidden
-        (n·M) and, when trained, of the weight (V·M). One host synchronisation, to count the rows with a label.
+        (n·M) and, when trained, of the weight (V·M). One host synchronisation, to count the rows with a label, unless
+        `ignore_index` is None.
 
     Numerics:
         logits in the input's (or autocast's) dtype as a model makes them, softmax and loss in fp32, the gradient of
@@ -98,7 +100,7 @@ def linear_ce_module(
     hidden_NM: Tensor,
     labels_N: Tensor,
     *,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     num_items: int | Tensor | None = None,
@@ -114,7 +116,7 @@ def linear_ce_module(
         head: maps (n, M) to logits (n, V), bias included, softcap and scale not.
         hidden_NM: as in `linear_ce`, like all arguments that follow.
         labels_N: (...) integer labels, already shifted.
-        ignore_index: label of rows without loss.
+        ignore_index: label of rows without loss; None promises that every row carries a token, and nothing waits.
         softcap: final logit softcap, None for none.
         logit_scale: factor on the logits.
         num_items: divisor of the summed loss; None for the number of rows that carry a label.
@@ -124,7 +126,8 @@ def linear_ce_module(
         0-d loss, fp32 (fp64 for fp64 input).
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit, or `segment_rows` is not positive.
+        ValueError: shapes, dtypes or devices do not fit, `segment_rows` is not positive, or, on the CPU, the promise of
+            `ignore_index=None` is broken.
 
     Cost:
         the head twice forward and once backward; the logits of one segment exist at a time.
@@ -170,9 +173,15 @@ def _fitting_rows(hidden: Tensor, vocabulary: int, softcap: float | None, backen
     return rows // 256 * 256 or rows
 
 
-def _labelled(hidden: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+def _labelled(hidden: Tensor, labels: Tensor, ignore_index: int | None) -> tuple[Tensor, Tensor]:
     """Rows that carry a label, and their labels."""
     hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1).long()
+    if ignore_index is None:
+        if labels.device.type == "cpu" and bool((labels < 0).any()):
+            raise ValueError(
+                "ignore_index=None promises that every row carries a token, but labels_N has negative ones"
+            )
+        return hidden, labels
     rows = (labels != ignore_index).nonzero().squeeze(1)
     if len(rows) == len(labels):
         return hidden, labels

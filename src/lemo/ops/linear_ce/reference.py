@@ -13,14 +13,15 @@ def linear_ce_reference(
     labels_N: Tensor,
     *,
     bias_V: Tensor | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     num_items: int | Tensor | None = None,
 ) -> Tensor:
     """Cross-entropy of all logits at once; see `lemo.ops.linear_ce` for the contract."""
     labels_N = labels_N.reshape(-1)
-    rows = (labels_N != ignore_index).nonzero().squeeze(1)
+    labelled_N = torch.ones_like(labels_N, dtype=torch.bool) if ignore_index is None else labels_N != ignore_index
+    rows = labelled_N.nonzero().squeeze(1)
     logits_NV = F.linear(hidden_NM.reshape(-1, hidden_NM.shape[-1])[rows], weight_VM, bias_V)
     logits_NV = shape_logits(logits_NV, softcap, logit_scale)
     return F.cross_entropy(logits_NV, labels_N[rows], reduction="sum") / count_items(num_items, len(rows))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lemo.errors import ConfigError, UnsupportedModelError
 from lemo.families import find_family
@@ -13,9 +13,9 @@ from lemo.runtime.batch import BatchContext
 from lemo.runtime.context import loss_rows
 from lemo.runtime.fused.call import LEVELS, Recompute
 from lemo.runtime.fused.factors import AdapterFactors
-from lemo.runtime.fused.final import install_norm, remove_norm
+from lemo.runtime.fused.final import Deferred, install_norm, remove_norm
 from lemo.runtime.fused.offload import Convoy, HostMemory, Offload, read_offload
-from lemo.runtime.fused.parts import LayerParts, Norm, read_norm
+from lemo.runtime.fused.parts import LayerParts, read_norm
 from lemo.runtime.model import decoder_layers
 
 Engine = Literal["auto", "fused", "generic"]
@@ -124,11 +124,15 @@ class FusedEngine:
         """For one forward: takes what only keys need to the host; None where it stays, or nothing is saved."""
         return self._host.convoy() if self._host is not None and torch.is_grad_enabled() else None
 
-    def defer(self, context: BatchContext | None) -> tuple[Norm, Tensor] | None:
+    def defer(self, context: BatchContext | None, labelled: bool) -> Deferred | None:
         """Lets the last layer and the norm behind it work on loss rows only: the segmented loss reads no others.
 
+        Args:
+            context: the batch.
+            labelled: its loss rows were read from the labels.
+
         Returns:
-            That norm and the flat rows, or None where all rows must be normed.
+            That norm and those rows, or None where all rows must be normed.
         """
         if context is None or self._norm is None or len(self._handle.plan.layers) - 1 not in context.fused:
             return None
@@ -139,4 +143,4 @@ class FusedEngine:
             self.install()
             assert self._norm is not None
         context.loss_rows_only = context.defers_norm = True
-        return read_norm(self._norm, self.names.norm), loss_rows(context.layout).rows_N
+        return Deferred(read_norm(self._norm, self.names.norm), loss_rows(context.layout).rows_N, labelled)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -12,6 +13,21 @@ from lemo.ops import norm_rows, norm_rows_backward
 from lemo.runtime.fused.layer import OWNED
 from lemo.runtime.fused.parts import Norm
 from lemo.runtime.rows import without_class
+
+
+@dataclass(frozen=True)
+class Deferred:
+    """What the decoder leaves to the loss: the norm before the head, on the rows that the loss reads.
+
+    Attributes:
+        norm: that norm.
+        rows_S: (S,) int64 flat rows.
+        labelled: every one of them carries a label, so that nobody has to ask the device which do.
+    """
+
+    norm: Norm
+    rows_S: Tensor
+    labelled: bool
 
 
 class DeferringNorm:
