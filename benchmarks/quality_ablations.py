@@ -82,6 +82,18 @@ ABLATIONS = {
             (0.2, 0.15, 1024),
         )
     },
+    **{
+        f"near_grad_{round(100 * far)}_{round(100 * near)}": replace(
+            exact(
+                f"{far:.0%} of rows, loss on {near:.0%} more, which see all, but pass gradient to keys within 1024",
+                far,
+                context_window=1024,
+                local_forward="all",
+            ),
+            local_share=near,
+        )
+        for far, near in ((0.12, 0.25), (0.06, 0.3), (0.08, 0.3), (0.04, 0.33))
+    },
     "rows_far_12_30": exact(
         "30 % of rows, keys of other rows constant, an eighth of the far keys", 0.3, far_share=0.125, gradient="rows"
     ),

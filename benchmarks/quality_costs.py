@@ -43,6 +43,7 @@ def sparse_work(
         context_window=spec.context_window,
         block_size=spec.block_size,
         far_share=spec.far_share,
+        local_forward=spec.local_forward,  # type: ignore[arg-type]
     )
 
 

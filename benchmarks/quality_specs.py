@@ -23,6 +23,7 @@ class PlanSpec:
         ratio_of: `all` rows, or rows of the `context`, to which loss rows are added.
         context_window: rows of a chunk, which with the chunk before is what rows without gradient see; None for all.
         far_share: share of the far keys that attention's backward reads.
+        local_forward: what local loss rows see in forward, `near` keys or `all`.
     """
 
     forward_ratio: float = 0.3
@@ -43,6 +44,7 @@ class PlanSpec:
     ratio_of: str = "all"
     context_window: int | None = None
     far_share: float = 1.0
+    local_forward: str = "near"
 
     @property
     def ratios_follow(self) -> bool:
@@ -145,6 +147,7 @@ class Method:
             if found[name] == default:
                 del found[name]
         later = {"threshold": None, "allocate": False, "ratio_of": "all", "context_window": None, "far_share": 1.0}
+        later |= {"local_forward": "near"}
         for name, default in later.items():
             if self.plan is not None and found["plan"][name] == default:
                 del found["plan"][name]

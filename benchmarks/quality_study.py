@@ -221,7 +221,8 @@ class QualityStudy:
             return None
         model = causal_model(self.model())
         names = ("forward_ratio", "backward_ratio", "dense_layers", "block_size", "kv", "gradient", "scorer")
-        plan = Plan.uniform(model, **{n: getattr(spec, n) for n in (*names, "ratio_of", "context_window", "far_share")})
+        names += ("ratio_of", "context_window", "far_share", "local_forward")
+        plan = Plan.uniform(model, **{n: getattr(spec, n) for n in names})
         if spec.needs_fit:
             fitted = self._fit(spec, method)
             for i, layer in enumerate(plan.layers):

@@ -216,6 +216,7 @@ def estimate_step_seconds(setting: Setting, method: str) -> float:
     forward = float(options.get("forward") or keep) if name == "lemo" else keep
     choices: Any = {"kv": options.get("kv", "kept"), "gradient": options.get("gradient", "rows")}
     choices |= {"far_share": float(options.get("far", 1.0)), "local_ratio": float(options.get("local", 0))}
+    choices |= {"local_forward": options.get("local_forward", "near")}
     window = int(options["context"]) if options.get("context") else None
     work = LayerWork(forward, keep, recompute=level, context_window=window, **choices)
     dense = LayerWork(recompute=level)

@@ -29,6 +29,7 @@ OPTIONS = {
     "context": "",  # window of rows that pass no gradient, of exact forward; empty for all keys
     "far": "1.0",  # share of the far keys that backward reads, of exact forward
     "local": "0",  # share of blocks that carry loss and attend within the context window, besides `share`
+    "local_forward": "near",  # what those attend to in forward: near keys, or all
     "offload": "0",  # 1: what is saved for keys alone waits in host memory; keys: keys and values too
     "dense": "0/-1",  # layers that run densely, joined by /; empty for none
     "scorer": "predictor",
@@ -59,6 +60,7 @@ def prepare(config: Any, setting: Setting, options: dict[str, str]) -> Prepared:
         seed=setting.seed,
         context_window=int(options["context"]) if options["context"] else None,
         far_share=float(options["far"]),
+        local_forward=options["local_forward"],
     )
     return attached(model, plan, options)
 

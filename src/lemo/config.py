@@ -120,6 +120,8 @@ class SparsityConfig:
             for 1,024 under exact forward with gradient `keys`, else for all rows: see `RunConfig.context_window`.
         far_share: share of the far keys (two stripes of 1,024 rows back or more) that attention's backward reads,
             drawn anew in every step, weighed so that the gradient's expectation stays; for gradient rows and keys.
+        local_forward: what local loss rows attend to in forward: the keys `near` them, or `all`, of which those that
+            are not near pass no gradient. None for `near`; only where there are such rows.
     """
 
     enabled: bool = True
@@ -137,6 +139,7 @@ class SparsityConfig:
     dense_layers: tuple[int, ...] = ()
     context_window: int | None = None
     far_share: float = 1.0
+    local_forward: Literal["near", "all"] | None = None
 
 
 @dataclass(frozen=True)
@@ -289,6 +292,11 @@ class RunConfig:
         known = self.sparsity.plan is None and self._gradient_through_all_keys and self.context_window is not None
         return min(LOCAL_SHARE, 1 - rows.share) if drawn and known else 0.0
 
+    @property
+    def local_forward(self) -> str | None:
+        """`sparsity.local_forward` as it is in force; None where no local loss rows are."""
+        return (self.sparsity.local_forward or "near") if self.local_share else None
+
 
 def resolved(run: RunConfig) -> dict[str, Any]:
     """The run as nested dictionaries of JSON types with every key that counts.
@@ -297,6 +305,7 @@ def resolved(run: RunConfig) -> dict[str, Any]:
     """
     values = asdict(run)
     values["sparsity"]["context_window"] = run.context_window or 0
+    values["sparsity"]["local_forward"] = run.local_forward
     values["loss_rows"]["local_share"] = run.local_share
     if run.sparsity.plan:
         values["sparsity"] = {name: values["sparsity"][name] for name in ("enabled", "plan")}

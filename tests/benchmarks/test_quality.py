@@ -116,6 +116,15 @@ def test_local_loss_rows_count_by_their_kind():
     assert costs[0] < costs[1] < costs[2] and dense_twin("balanced") == "dense_rows_balanced"
 
 
+def test_local_rows_that_see_all_cost_their_forward():
+    """Between local loss rows and far ones; hashes of cells without them stay."""
+    near, wide, far = (METHODS[name] for name in ("balanced", "near_grad_12_25", "all_far_window"))
+    gains = [gain_at_64k(method)["llama-3-8b"] for method in (near, wide, far)]
+    assert gains[0] > gains[1] > gains[2]
+    assert wide.setting()["plan"].pop("local_forward") == "all" and "local_forward" not in near.setting()["plan"]
+    assert dense_twin("near_grad_12_25") == "dense_rows_balanced"
+
+
 def test_far_rows_are_drawn_as_without_local_ones(inputs: Path):
     study, (far_only, both) = _study(inputs), (METHODS[n] for n in ("window_1024", "balanced"))
     pairs = zip(*(study.training_batches(m, 3, 3) for m in (far_only, both)), strict=True)
@@ -193,6 +202,7 @@ def test_a_grid_needs_a_swept_rate(inputs: Path, tmp_path: Path, capsys):
         "rising",
         "threshold_+0.5",
         "allocated",
+        "near_grad_12_25",
         "predict_mass_loss_rows",
     ],
 )
@@ -207,7 +217,7 @@ def test_methods_train_and_leave_no_trace(inputs: Path, tmp_path: Path, monkeypa
         monkeypatch.setitem(METHODS, method, replace(METHODS[method], refit_every=1))
     if method == "far_25_rows_12":
         monkeypatch.setattr(far, "FAR_STRIPE", 16)
-    if method in ("window_512", "balanced"):
+    if method in ("window_512", "balanced", "near_grad_12_25"):
         shorter = replace(METHODS[method].plan, context_window=128)
         monkeypatch.setitem(METHODS, method, replace(METHODS[method], plan=shorter))
     assert grid.run() == 0

@@ -142,6 +142,12 @@ def test_overrides_win_and_are_typed(tmp_path):
             "goes with placement random or spread, not with 'tail'",
         ),
         ("loss_rows: {local_share: 0.2, reweight: true}\nsparsity: {context_window: 128}", "cannot be reweighted"),
+        (
+            "loss_rows: {local_share: 0}\nsparsity: {local_forward: all}",
+            "sparsity.local_forward is of local loss rows, which this recipe does not have",
+        ),
+        ("data: {answer_only: true}\nsparsity: {local_forward: near}", "sparsity.local_forward is of local loss rows"),
+        ("sparsity: {local_forward: far}", "sparsity.local_forward must be"),
         ("sparsity: {far_share: 0}", "far_share must lie in (0, 1], got 0"),
         ("sparsity: {far_share: 0.5, gradient: pairs}", "`pairs` reads kept keys only"),
         (
@@ -234,6 +240,7 @@ def test_answers_are_no_local_rows(tmp_path):
     for answers, share in ((False, 0.3), (True, 0.0)):
         run = load_recipe(recipe(tmp_path, text), [f"data.answer_only={answers}".lower()])
         assert run.local_share == resolved(run)["loss_rows"]["local_share"] == share
+        assert run.local_forward == resolved(run)["sparsity"]["local_forward"] == (None if answers else "near")
     run = dataclasses.replace(run, sparsity=SparsityConfig(block_size=0))
     assert run.context_window is None, "check_run names the key"
 

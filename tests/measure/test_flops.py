@@ -197,6 +197,20 @@ def test_local_rows_cost_what_backward_rows_do_but_for_attention(recompute):
     assert saved == pytest.approx(times * full * (1 - local_pairs(64 * K, K, 64) / ((64 * K) ** 2 / 2)))
 
 
+@pytest.mark.parametrize("recompute", ["lin", "layer"])
+def test_local_rows_that_see_all_cost_forward_what_far_ones_do(recompute):
+    work = LayerWork(1.0, 0.12, kv="all", gradient="keys", recompute=recompute, lora_rank=16, context_window=K)
+    local, far = replace(work, local_ratio=0.25), replace(work, backward_ratio=0.37)
+    wide = replace(local, local_forward="all")
+    near_flops, wide_flops, far_flops = (layer_flops(LLAMA_3_8B, 64 * K, x) for x in (local, wide, far))
+    assert wide_flops.forward == pytest.approx(far_flops.forward)
+    assert wide_flops.recompute == pytest.approx(far_flops.recompute)
+    assert wide_flops.backward == near_flops.backward < far_flops.backward
+    assert layer_flops(LLAMA_3_8B, 64 * K, replace(work, local_forward="all")) == layer_flops(LLAMA_3_8B, 64 * K, work)
+    with pytest.raises(ConfigError, match="local_forward"):
+        replace(work, local_forward="far")
+
+
 def test_local_rows_need_a_window_and_room():
     for wrong in ({"context_window": None}, {"local_ratio": 0.9}, {"local_ratio": -0.1}):
         with pytest.raises(ConfigError, match="local_ratio"):

@@ -132,14 +132,14 @@ def test_peak_under_offload_is_close(family, mode, kv, recompute, offload, monke
     assert 0 < len(chunks) << 14 == walked.host_bytes
 
 
-@pytest.mark.parametrize("local", [False, True], ids=["", "local loss rows"])
+@pytest.mark.parametrize("local", [None, "near", "all"])
 @pytest.mark.parametrize("recompute", ["none", "lin", "layer"])
 def test_peak_with_a_window_is_close(recompute, local, monkeypatch):
     """Rows that attend locally and those that see all keys have buffers of their own, forward and backward."""
     check_peak("llama", "exact keys", "kept", recompute, monkeypatch, window=32, local=local)
 
 
-def check_peak(family, mode, kv, recompute, monkeypatch, offload=False, window=None, local=False):
+def check_peak(family, mode, kv, recompute, monkeypatch, offload=False, window=None, local=None):
     tokens, loss_from = 512, 307
     widths = {"hidden_size": 64, "intermediate_size": 160, "max_position_embeddings": tokens}
     monkeypatch.setattr("lemo.runtime.fused.mlp.CHUNK_ROWS", 256)
@@ -152,13 +152,14 @@ def check_peak(family, mode, kv, recompute, monkeypatch, offload=False, window=N
         block_size=4, recompute=recompute, predictor=False, bypass_rank=4, offload=offload,
         context_window=window,
     )  # fmt: skip
-    plan = plan_of(model, mode, kv, ends, scorer="random", context_window=window)
+    plan = plan_of(model, mode, kv, ends, scorer="random", context_window=window, local_forward=local or "near")
     inputs = batch(tokens, supervised_from=loss_from)
     share, half = (tokens - loss_from) / tokens, (tokens - loss_from) // 8 * 4
     setting = replace(setting, loss_share=share)
     if local:
         inputs["local_rows"] = torch.arange(tokens).expand(1, -1) >= tokens - half
-        setting = replace(setting, loss_share=share - half / tokens, local_share=half / tokens)
+        shares = {"loss_share": share - half / tokens, "local_share": half / tokens}
+        setting = replace(setting, **shares, local_forward=local)
     with (
         attach(model, plan, engine="fused", self_test=False, recompute=recompute, offload=offload) as handle,
         counting(monkeypatch) as live,

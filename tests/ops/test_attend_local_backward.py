@@ -13,7 +13,7 @@ from lemo.ops import attend_local_backward, plan_local
 from lemo.ops.attend_local import pieces, vendor
 from lemo.ops.attend_local.cases import SPEC, backward_case, local_of
 from lemo.ops.attend_local.reference import attend_local_reference, local_mask
-from lemo.ops.attend_rows.reference import Segments, attend_backward_reference
+from lemo.ops.attend_rows.reference import Segments, attend_backward_reference, chunks, mask_of
 
 NAMES = ("query_HND", "key_GKD", "value_GKD")
 
@@ -92,6 +92,30 @@ def test_a_document_may_be_without_queries():
     for got, wanted in zip(found[1:], expected[1:], strict=True):
         torch.testing.assert_close(got[:, :40], wanted)
         assert not got[:, 40:].any()
+
+
+@pytest.mark.parametrize("case", [c for c in SPEC.cases if "gap" not in c.name], ids=lambda case: case.name)
+def test_queries_may_have_seen_more_keys(case):
+    """Output and log-sum-exp of all keys: the gradient of a softmax over all, through near keys alone."""
+    inputs = case.inputs(0, torch.float64)
+    local, scaling = local_of(inputs), inputs["scaling"]
+    leaves = [inputs[name].detach().requires_grad_() for name in NAMES]
+    groups, output = len(leaves[1]), torch.zeros_like(leaves[0])
+    lse = leaves[0].new_zeros(leaves[0].shape[:2])
+    for rows, columns in chunks(local.queries, local.keys):
+        key, value = (t[:, columns].repeat_interleave(len(leaves[0]) // groups, 0) for t in leaves[1:])
+        near = local_mask(local, rows, columns)
+        seen = near | mask_of(local.queries, local.keys, rows, columns, None)
+        score = leaves[0][:, rows] @ key.mT * scaling
+        score = torch.where(near, score, score.detach()).masked_fill(~seen, -torch.inf)
+        weight = score.softmax(-1)
+        found = (weight * near) @ value + (weight * ~near) @ value.detach()
+        output = torch.cat([output[:, : rows.start], found, output[:, rows.stop :]], 1)
+        lse[:, rows] = score.logsumexp(-1).detach()
+    grad = torch.randn(output.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    expected = torch.autograd.grad(output, leaves, grad)
+    tensors = (grad, *(t.detach() for t in leaves), output.detach(), lse)
+    torch.testing.assert_close(attend_local_backward(*tensors, local, scaling=scaling), expected)
 
 
 def test_no_queries_at_all():

@@ -27,10 +27,13 @@ class StopGradient:
     """Dense attention whose scores or keys are constants outside the backward rows; written as plain autograd."""
 
     def __init__(self, gradient: str) -> None:
-        self.gradient, self.seen, self.inside = gradient, None, None
+        self.gradient, self.seen, self.inside, self.passing = gradient, None, None, None
 
     def __call__(self, module, query, key, value, mask, scaling=None, softcap=None, **kwargs):
-        """query (1, H, T, D); `seen` (T, T) bool, `inside` (T,) bool backward rows."""
+        """query (1, H, T, D); `seen` (T, T) bool, `inside` (T,) bool backward rows.
+
+        `passing` (T, T) bool, if there: pairs whose scores and values pass gradient.
+        """
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         repeat = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
@@ -44,13 +47,18 @@ class StopGradient:
             scores = torch.tanh(scores / softcap) * softcap
         if self.gradient == "pairs":
             scores = torch.where(self.inside, scores, scores.detach())
+        if self.passing is not None:
+            scores = torch.where(self.passing, scores, scores.detach())
         window = kwargs.get("sliding_window")
         seen = self.seen
         if window is not None:
             position = torch.arange(len(seen))
             seen = seen & (position[:, None] - position[None, :] < window)
         weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
-        return (weights @ value).transpose(1, 2), None
+        if self.passing is None:
+            return (weights @ value).transpose(1, 2), None
+        near = weights * self.passing
+        return (near @ value + (weights - near) @ value.detach()).transpose(1, 2), None
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
@@ -25,6 +26,7 @@ from tests.runtime.test_fused import FUSED, assert_equal_engines
 from tests.runtime.test_laws import assert_same_gradients
 
 ENGINES = ("generic", "fused")
+SEEN = ("near", "all")  # what local rows see in forward
 BLOCK = 4
 # Of twelve blocks of four rows, in chunks of two blocks.
 FAR, LOCAL = (6,), (3, 7, 8, 9)
@@ -59,7 +61,10 @@ def run(model, plan, inputs, engine, **options):
 
 @contextmanager
 def masked(model, plan, chosen, layout):
-    """Inside, the dense model does what the plan promises: far rows see all keys, all others those near them."""
+    """Inside, the dense model does what the plan promises: far rows see all keys, all others those near them.
+
+    Or local rows, too, see all keys, and take those that are not near them as constants.
+    """
     function = StopGradient("keys")
     AttentionInterface.register("localrows", function)
     AttentionMaskInterface.register("localrows", lambda *a, **k: None)
@@ -68,6 +73,8 @@ def masked(model, plan, chosen, layout):
     causal = torch.tril(torch.ones(tokens, tokens, dtype=torch.bool))
     near = near_keys(tokens, plan.context_window, plan.block_size)
     local = layout.local_K[layout.block_of_row_N]
+    if plan.local_forward == "all":
+        function.passing, local = near | ~local[:, None], torch.zeros_like(local)
     with ExitStack() as stack:
         for index, layer in enumerate(decoder_layers(model)):
             forward, backward = (torch.zeros(tokens, dtype=torch.bool).index_fill(0, r, True) for r in chosen[index])
@@ -101,31 +108,43 @@ def error(model, plan, inputs, **options) -> float:
     return max(relative(loss, wanted_loss), *(float((got[n] - wanted[n]).norm() / scale) for n in wanted))
 
 
+@pytest.mark.parametrize("seen", SEEN)
 @pytest.mark.parametrize("forward", [1.0, 0.75])
 @pytest.mark.parametrize("kv", ["kept", "all"])
 @pytest.mark.parametrize(
     ("family", "engine"),
-    [("llama", "generic"), ("llama", "fused"), ("qwen3", "fused"), ("gpt2", "generic")],
+    [
+        ("llama", "generic"),
+        ("llama", "fused"),
+        ("llama with as many key heads", "fused"),
+        ("qwen3", "fused"),
+        ("gpt2", "generic"),
+    ],
 )
-def test_local_rows_attend_as_the_mask_says(family, kv, forward, engine, monkeypatch):
+def test_local_rows_attend_as_the_mask_says(family, kv, forward, seen, engine, monkeypatch):
     """Loss and every gradient; marks matter."""
     in_double(monkeypatch)
-    model, inputs = tiny_model(family, dtype=torch.float64), marked()
-    plan = windowed(model, forward, "keys", kv)
+    family, *many = family.split(" with ")
+    model, inputs = tiny_model(family, dtype=torch.float64, **({"num_key_value_heads": 4} if many else {})), marked()
+    heads = model.config.num_attention_heads
+    assert not many or getattr(model.config, "num_key_value_heads", heads) == heads
+    plan = windowed(model, forward, "keys", kv, local_forward=seen)
     plan = replace(plan, layers=tuple(replace(x, backward_ratio=0.6) for x in plan.layers))
     assert error(model, plan, inputs, engine=engine) <= BOUND
     unmarked = {name: value for name, value in inputs.items() if name != LOCAL_ROWS}
-    losses = [run(model, plan, x, engine)[0] for x in (inputs, unmarked)]
-    assert abs(float(losses[0] - losses[1])) > 1e-6
+    runs = [run(model, plan, x, engine) for x in (inputs, unmarked)]
+    assert (abs(float(runs[0][0] - runs[1][0])) > 1e-6) == (seen == "near")
+    assert max(float((g - runs[1][1][name]).norm()) for name, g in runs[0][1].items()) > 1e-6
 
 
+@pytest.mark.parametrize("seen", SEEN)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("engine", ENGINES)
-def test_sets_of_rows(engine, case, monkeypatch):
+def test_sets_of_rows(engine, case, seen, monkeypatch):
     """No far loss row, no far row at all, no row without loss: what is left is what the mask says."""
     in_double(monkeypatch)
     model = tiny_model(dtype=torch.float64)
-    inputs, plan = marked(*CASES[case]), windowed(model)
+    inputs, plan = marked(*CASES[case]), windowed(model, local_forward=seen)
     assert error(model, plan, inputs, engine=engine) <= BOUND
     rows = {"guards too": 16, "all": 48, "all the rest": 48}
     if case in rows:
@@ -133,45 +152,66 @@ def test_sets_of_rows(engine, case, monkeypatch):
         assert all(s.backward.capacity == rows[case] for s in selections.values())
 
 
+@pytest.mark.parametrize("seen", SEEN)
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name not in ("llama", "gpt2")])
-def test_every_family_obeys(family, monkeypatch):
+def test_every_family_obeys(family, seen, monkeypatch):
     """Sliding windows, soft caps, sinks: a layer's own rule and this one."""
     in_double(monkeypatch)
     model = tiny_model(family, dtype=torch.float64)
-    assert error(model, windowed(model), marked(), engine="generic") <= BOUND
+    plans = windowed(model, local_forward=seen), windowed(model, kv="kept", local_forward=seen)
+    assert error(model, plans[0], marked(), engine="generic") <= BOUND
     if family in FUSED:
-        assert error(model, windowed(model, kv="kept"), marked(*CASES["guards too"]), engine="fused") <= BOUND
+        assert error(model, plans[1], marked(*CASES["guards too"]), engine="fused") <= BOUND
 
 
+@pytest.mark.parametrize("seen", SEEN)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("recompute", ["none", "mlp", "lin", "layer"])
-def test_what_is_computed_again_is_what_forward_had(recompute, case, monkeypatch):
+def test_what_is_computed_again_is_what_forward_had(recompute, case, seen, monkeypatch):
     """Every level, the segmented loss reading loss rows alone behind the last layer, with a dense layer in between."""
     in_double(monkeypatch)
     model = tiny_model(dtype=torch.float64)
-    plan = windowed(model, 0.75 if recompute in ("none", "lin") else 1.0)
+    plan = windowed(model, 0.75 if recompute in ("none", "lin") else 1.0, local_forward=seen)
     plan = plan.replace_layer(1, forward_ratio=1.0, backward_ratio=1.0)
     assert_equal_engines(model, plan, marked(*CASES[case]), recompute=recompute)
 
 
+@pytest.mark.parametrize("targets", [["k_proj"], ["v_proj"], ["k_proj", "v_proj", "gate_proj"]])
+@pytest.mark.parametrize("seen", SEEN)
+def test_adapters_of_keys_and_values(seen, targets, monkeypatch):
+    """LoRA, everything else frozen: the loss is a function of it through keys and values of every kind of row."""
+    from peft import LoraConfig, get_peft_model
+
+    in_double(monkeypatch)
+    model = get_peft_model(tiny_model(dtype=torch.float64), LoraConfig(r=3, target_modules=targets, lora_alpha=7))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.3)
+    for recompute in ("none", "layer"):
+        assert_equal_engines(model, windowed(model, local_forward=seen), marked(), recompute=recompute)
+
+
+@pytest.mark.parametrize("seen", SEEN)
 @pytest.mark.parametrize("kv", ["kept", "all"])
-def test_rows_that_a_threshold_drops_have_no_effect(kv, monkeypatch):
+def test_rows_that_a_threshold_drops_have_no_effect(kv, seen, monkeypatch):
     in_double(monkeypatch)
     model = tiny_model(dtype=torch.float64)
-    plan = windowed(model, 0.75, "keys", kv)
+    plan = windowed(model, 0.75, "keys", kv, local_forward=seen)
     layers = tuple(replace(x, threshold=0.5, backward_ratio=0.7) for x in plan.layers)
     plan = replace(plan, policy="threshold", layers=layers)
     for engine in ENGINES:
         assert error(model, plan, marked(), engine=engine) <= BOUND
 
 
+@pytest.mark.parametrize("seen", SEEN)
 @pytest.mark.parametrize("case", ["some", "local alone", "guards too"])
-def test_far_rows_may_read_a_sample_of_far_keys(case, monkeypatch):
+def test_far_rows_may_read_a_sample_of_far_keys(case, seen, monkeypatch):
     """The sample is of far rows' keys alone; both engines draw alike."""
     in_double(monkeypatch)
     monkeypatch.setattr(far, "FAR_STRIPE", 8)
     model = tiny_model(dtype=torch.float64)
-    plan = replace(windowed(model), far_share=0.25)
+    plan = windowed(model, far_share=0.25, local_forward=seen)
     inputs = marked(*CASES[case])
     assert_equal_engines(model, plan, inputs)
     exact = run(model, replace(plan, far_share=1.0), inputs, "fused")[1]
@@ -179,21 +219,23 @@ def test_far_rows_may_read_a_sample_of_far_keys(case, monkeypatch):
     assert (max(moved) > 1e-8) == (case == "some")  # elsewhere nothing that is far reaches the loss
 
 
+@pytest.mark.parametrize("seen", SEEN)
 @pytest.mark.parametrize("offloads", [True, "keys"])
 @pytest.mark.parametrize("recompute", ["none", "mlp", "lin", "layer"])
-def test_offload_changes_no_bit(recompute, offloads, monkeypatch):
+def test_offload_changes_no_bit(recompute, offloads, seen, monkeypatch):
     monkeypatch.setattr(offload, "CHUNK_BYTES", 1000)
     model = tiny_model()
-    plan, inputs = windowed(model), marked()
+    plan, inputs = windowed(model, local_forward=seen), marked()
     loss, wanted, _ = run(model, plan, inputs, "fused", recompute=recompute)
     got_loss, got, _ = run(model, plan, inputs, "fused", recompute=recompute, offload=offloads)
     assert torch.equal(loss, got_loss) and all(torch.equal(got[name], g) for name, g in wanted.items())
 
 
-def test_checkpoints_part_rows_alike(monkeypatch):
+@pytest.mark.parametrize("seen", SEEN)
+def test_checkpoints_part_rows_alike(seen, monkeypatch):
     in_double(monkeypatch)
     model = tiny_model(dtype=torch.float64)
-    plan, inputs = windowed(model), marked()
+    plan, inputs = windowed(model, local_forward=seen), marked()
     wanted = run(model, plan, inputs, "generic")[1]
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     assert_same_gradients(run(model, plan, inputs, "generic")[1], wanted, BOUND)
@@ -214,14 +256,15 @@ def _several(lengths, padding):
     return inputs, alone
 
 
+@pytest.mark.parametrize("seen", SEEN)
 @pytest.mark.parametrize("padding", [None, "left", "right"])
 @pytest.mark.parametrize("forward", [1.0, 0.75])
 @pytest.mark.parametrize("engine", ENGINES)
-def test_documents_run_as_they_do_alone(engine, forward, padding, monkeypatch):
+def test_documents_run_as_they_do_alone(engine, forward, padding, seen, monkeypatch):
     """Packed or padded, one of them too short for anything to be far: loss and gradients of each alone."""
     in_double(monkeypatch)
     model = tiny_model(dtype=torch.float64)
-    plan, lengths = windowed(model, forward, scorer="random"), (43, 15, 60)
+    plan, lengths = windowed(model, forward, scorer="random", local_forward=seen), (43, 15, 60)
     inputs, alone = _several(lengths, padding)
     loss, found, _ = run(model, plan, inputs, engine)
     runs = [run(model, plan, one, engine) for one in alone]
@@ -229,25 +272,53 @@ def test_documents_run_as_they_do_alone(engine, forward, padding, monkeypatch):
     assert_same_gradients(found, {name: sum(x[1][name] for x in runs) / len(runs) for name in found}, BOUND)
 
 
+@pytest.mark.parametrize("seen", SEEN)
 @pytest.mark.parametrize("engine", ENGINES)
-def test_one_document_cannot_change_another(engine, monkeypatch):
+def test_one_document_cannot_change_another(engine, seen, monkeypatch):
     in_double(monkeypatch)
     model = tiny_model(dtype=torch.float64)
     inputs, _ = _several((40, 45), None)
     inputs["labels"][:, :41] = -100
-    loss = run(model, windowed(model), inputs, engine)[0]
+    plan = windowed(model, local_forward=seen)
+    loss = run(model, plan, inputs, engine)[0]
     inputs["input_ids"][:, :40] = inputs["input_ids"][:, :40].flip(1)
-    assert abs(float(run(model, windowed(model), inputs, engine)[0] - loss)) < 1e-12
+    assert abs(float(run(model, plan, inputs, engine)[0] - loss)) < 1e-12
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_local_rows_that_see_all_lose_no_more_than_far_ones(engine, monkeypatch):
+    """The loss is that of the same rows without marks; only gradients know which keys were near."""
+    in_double(monkeypatch)
+    model = tiny_model(dtype=torch.float64)
+    plan = windowed(model, local_forward="all")
+    inputs = marked()
+    unmarked = {name: value for name, value in inputs.items() if name != LOCAL_ROWS}
+    losses, found, _ = zip(*(run(model, plan, x, engine) for x in (inputs, unmarked)), strict=True)
+    assert abs(float(losses[0] - losses[1])) < 1e-12
+    assert all(float((g - found[1][n]).norm()) > 1e-6 for n, g in found[0].items() if "k_proj" in n)
+
+
+def test_plans_say_what_local_rows_see(tmp_path):
+    Plan.uniform(2, context_window=512, local_forward="all").save(tmp_path)
+    assert Plan.load(tmp_path).local_forward == "all"
+    written = json.loads((tmp_path / "plan.json").read_text())
+    del written["local_forward"]
+    (tmp_path / "plan.json").write_text(json.dumps(written))
+    assert Plan.load(tmp_path).local_forward == "near", "as plans from before this choice are"
+    for wrong in ({}, {"context_window": 512, "local_forward": "far"}):
+        with pytest.raises(ConfigError, match="local_forward"):
+            Plan.uniform(2, **{"local_forward": "all"} | wrong)
+
+
+@pytest.mark.parametrize("seen", SEEN)
 @pytest.mark.parametrize("window", [8, 24])
 @pytest.mark.parametrize("engine", ENGINES)
-def test_marks_of_nothing_change_no_bit(engine, window):
+def test_marks_of_nothing_change_no_bit(engine, window, seen):
     """No row is marked; or rows are of blocks that are not marked whole; or two windows hold the document."""
     model = tiny_model()
-    plan, inputs = windowed(model, window=window), marked()
+    plan, inputs = windowed(model, window=window, local_forward=seen), marked()
     unmarked = {name: value for name, value in inputs.items() if name != LOCAL_ROWS}
-    wanted_loss, wanted, _ = run(model, plan, unmarked, engine)
+    wanted_loss, wanted, _ = run(model, replace(plan, local_forward="near"), unmarked, engine)
     nothing, parts = torch.zeros_like(inputs[LOCAL_ROWS]), inputs[LOCAL_ROWS].clone()
     parts[:, BLOCK - 1 :: BLOCK] = False
     for marks in (nothing, parts, *([inputs[LOCAL_ROWS]] if window == 24 else [])):
@@ -290,6 +361,13 @@ def test_rows_are_parted_by_what_they_attend_to(loss_only, padding):
     assert torch.equal(parted.local.position_on_host_N, parted.local.queries.position_N)
     some = RowRange.of_rows(layout, replace(rows, rows_N=rows.rows_N[:9], segment_lengths=(9, 0, 0)))
     assert part_rows(plan, layout, rows, some).local.position_on_host_N is None
+    assert parted.near_all is None and [len(x.places_n) for x in parted.wide(both)] == [len(parted.far_n)]
+    wide = part_rows(replace(plan, local_forward="all"), layout, rows, keys).wide(
+        torch.cat([parted.far_n, parted.near_n])
+    )
+    for x, places in zip(wide, (parted.far_n, parted.near_n), strict=True):
+        assert torch.equal(x.places_n, places)
+        assert torch.equal(x.queries.position_N, layout.position_of_row_N[rows.rows_N[places]])
 
 
 def test_evaluation_looks_at_no_marks():

@@ -246,6 +246,8 @@ def describe(found: Estimate) -> str:
     passes = max(setting.backward_ratio, loss) if setting.local_share else setting.backward_ratio
     local = "" if not setting.local_share else f"{setting.local_share:.2f} of these and "
     near = f", {local}the others attend within chunks of {setting.context_window}" if setting.context_window else ""
+    if setting.local_share and setting.local_forward == "all":
+        near += f" ({setting.local_share:.2f} in backward only)"
     far = "" if setting.far_share == 1 else f", backward through {setting.far_share:.0%} of the far keys"
     return (
         f"{words}; {setting.forward_ratio:.2f} of the rows run a layer that skips, {passes:.2f} pass gradient{near}"

@@ -17,6 +17,7 @@ from lemo.core.predictor import PatternPredictor
 from lemo.errors import ConfigError, PlanError
 
 FORMAT = 1
+LOCAL_FORWARDS = ("near", "all")
 _JSON, _TENSORS = "plan.json", "plan.safetensors"
 _CHOICES = {
     "policy": POLICIES,
@@ -25,9 +26,10 @@ _CHOICES = {
     "gradient": ("rows", "pairs", "keys"),
     "mlp": ("shared", "own"),
     "ratio_of": RATIOS_OF,
+    "local_forward": LOCAL_FORWARDS,
 }
 # Choices that plans of earlier versions do not state.
-_LATER = {"ratio_of": "all", "context_window": None, "far_share": 1.0}
+_LATER = {"ratio_of": "all", "context_window": None, "far_share": 1.0, "local_forward": "near"}
 _FIELDS = ("block_size", *_CHOICES, "seed", "fingerprint", "context_window", "far_share")
 
 
@@ -92,6 +94,9 @@ class Plan:
             rows of the document, of the chunk before and of the document's first block; None for all keys.
         far_share: under exact forward, share of the stripes of far keys that attention's backward reads, drawn anew
             in every step; below 1 the gradients of a layer's queries, keys and values are estimates without bias.
+        local_forward: with a context window, the keys that local loss rows attend to in forward: those `near` them,
+            which are the ones that their gradient goes through, or `all`. With `all` the others are constants in
+            backward: they count in softmax, but neither their scores nor their values pass gradient.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -107,6 +112,7 @@ class Plan:
     ratio_of: str = "all"
     context_window: int | None = None
     far_share: float = 1.0
+    local_forward: str = "near"
 
     def __post_init__(self) -> None:
         """Raises ConfigError for an unknown choice, or sizes that are no positive integers or do not fit each other."""
@@ -117,6 +123,10 @@ class Plan:
             raise ConfigError(f"block_size must be a positive integer, got {self.block_size!r}")
         check_context_window(self.context_window, self.block_size)
         check_far_share(self.far_share, self.gradient)
+        if self.local_forward != "near" and self.context_window is None:
+            raise ConfigError(
+                f"local_forward {self.local_forward!r} needs a context_window: it says which keys pass gradient"
+            )
         if self.mlp == "own" and any(x.is_exact for x in self.layers):
             raise ConfigError("mlp 'own' needs equal forward and backward ratios: exact forward runs every MLP row")
 

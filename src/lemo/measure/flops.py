@@ -96,6 +96,7 @@ class LayerWork:
         far_share: share of the far keys that attention's backward reads, where backward rows are fewer.
         local_ratio: share of rows that pass gradient besides, but see the keys of `context_window` only, in both
             directions.
+        local_forward: `all` if these rows see all keys in forward, as `Plan.local_forward` has it.
     """
 
     forward_ratio: float = 1.0
@@ -110,11 +111,13 @@ class LayerWork:
     block_size: int = 64
     far_share: float = 1.0
     local_ratio: float = 0.0
+    local_forward: Literal["near", "all"] = "near"
 
     def __post_init__(self) -> None:
         """Raises ConfigError for ratios outside (0, 1], backward above forward, or an unknown recompute level.
 
-        Also for local rows without a window, or more rows with gradient than rows that run.
+        Also for local rows without a window, or more rows with gradient than rows that run; or an unknown choice of
+        what local rows see.
         """
         if not 0 < self.backward_ratio <= self.forward_ratio <= 1:
             raise ConfigError(
@@ -127,6 +130,8 @@ class LayerWork:
             )
         if self.local_ratio and self.context_window is None:
             raise ConfigError("local_ratio needs a context_window, within which such rows attend")
+        if self.local_forward not in ("near", "all"):
+            raise ConfigError(f"local_forward must be near or all, got {self.local_forward!r}")
         if self.recompute not in RECOMPUTE_LEVELS:
             raise ConfigError(f"recompute must be one of {', '.join(RECOMPUTE_LEVELS)}, got {self.recompute!r}")
 
@@ -134,6 +139,11 @@ class LayerWork:
     def passing_ratio(self) -> float:
         """Share of rows that pass gradient, wherever they attend."""
         return self.backward_ratio + self.local_ratio
+
+    @property
+    def wide_ratio(self) -> float:
+        """Share of rows that see all keys in forward, where the others see those of the window."""
+        return self.passing_ratio if self.local_forward == "all" else self.backward_ratio
 
 
 @dataclass(frozen=True)
@@ -176,12 +186,12 @@ def local_attention_flops(shape: DecoderShape, tokens: int, work: LayerWork, que
 
 
 def forward_attention_flops(shape: DecoderShape, tokens: int, work: LayerWork) -> float:
-    """Forward of a layer's attention: backward rows see all keys, the others those of the window, if there is one."""
+    """Forward of a layer's attention: wide rows see all keys, the others those of the window, if there is one."""
     key_share = 1.0 if work.kv == "all" else work.forward_ratio
     if work.context_window is None:
         return attention_flops(shape, tokens, work.forward_ratio, key_share)
-    far = attention_flops(shape, tokens, work.backward_ratio, key_share)
-    return far + local_attention_flops(shape, tokens, work, work.forward_ratio - work.backward_ratio)
+    far = attention_flops(shape, tokens, work.wide_ratio, key_share)
+    return far + local_attention_flops(shape, tokens, work, work.forward_ratio - work.wide_ratio)
 
 
 def backward_attention_flops(shape: DecoderShape, tokens: int, work: LayerWork) -> float:
@@ -198,8 +208,8 @@ def again_attention_flops(shape: DecoderShape, tokens: int, work: LayerWork) -> 
     if work.recompute != "layer":
         return 0.0
     key_share = 1.0 if work.kv == "all" else work.forward_ratio
-    far = attention_flops(shape, tokens, work.backward_ratio, key_share)
-    return far + local_attention_flops(shape, tokens, work, work.local_ratio)
+    far = attention_flops(shape, tokens, work.wide_ratio, key_share)
+    return far + local_attention_flops(shape, tokens, work, work.passing_ratio - work.wide_ratio)
 
 
 def read_in_backward(tokens: int, work: LayerWork) -> float:

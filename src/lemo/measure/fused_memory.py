@@ -102,7 +102,7 @@ def index_bytes(rows: LayerRows) -> float:
     if rows.exact:
         found += 3 * INDEX * rows.passes
     if rows.local:
-        found += INDEX * (3 * rows.back + rows.far)
+        found += INDEX * (3 * rows.back + rows.far + (rows.local if rows.local_all else 0))
     return found
 
 
@@ -194,11 +194,14 @@ class FusedLayerMemory:
         if self.rows.near:
             # All attend locally, chunks of them in one call of a vendor's kernel, whose last result is still there at
             # the next. Queries that see all keys are gathered then, and what they get is put among the others'.
-            work.touch(min(2 * BATCHED, queries) * (query + lse))
-            # Where all pass gradient, as in the last layer, each kind is gathered and computed by itself.
-            near = 0 if self.rows.exact else self.rows.local
-            queries, split = self.rows.far, True
-            work.add(passing=(queries + near) * query, far=queries * (query + lse) + near * (query + lse))
+            rows, split = self.rows, True
+            if rows.exact or not rows.local_all:
+                work.touch(min(2 * BATCHED, queries) * (query + lse))
+            # One kind of them after the other. Where all pass gradient, as in the last layer, each kind is gathered and
+            # computed by itself.
+            queries = max(rows.far, rows.local) if rows.local_all else rows.far
+            gathered = queries if rows.exact else rows.far + rows.local
+            work.add(passing=gathered * query, far=gathered * (query + lse))
         if split:
             work.touch(min(CHUNK, queries) * query + 3 * queries * INDEX)
         work.drop("passing", "far")

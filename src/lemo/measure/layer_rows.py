@@ -21,6 +21,7 @@ class LayerRows:
         samples: backward of exact forward reads a sample of the far keys.
         local: rows of those that pass gradient which attend within a window.
         window: rows of a chunk that rows without gradient, and local ones, attend within; None where all see all.
+        local_all: local rows attend to all keys in forward.
     """
 
     stream: int
@@ -34,6 +35,7 @@ class LayerRows:
     samples: bool = False
     local: int = 0
     window: int | None = None
+    local_all: bool = False
 
     @property
     def far(self) -> int:

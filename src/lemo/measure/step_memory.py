@@ -70,6 +70,7 @@ class StepSetting:
         context_window: of exact forward, rows of a chunk; None where all rows attend to all keys.
         far_share: of exact forward, share of the far keys that attention's backward reads.
         local_share: share of rows that carry loss besides, and attend within `context_window`.
+        local_forward: what these rows attend to in forward, as `Plan.local_forward` has it.
     """
 
     tokens: int
@@ -93,6 +94,7 @@ class StepSetting:
     context_window: int | None = None
     far_share: float = 1.0
     local_share: float = 0.0
+    local_forward: Literal["near", "all"] = "near"
 
     def __post_init__(self) -> None:
         """Raises ConfigError for what no step can be."""
@@ -165,6 +167,7 @@ def layer_rows(sizes: ModelSizes, setting: StepSetting) -> list[LayerRows]:
             samples=setting.far_share < 1 and passes < runs,
             local=_local_rows(setting, passes) if passes < runs else 0,
             window=setting.context_window if setting.windows else None,
+            local_all=setting.local_forward == "all",
         )
         many = min(setting.dense_layers, layers)
         first, last = many - many // 2, many // 2

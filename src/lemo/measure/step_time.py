@@ -77,6 +77,7 @@ def _layer(sizes: ModelSizes, setting: StepSetting, rows: LayerRows, card: Card)
         block_size=setting.block_size,
         far_share=setting.far_share,
         local_ratio=rows.local / stream,
+        local_forward=setting.local_forward,
     )
     flops = layer_flops(shape, tokens, work)
     forward, backward, again = (

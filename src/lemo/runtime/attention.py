@@ -22,7 +22,7 @@ from lemo.ops.attend_local.plan import LocalRows
 from lemo.ops.attend_local.reference import local_mask
 from lemo.ops.attend_rows.reference import Rows
 from lemo.ops.attend_rows.tiling import laid_out
-from lemo.runtime.context import attend_near, put_far
+from lemo.runtime.context import attend_near, put_wide
 from lemo.runtime.far import attend_far
 from lemo.runtime.local import attend_local_rows
 from lemo.runtime.pairs import attend_pairs
@@ -205,40 +205,48 @@ def _attend_rows(
 def _attend_locally(
     call: LayerCall, query_HND: Tensor, pair: tuple[Tensor, Tensor], keys: RowRange, options: tuple
 ) -> Tensor:
-    """Attention of an exact pass: of rows with gradient to all keys, of the others to those near them; no gradient."""
+    """Attention of an exact pass: of wide rows to all keys, of the others to those near them; no gradient."""
     context, record, (scaling, _, window, softcap, sinks) = call.context, call.record, options
     assert context is not None and record is not None and call.queries is not None
-    passing = query_HND.index_select(1, context.places_n)
-    local, queries = context.local.windowed(window), context.queries
-    if softcap is not None or sinks is not None:
-        near_HND = _positioned(query_HND, *pair, call.queries, keys, options, local)
-        if not len(context.places_n):
-            return near_HND
-        return put_far(context, near_HND, _positioned(passing, *pair, queries, keys, options))
-    near_HND, lse_HN = attend_near(query_HND, pair, context, scaling, window)
-    if not len(context.places_n):
-        return near_HND
-    if not record.want_lse:
-        return put_far(context, near_HND, attend_rows(passing, *pair, queries, keys, scaling=scaling, window=window))
-    far_HnD, far_Hn = attend_forward(passing, *pair, queries, keys, scaling=scaling)
-    record.lse_HN = lse_HN.index_copy(1, context.places_n, far_Hn)
-    record.output_HND = put_far(context, near_HND, far_HnD)
-    return record.output_HND
+    explicit = softcap is not None or sinks is not None
+    if explicit:
+        output_HND = _positioned(query_HND, *pair, call.queries, keys, options, context.local.windowed(window))
+        lse_HN = None
+    else:
+        output_HND, lse_HN = attend_near(query_HND, pair, context, scaling, window)
+    for wide in context.wide:
+        passing, queries = query_HND.index_select(1, wide.places_n), wide.queries
+        if explicit:
+            far_HnD = _positioned(passing, *pair, queries, keys, options)
+        elif not record.want_lse:
+            far_HnD = attend_rows(passing, *pair, queries, keys, scaling=scaling, window=window)
+        else:
+            far_HnD, far_Hn = attend_forward(passing, *pair, queries, keys, scaling=scaling)
+            assert lse_HN is not None
+            lse_HN = lse_HN.index_copy(1, wide.places_n, far_Hn)
+        output_HND = put_wide(wide, output_HND, far_HnD)
+    if record.want_lse and context.wide:
+        record.output_HND, record.lse_HN = output_HND, lse_HN
+    return output_HND
 
 
 def _attend_parted(
     call: LayerCall, query_HND: Tensor, pair: tuple[Tensor, Tensor], keys: RowRange, options: tuple
 ) -> Tensor:
-    """Attention of rows with gradient: of far ones to all keys, of local loss rows to those near them."""
+    """Attention of rows with gradient: of far ones to all keys, of local loss rows to those near them.
+
+    Local loss rows may see all keys; then, too, their gradient goes through the near ones alone.
+    """
     parted, (scaling, _, window, softcap, sinks) = call.parted, options
     assert parted is not None
     local = parted.local.windowed(window)
     near_HlD, far_HfD = (query_HND.index_select(1, places) for places in (parted.near_n, parted.far_n))
     explicit = softcap is not None or sinks is not None
     if explicit:
-        near_HlD = _positioned(near_HlD, *pair, local.queries, keys, options, local)
+        near_HlD = _positioned(near_HlD, *pair, local.queries, keys, options, local, parted.near_all is not None)
     else:
-        near_HlD = attend_local_rows(near_HlD, pair, local, scaling)
+        all_of = None if parted.near_all is None else (parted.near_all, keys)
+        near_HlD = attend_local_rows(near_HlD, pair, local, scaling, all_of)
     if not len(parted.far_n):
         return near_HlD
     if explicit:
@@ -305,8 +313,12 @@ def _positioned(
     keys: Rows,
     options: tuple,
     local: LocalRows | None = None,
+    see_all: bool = False,
 ) -> Tensor:
-    """Attention by original positions with soft caps, sinks or dropout: scores exist for one chunk at a time."""
+    """Attention by original positions with soft caps, sinks or dropout: scores exist for one chunk at a time.
+
+    With `local`, to near keys alone; if `see_all`, to all keys, of which only near ones pass gradient.
+    """
     scaling, dropout, window, softcap, sinks = options
     repeat = query_HND.shape[0] // key_GKD.shape[0]
     pieces = []
@@ -322,10 +334,12 @@ def _positioned(
             seen = k_length - (q_length - end) if ordered else k_length
             rows = slice(q_start + begin, q_start + end)
             columns = slice(k_start, k_start + seen)
-            near = local is not None
-            mask_QK = local_mask(local, rows, columns) if near else _mask(queries, keys, rows, columns, window)
+            near_QK = None if local is None else local_mask(local, rows, columns)
+            wide = near_QK is None or see_all
+            mask_QK = _mask(queries, keys, rows, columns, window) if wide else near_QK
             inputs = (query_HND[:, rows], key_HKD[:, :seen], value_HKD[:, :seen], mask_QK)
-            pieces.append(_explicit(*inputs, (scaling, dropout, softcap, sinks)))
+            passing_QK = near_QK if see_all else None
+            pieces.append(_explicit(*inputs, (scaling, dropout, softcap, sinks), passing_QK))
     return torch.cat(pieces, dim=1)
 
 
@@ -341,10 +355,22 @@ def _mask(queries: Rows, keys: Rows, q: slice, k: slice, window: int | None) -> 
     return mask_QK | (distance_QK == 0)
 
 
-def _explicit(query_HQD: Tensor, key_HKD: Tensor, value_HKD: Tensor, mask_QK: Tensor, options: tuple) -> Tensor:
-    """Scores written out, for soft caps, sinks and dropout, which no kernel here takes."""
+def _explicit(
+    query_HQD: Tensor,
+    key_HKD: Tensor,
+    value_HKD: Tensor,
+    mask_QK: Tensor,
+    options: tuple,
+    passing_QK: Tensor | None = None,
+) -> Tensor:
+    """Scores written out, for soft caps, sinks and dropout, which no kernel here takes.
+
+    Where `passing_QK` is not, scores and values are constants.
+    """
     scaling, dropout, softcap, sinks = options
     scores_HQK = query_HQD @ key_HKD.transpose(1, 2) * scaling
+    if passing_QK is not None:
+        scores_HQK = torch.where(passing_QK, scores_HQK, scores_HQK.detach())
     if softcap is not None:
         scores_HQK = torch.tanh(scores_HQK / softcap) * softcap
     scores_HQK = scores_HQK.masked_fill(~mask_QK, torch.finfo(scores_HQK.dtype).min)
@@ -354,4 +380,7 @@ def _explicit(query_HQD: Tensor, key_HKD: Tensor, value_HKD: Tensor, mask_QK: Te
     accumulate = torch.float64 if scores_HQK.dtype == torch.float64 else torch.float32
     weights_HQK = torch.softmax(scores_HQK, dim=-1, dtype=accumulate).to(query_HQD.dtype)
     weights_HQK = F.dropout(weights_HQK[..., : key_HKD.shape[1]], p=dropout, training=dropout > 0)
-    return weights_HQK @ value_HKD
+    if passing_QK is None:
+        return weights_HQK @ value_HKD
+    near_HQK = weights_HQK.masked_fill(~passing_QK, 0)
+    return near_HQK @ value_HKD + (weights_HQK - near_HQK) @ value_HKD.detach()

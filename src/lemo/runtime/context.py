@@ -18,7 +18,7 @@ from lemo.ops import attend_local, plan_local, write_rows_
 from lemo.ops.attend_local.plan import LocalRows
 from lemo.ops.attend_rows.reference import Rows
 from lemo.ops.backend import send
-from lemo.runtime.rows import ContextRows, PartedRows, RowRange
+from lemo.runtime.rows import ContextRows, PartedRows, RowRange, WideRows
 
 
 def attends_locally(plan: Plan, layout: Layout) -> bool:
@@ -28,7 +28,7 @@ def attends_locally(plan: Plan, layout: Layout) -> bool:
 
 
 def context_rows(
-    plan: Plan, layout: Layout, sides: tuple[Rows, Rows], far: tuple[Rows, Tensor], whole: bool
+    plan: Plan, layout: Layout, sides: tuple[Rows, Rows], wide: tuple[WideRows, ...], whole: bool
 ) -> ContextRows:
     """The rows of one exact pass that attend locally, where `attends_locally`.
 
@@ -36,7 +36,7 @@ def context_rows(
         plan: its window and block size.
         layout: of the batch.
         sides: documents and positions of the rows that run, and of the keys.
-        far: documents and positions of the rows that attend to all keys, and their places among those that run.
+        wide: the rows that attend to all keys, which are some of those that run; there may be none.
         whole: all rows of the batch run, and offer keys in the same order.
     """
     window = plan.context_window
@@ -45,10 +45,9 @@ def context_rows(
     def make() -> LocalRows:
         return plan_local(*sides, chunk=window, sink=plan.block_size, whole=whole)
 
-    queries, places_n = far
     # Packed without padding or not, rows of a whole batch come in the same order: but not at the same entries.
     key = ("local rows", window, len(sides[0].position_N))
-    return ContextRows(layout.once(key, make) if whole else make(), queries, places_n, queries.valid_N)
+    return ContextRows(layout.once(key, make) if whole else make(), tuple(x for x in wide if len(x.places_n)))
 
 
 def attend_near(
@@ -58,13 +57,13 @@ def attend_near(
     return attend_local(query_HND, *pair, context.local.windowed(window), scaling=scaling)
 
 
-def put_far(context: ContextRows, near_HND: Tensor, far_HnD: Tensor) -> Tensor:
-    """The output (H, N, D) of all rows, heads inside rows, with what rows with gradient got from all keys put in.
+def put_wide(wide: WideRows, near_HND: Tensor, far_HnD: Tensor) -> Tensor:
+    """The output (H, N, D) of all rows, heads inside rows, with what wide rows got from all keys put in.
 
     Writes into `near_HND` itself where its heads lie inside rows.
     """
     near_NO, far_nO = (t.transpose(0, 1).flatten(1).contiguous() for t in (near_HND, far_HnD))
-    write_rows_(near_NO, context.places_n, far_nO, valid_n=context.valid_n)
+    write_rows_(near_NO, wide.places_n, far_nO, valid_n=wide.queries.valid_N)
     return near_NO.unflatten(1, (len(near_HND), -1)).transpose(0, 1)
 
 
@@ -95,7 +94,7 @@ def part_rows(
         layout: of the batch, with local blocks.
         rows: that pass gradient: whole blocks, or the rows that carry loss alone.
         keys: documents and positions of the key rows, all valid.
-        planned: makes far rows ready for attention on all keys.
+        planned: makes rows ready for attention on all keys.
     """
     window = plan.context_window
     assert window is not None
@@ -106,7 +105,7 @@ def part_rows(
     far_n, near_n = order_n[: rows.capacity - near_N.capacity], order_n[rows.capacity - near_N.capacity :]
     lengths = tuple(a - b for a, b in zip(rows.segment_lengths, near_N.segment_lengths, strict=True))
     valid_N = None if rows.valid_N is None else rows.valid_N[far_n]
-    far = RowRange.of_rows(layout, RowSet(rows.rows_N[far_n], lengths, far_n[:0], valid_N))
+    far: Rows = RowRange.of_rows(layout, RowSet(rows.rows_N[far_n], lengths, far_n[:0], valid_N))
 
     whole = sum(keys.lengths) == layout.real_rows
 
@@ -117,7 +116,11 @@ def part_rows(
     # As in `context_rows`: all rows of a batch are the same keys in every layer, but not at the same entries.
     key = ("keys of local loss rows", window, near_N.capacity, len(keys.position_N))
     local = layout.once(key, make) if whole else make()
-    return PartedRows(far if planned is None or not len(far_n) else planned(far), far_n, local, near_n)
+    near_all: Rows | None = near if plan.local_forward == "all" else None
+    if planned is not None:
+        far = planned(far) if len(far_n) else far
+        near_all = None if near_all is None else planned(near)
+    return PartedRows(far, far_n, local, near_n, near_all)
 
 
 def loss_rows(layout: Layout) -> RowSet:

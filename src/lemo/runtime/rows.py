@@ -80,20 +80,29 @@ class Keys:
 
 
 @dataclass(frozen=True)
-class ContextRows:
-    """Rows of exact forward of which only far rows attend to all keys: those with gradient that are not local.
+class WideRows:
+    """Rows that attend to all keys in an exact pass whose other rows attend locally.
 
     Attributes:
-        local: all rows that run, and the keys that those see which are not far rows.
-        queries: documents and positions of the far rows.
-        places_n: (n,) places of these among all that run.
-        valid_n: (n,) bool, rows that do pass gradient; None for all.
+        queries: their documents and positions; those that are not valid pass no gradient, and attend locally.
+        places_n: (n,) their places among all that run.
+    """
+
+    queries: Rows
+    places_n: Tensor
+
+
+@dataclass(frozen=True)
+class ContextRows:
+    """Rows of exact forward of which only wide rows attend to all keys.
+
+    Attributes:
+        local: all rows that run, and the keys that those see which are not wide rows.
+        wide: far rows, those with gradient that are not local; and, if these attend to all keys, the local loss rows.
     """
 
     local: LocalRows
-    queries: Rows
-    places_n: Tensor
-    valid_n: Tensor | None
+    wide: tuple[WideRows, ...]
 
 
 @dataclass(frozen=True)
@@ -103,14 +112,24 @@ class PartedRows:
     Attributes:
         far: documents and positions of those that attend to all keys; there may be none.
         far_n: (f,) their places among the rows that pass gradient.
-        local: the local loss rows, at least one, and the keys that they see.
+        local: the local loss rows, at least one, and the keys that they see, in backward at least.
         near_n: (l,) their places.
+        near_all: documents and positions of the local loss rows when they attend to all keys in forward; else None.
     """
 
     far: Rows
     far_n: Tensor
     local: LocalRows
     near_n: Tensor
+    near_all: Rows | None = None
+
+    def wide(self, places_n: Tensor) -> tuple[WideRows, ...]:
+        """The rows that attend to all keys in forward, given the places of `far_first` among all that run."""
+        far, near = self.cut(places_n, 0)
+        found = [WideRows(self.far, far)] if len(far) else []
+        if self.near_all is not None:
+            found.append(WideRows(self.near_all, near))
+        return tuple(found)
 
     def far_first(self, rows: RowSet) -> RowSet:
         """The rows that pass gradient, far ones before local ones, as the fused engine takes them."""

@@ -25,6 +25,7 @@ from lemo.runtime.rows import (
     MlpRows,
     Recorder,
     RowRange,
+    WideRows,
     all_rows,
     gather_keywords,
     hidden_of,
@@ -178,14 +179,14 @@ def _exact(step: _Step, selection: Selection) -> Tensor:
                 own_N, key_range = value_places, call.queries
 
     second = LayerCall(queries=RowRange.of_rows(layout, backward))
-    far, far_places = second.queries, value_places
+    far, wide = second.queries, (WideRows(second.queries, value_places),)
     if parts_rows(step.context.plan, layout, step.index):
         parted = part_rows(step.context.plan, layout, backward, key_range)
-        far, far_places = parted.far, value_places[parted.far_n]
+        far, wide = parted.far, parted.wide(value_places[torch.cat([parted.far_n, parted.near_n])])
         second = replace(second, parted=parted)
     if local:
         sides = call.queries, key_range
-        context = context_rows(step.context.plan, layout, sides, (far, far_places), forward is None)
+        context = context_rows(step.context.plan, layout, sides, wide, forward is None)
         call = replace(call, context=context)
     if not pairs:
         second = replace(second, far=far_keys(step.context, step.index, far, key_range))

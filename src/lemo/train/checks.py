@@ -76,6 +76,11 @@ def _check_local_rows(run: RunConfig) -> None:
     """Local loss rows are drawn beside others, and are rows of exact forward that attend within a window."""
     rows, sparsity = run.loss_rows, run.sparsity
     if run.local_share == 0:
+        if sparsity.local_forward is not None:
+            raise ConfigError(
+                "sparsity.local_forward is of local loss rows, which this recipe does not have: leave it null, or set "
+                "loss_rows.local_share"
+            )
         return
     check_local_share(run.local_share, rows.share, rows.placement, rows.reweight)
     if sparsity.plan is None:

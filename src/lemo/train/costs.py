@@ -32,6 +32,7 @@ def layer_cost(model: Any, plan: Plan, tokens: int, lora_rank: int = 0) -> Calla
             context_window=plan.context_window,
             block_size=plan.block_size,
             far_share=plan.far_share,
+            local_forward=plan.local_forward,  # type: ignore[arg-type]
         )
         return layer_flops(shape, tokens, work).total
 

@@ -150,6 +150,7 @@ def _ratios(run: RunConfig, layers: int) -> dict[str, Any]:
             "bypass_rank": run.calibration.bypass_rank if sparsity.forward_ratio < 1 else 0,
             "context_window": run.context_window,
             "far_share": sparsity.far_share,
+            "local_forward": run.local_forward or "near",
         }
     plan = Plan.load(sparsity.plan)
     skipping = [layer for layer in plan.layers if not layer.is_dense]
@@ -165,6 +166,7 @@ def _ratios(run: RunConfig, layers: int) -> dict[str, Any]:
         "bypass_rank": max(ranks, default=0),
         "context_window": plan.context_window,
         "far_share": plan.far_share,
+        "local_forward": plan.local_forward,
     }
 
 
@@ -294,6 +296,7 @@ def probe_step(run: RunConfig, found: Forecast, *, layers: int | None = None) ->
             bypass_rank=setting.bypass_rank,
             context_window=setting.context_window,
             far_share=setting.far_share,
+            local_forward=setting.local_forward,
         )
         model = add_adapter(model, run.lora)
         if setting.engine != "fused" and setting.recompute == "layer":

@@ -47,6 +47,7 @@ def skeleton_plan(model: Any, run: RunConfig) -> Plan:
         ratio_of=sparsity.ratio_of,
         context_window=run.context_window,
         far_share=sparsity.far_share,
+        local_forward=run.local_forward or "near",
         seed=run.training.seed,
     )
     if len(always_dense) == len(plan.layers):

@@ -34,7 +34,8 @@ def attend_local_backward(
 
     With P_ij = exp(scaling · q_i·k_j - lse_i) over the keys j that i sees locally, and Δ_i = do_i·o_i:
     dv_j = Σ_i P_ij do_i, dS_ij = P_ij (do_i·v_j - Δ_i), dq_i = scaling Σ_j dS_ij k_j, dk_j = scaling Σ_i dS_ij q_i.
-    The queries may be some of those of the forward pass; output and log-sum-exp are those of their rows.
+    The queries may be some of those of the forward pass; output and log-sum-exp are those of their rows. They may be of
+    a pass to more keys, too: then P_ij are of its softmax, and the keys that are not seen locally are constants.
 
     Args:
         grad_HND: (H, N, D) gradient of the output; 0 for rows that are not valid.

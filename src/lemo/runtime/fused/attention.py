@@ -19,7 +19,7 @@ from lemo.ops import (
 )
 from lemo.ops.attend_rows.far import FarKeys
 from lemo.ops.attend_rows.reference import Rows
-from lemo.runtime.context import attend_near, put_far
+from lemo.runtime.context import attend_near, put_wide
 from lemo.runtime.fused.call import ExactRows, FusedCall
 from lemo.runtime.fused.maps import Gradients
 from lemo.runtime.fused.parts import LayerParts, Norm
@@ -136,8 +136,11 @@ def attend_passing(parts: LayerParts, heads: State, call: FusedCall) -> tuple[Te
         return attend(parts, heads, call.queries, call.keys)
     local = parted.local.windowed(parts.window)
     far_HfD, near_HlD = parted.cut(heads["query"], 1)
-    near_HlD, near_Hl = attend_local(near_HlD, heads["key"], heads["value"], local, scaling=parts.scaling)
-    near_lO = near_HlD.transpose(0, 1).flatten(1)
+    if parted.near_all is None:
+        near_HlD, near_Hl = attend_local(near_HlD, heads["key"], heads["value"], local, scaling=parts.scaling)
+        near_lO = near_HlD.transpose(0, 1).flatten(1)
+    else:
+        near_lO, near_Hl = attend(parts, heads | {"query": near_HlD}, parted.near_all, call.keys)
     if not len(parted.far_n):
         return near_lO, near_Hl
     far_fO, far_Hf = attend(parts, heads | {"query": far_HfD}, parted.far, call.keys)
@@ -145,20 +148,21 @@ def attend_passing(parts: LayerParts, heads: State, call: FusedCall) -> tuple[Te
 
 
 def attend_frame(parts: LayerParts, heads: State, call: FusedCall) -> tuple[Tensor, Tensor]:
-    """`attend` for the rows that run; those of exact forward may attend locally, but for far rows with gradient."""
+    """`attend` for the rows that run; those of exact forward may attend locally, but for wide rows with gradient."""
     if call.exact is None:
         return attend_passing(parts, heads, call)
     context = call.exact.context
     if context is None:
         return attend(parts, heads, call.queries, call.keys)
     pair = heads["key"], heads["value"]
-    near_HND, lse_HN = attend_near(heads["query"], pair, context, parts.scaling, parts.window)
-    if not len(context.places_n):
-        return near_HND.transpose(0, 1).flatten(1), lse_HN
-    passing = heads | select_heads(heads, {"query": context.places_n})
-    far_nO, far_Hn = attend(parts, passing, context.queries, call.keys)
-    output_HND = put_far(context, near_HND, far_nO.unflatten(1, (-1, parts.head_dim)).transpose(0, 1))
-    return output_HND.transpose(0, 1).flatten(1), lse_HN.index_copy_(1, context.places_n, far_Hn)
+    output_HND, lse_HN = attend_near(heads["query"], pair, context, parts.scaling, parts.window)
+    for wide in context.wide:
+        passing = heads | select_heads(heads, {"query": wide.places_n})
+        far_nO, far_Hn = attend(parts, passing, wide.queries, call.keys)
+        output_HND = put_wide(wide, output_HND, far_nO.unflatten(1, (-1, parts.head_dim)).transpose(0, 1))
+        lse_HN.index_copy_(1, wide.places_n, far_Hn)
+        del passing, far_nO, far_Hn  # before the next, if there is one
+    return output_HND.transpose(0, 1).flatten(1), lse_HN
 
 
 @dataclass(frozen=True)
@@ -206,7 +210,11 @@ class AttentionBackward:
         return {name: g.transpose(0, 1) for name, g in zip(("query", "key", "value"), grads, strict=True)}
 
     def _run_parted(self, parted: PartedRows, parts: LayerParts, rows: tuple[Tensor, Tensor], lse_HN: Tensor) -> State:
-        """Gradients from local loss rows, to whose sums those from far rows are added."""
+        """Gradients from local loss rows, to whose sums those from far rows are added.
+
+        Local rows that saw all keys in forward bring the output and log-sum-exp of that: no more is needed for a
+        gradient through near keys alone.
+        """
         (far_grad, grad), (far_output, output) = (parted.cut(t, 0) for t in rows)
         (far_query, query), (far_lse, lse) = (parted.cut(t, 1) for t in (self.heads["query"], lse_HN))
         grad, output = (t.unflatten(-1, (-1, parts.head_dim)).transpose(0, 1) for t in (grad, output))

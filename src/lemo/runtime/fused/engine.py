@@ -17,7 +17,7 @@ from lemo.runtime.batch import BatchContext
 from lemo.runtime.context import attends_locally, context_rows, loss_rows, part_rows, parts_rows
 from lemo.runtime.far import far_keys
 from lemo.runtime.fused.call import ExactRows, FusedCall
-from lemo.runtime.rows import MlpRows, PartedRows, RowRange, all_rows, inverse
+from lemo.runtime.rows import MlpRows, PartedRows, RowRange, WideRows, all_rows, inverse
 
 
 def make_call(
@@ -95,7 +95,7 @@ def _shared_call(context: BatchContext, selection: Selection, kind: _Kind) -> Fu
     keys = RowRange.of_batch(layout) if whole else RowRange.of_rows(layout, runs)
     ran, parted = wanted or runs, None
     if kind.parts:
-        parted = part_rows(plan, layout, wanted or passes, keys, lambda far: kind.planned(far, keys))
+        parted = part_rows(plan, layout, wanted or passes, keys, lambda rows: kind.planned(rows, keys))
         ordered = parted.far_first(wanted or passes)
         ran, exact = (ran, ordered) if wanted is None else (ordered, exact)
     if ran is None or (ran is runs and not whole):
@@ -145,11 +145,11 @@ def _exact_rows(
     local = None
     if ran is not passes and attends_locally(plan, layout):
         if parted is None:
-            far = (span if plan.gradient == "keys" else kind.planned(span, keys)), ran_n
+            wide = (WideRows(span if plan.gradient == "keys" else kind.planned(span, keys), ran_n),)
         else:
-            far = parted.far, parted.cut(ran_n, 0)[0]
+            wide = parted.wide(ran_n)
         whole = queries is keys and (ran is None or ran.capacity == layout.real_rows)
-        local = context_rows(plan, layout, (queries, keys), far, whole)
+        local = context_rows(plan, layout, (queries, keys), wide, whole)
     pairs, into_keys = (plan.gradient == name for name in ("pairs", "keys"))
     return ExactRows(places, ran_n, passes.rows_N, span, passes.valid_N, pairs, into_keys, local)
 
