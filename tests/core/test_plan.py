@@ -116,3 +116,15 @@ def test_a_plan_of_an_earlier_version_counts_all_rows(tmp_path):
     del stored["ratio_of"]
     path.write_text(json.dumps(stored))
     assert Plan.load(tmp_path).ratio_of == "all"
+
+
+def test_plans_say_what_local_rows_see(tmp_path):
+    Plan.uniform(2, context_window=512, local_forward="all").save(tmp_path)
+    assert Plan.load(tmp_path).local_forward == "all"
+    written = json.loads((tmp_path / "plan.json").read_text())
+    del written["local_forward"]
+    (tmp_path / "plan.json").write_text(json.dumps(written))
+    assert Plan.load(tmp_path).local_forward == "near", "as plans from before this choice are"
+    for wrong in ({}, {"context_window": 512, "local_forward": "far"}):
+        with pytest.raises(ConfigError, match="local_forward"):
+            Plan.uniform(2, **{"local_forward": "all"} | wrong)
