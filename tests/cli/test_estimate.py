@@ -131,6 +131,9 @@ def test_local_loss_rows_cost_less_than_others_and_more_than_none(sizes):
     text = describe(make_estimate(sizes, local, CARDS["h100"]))
     assert "0.37 pass gradient, 0.25 of these and the others attend within chunks of 1024" in text
     assert "37% of the rows carry loss" in text
+    wide = replace(local, local_forward="all")
+    assert gain(sizes, local, CARDS["h100"]) > gain(sizes, wide, CARDS["h100"]) > gain(sizes, far, CARDS["h100"])
+    assert "within chunks of 1024 (0.25 in backward only)" in describe(make_estimate(sizes, wide, CARDS["h100"]))
     short = [replace(x, tokens=2048) for x in (local, far)]
     peaks = [make_estimate(sizes, x, CARDS["h100"]) for x in short]
     assert peaks[0].peak_bytes == peaks[1].peak_bytes and peaks[0].time == peaks[1].time, "the window takes nothing"

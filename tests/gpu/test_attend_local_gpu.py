@@ -86,6 +86,14 @@ BACKWARD = {
     "gaps between documents": {"documents": (1300, 1700), "gap": 37, "chunk": 512, "sink": 64, "heads": 2, "groups": 1},
     "chunks of no whole tiles": {"documents": (3000, 900), "chunk": 600, "sink": 48, "heads": 4, "groups": 2},
     "one key head a query head": {"documents": (2600,), "chunk": 512, "sink": 64, "heads": 4, "groups": 4},
+    "output of all keys": {
+        "documents": (4000, 700),
+        "chunk": 512,
+        "sink": 64,
+        "heads": 4,
+        "groups": 2,
+        "saw_all": True,
+    },
     "many queries": {"documents": (7000,), "share": 0.9, "chunk": 512, "sink": 64, "heads": 3, "groups": 1},
 }
 BACKWARD_KERNEL_ONLY = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from lemo.core.plan import LayerPlan, Plan
@@ -23,6 +25,12 @@ def test_a_context_window_that_takes_nothing_is_said_to(tokens, says):
     first, second = describe_plan(exact(1024), tokens)
     assert first.startswith("plan: 3 of 3 layers run every row forward, gradient keys; forward 1.00, backward 0.12")
     assert says in second
+
+
+def test_local_rows_that_see_all_are_said_to():
+    plans = exact(1024), replace(exact(1024), local_forward="all")
+    near, wide = (describe_plan(plan, 4096)[-1] for plan in plans)
+    assert wide == near + "; local loss rows see all rows in forward"
 
 
 def test_plans_without_a_window_say_nothing_of_it():

@@ -333,6 +333,7 @@ def test_local_loss_rows_pass_gradient_besides_the_others(base, tmp_path, quiet)
     batches = validation_batches(run, None, dataset, loss_rows=True)
     assert all("local_rows" not in batch and (batch["labels"] != -100).any() for batch in batches)
     plan = Plan.load(tmp_path / "run-0.4" / "plan")
+    assert plan.local_forward == "near"
     dataclasses.replace(plan, context_window=None).save(tmp_path / "blind")
     blind = recipe(
         base, tmp_path / "refused", sparsity={"plan": str(tmp_path / "blind")}, loss_rows=vars(run.loss_rows)
@@ -344,7 +345,7 @@ def test_local_loss_rows_pass_gradient_besides_the_others(base, tmp_path, quiet)
 def test_local_loss_rows_are_the_same_in_small_batches(base, tmp_path, quiet):
     """Each sample brings its own; the loss is a mean over both kinds of rows of the whole step."""
     sections = {
-        "sparsity": {"context_window": 32, "backward_ratio": 0.3, "dense_layers": ()},
+        "sparsity": {"context_window": 32, "backward_ratio": 0.3, "dense_layers": (), "local_forward": "all"},
         "loss_rows": {"share": 0.25, "span": None, "local_share": 0.4},
     }
     found = []
@@ -353,5 +354,6 @@ def test_local_loss_rows_are_the_same_in_small_batches(base, tmp_path, quiet):
         run = recipe(base, tmp_path / f"run-{batch}", training=training, **sections)
         train(run, evaluate_loss, console=quiet)
         found.append(adapter_of(tmp_path / f"run-{batch}"))
+        assert Plan.load(tmp_path / f"run-{batch}" / "plan").local_forward == "all"
     assert all(torch.allclose(found[0][name], x, atol=1e-5) for name, x in found[1].items())
     assert any(x.abs().max() > 1e-3 for name, x in found[0].items() if "lora_B" in name), "both have learned"

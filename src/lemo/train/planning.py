@@ -122,7 +122,8 @@ def describe_plan(plan: Plan, window_tokens: int) -> list[str]:
     chunk = plan.context_window
     if chunk is not None and window_tokens > 2 * chunk:
         rows = "rows without gradient and local loss rows see their chunk, the one before and the first block"
-        lines.append(f"  context window: in documents of more than {2 * chunk:,} rows, {rows}")
+        wide = "; local loss rows see all rows in forward" if plan.local_forward == "all" else ""
+        lines.append(f"  context window: in documents of more than {2 * chunk:,} rows, {rows}{wide}")
     elif chunk is not None:
         lines.append(
             f"  context window: no sample has more than {2 * chunk:,} rows, two chunks of {chunk:,}, so every row sees "

@@ -289,7 +289,8 @@ class _Session:
             local = self.run.local_share
             window = self.run.context_window
             short = window is None or self.run.data.window_tokens <= 2 * window
-            how = "" if short else f" and attend within chunks of {window}"
+            does = "attend" if self.run.local_forward == "near" else "pass gradient"
+            how = "" if short else f" and {does} within chunks of {window}"
             more = f", {local:.0%} more carry loss{how}" if local else ""
             where = self.run.loss_rows.placement
             lines.append(f"of these rows, {share:.0%} of blocks carry loss{more}, placement {where}")

@@ -13,6 +13,7 @@ from lemo.ops.attend_local.op import attend_local
 from lemo.ops.attend_local.plan import LocalRows, plan_local
 from lemo.ops.attend_local.reference import attend_local_backward_reference, attend_local_reference
 from lemo.ops.attend_rows.cases import Shape, segments_of
+from lemo.ops.attend_rows.reference import attend_rows_reference
 from lemo.testing import Case, Inputs, OpSpec
 
 
@@ -53,11 +54,15 @@ def reference_backward(**inputs: Any) -> tuple[Tensor, ...]:
 
 def operands_of(inputs: Inputs) -> tuple[tuple[Tensor, ...], LocalRows]:
     """Gradient, query, key, value, output and log-sum-exp, and the rows; takes all but options out of `inputs`."""
-    local, grad = local_of(inputs), inputs.pop("grad_HND")
+    saw_all, local, grad = inputs.pop("saw_all"), local_of(inputs), inputs.pop("grad_HND")
     if local.whole or local.keys is not local.queries:
         local = replace(local, position_on_host_N=local.queries.position_N.cpu())
     tensors = tuple(inputs.pop(name) for name in ("query_HND", "key_GKD", "value_GKD"))
-    return (grad, *tensors, *attend_local_reference(*tensors, local, scaling=inputs["scaling"])), local
+    scaling = inputs["scaling"]
+    if saw_all:
+        rows = (local.queries, local.keys)
+        return (grad, *tensors, *attend_rows_reference(*tensors, *rows, scaling=scaling, window=local.window)), local
+    return (grad, *tensors, *attend_local_reference(*tensors, local, scaling=scaling)), local
 
 
 def pairs(inputs: Inputs) -> int:
@@ -105,15 +110,15 @@ def local_case(name: str, chunk: int, sink: int, compact: bool = False, **option
     return Case(name, build, gradcheck=False, ulps=8.0)
 
 
-def backward_case(name: str, chunk: int, sink: int, **options: Any) -> Case:
-    """A case of rows among all keys, or among themselves, with a gradient of their output."""
+def backward_case(name: str, chunk: int, sink: int, saw_all: bool = False, **options: Any) -> Case:
+    """A case of rows among all keys, or among themselves, with a gradient of their output: local, or of all keys."""
     case = local_case(name, chunk, sink, **options)
 
     def build(generator: torch.Generator) -> Inputs:
         made = case.build(generator)
         query = made["query_HND"]
         grad = torch.randn(query.transpose(0, 1).shape, generator=generator, dtype=torch.float64).transpose(0, 1)
-        return made | {"grad_HND": grad}
+        return made | {"grad_HND": grad, "saw_all": saw_all}
 
     return Case(name, build, gradcheck=False, ulps=8.0)
 
@@ -181,6 +186,8 @@ BACKWARD = OpSpec(
         backward_case("window between one chunk and two", 16, 8, window=25, documents=(90, 30)),
         backward_case("window that cuts the sink", 8, 8, window=60, documents=(90,), heads=1, groups=1),
         backward_case("head dimension 80", 24, 8, head_dim=80, heads=1, groups=1),
+        backward_case("output of all keys", 16, 8, saw_all=True, documents=(90, 30), heads=4, groups=2),
+        backward_case("output of all keys in a window", 8, 4, saw_all=True, window=25, documents=(60,)),
         backward_case("heads inside rows", 16, 4, order="NHD", heads=6, groups=2, block=8, documents=(80,)),
     ),
     benchmark_shapes=tuple(
