@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lemo.ops.attend_rows.cuts import Cut
+
+CUT = Cut()
+
 
 @dataclass(frozen=True)
 class LayerRows:
@@ -34,11 +38,17 @@ class LayerRows:
     samples: bool = False
     local: int = 0
     window: int | None = None
+    run: float = 0.0
 
     @property
     def far(self) -> int:
         """Rows that pass gradient and attend to all keys."""
         return self.back - self.local
+
+    @property
+    def stripe(self) -> int:
+        """Most keys of a rectangle of attention's backward, see ops/attend_rows/cuts.py."""
+        return 2 * CUT.stripe if self.run >= CUT.run else CUT.stripe
 
     @property
     def near(self) -> bool:

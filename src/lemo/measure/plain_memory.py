@@ -7,7 +7,8 @@ keys, values and its output; an MLP that keeps its maps' outputs and their produ
 
 from __future__ import annotations
 
-from lemo.measure.fused_memory import INDEX, Workspace, index_bytes
+from lemo.measure.attention_memory import INDEX, Workspace
+from lemo.measure.fused_memory import index_bytes
 from lemo.measure.layer_rows import LayerRows
 from lemo.measure.ledger import Ledger, Scope
 from lemo.measure.sizes import ModelSizes
