@@ -43,6 +43,8 @@ def document_budgets(layout: Layout, ratio: float, bucket: int = 1, ratio_of: st
 def _budgets(layout: Layout, ratio: float, bucket: int, ratio_of: str) -> Tensor:
     documents = len(layout.document_start_D)
     blocks = torch.bincount(layout.block_document_K, minlength=documents)
+    if ratio == 1:
+        return blocks
     forced = torch.bincount(layout.block_document_K[layout.forced_K], minlength=documents)
     extra = torch.zeros_like(blocks)
     if ratio_of == "context":
