@@ -149,8 +149,7 @@ class Layout:
         of_row = [send(t, device) for t in (document_of_row, position_of_row, block_of_row)]
         supervised, supervised_row, local = _supervised(supervised_BT, local_BT, block_of_row, len(block_document))
         guards = torch.zeros_like(supervised)
-        guards[first_block_D] = True
-        guards[first_block_D + blocks_D - 1] = True
+        guards[first_block_D] = guards[first_block_D + blocks_D - 1] = True
         return cls(
             batch=batch,
             tokens=tokens,
