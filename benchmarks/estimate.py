@@ -25,8 +25,8 @@ import torch
 
 from benchmarks.estimate_points import BYPASS_RANK, RANK, Point, grid, held_out, targets_of
 from lemo.errors import LemoError
+from lemo.measure.attention_memory import Workspace
 from lemo.measure.card import CARDS
-from lemo.measure.fused_memory import Workspace
 from lemo.measure.memory import GIB, track_peak
 from lemo.measure.profile import StepTimer
 from lemo.measure.record import Record, commit, device_name

@@ -142,6 +142,7 @@ class Point:
             offload=bool(self.offload),
             context_window=self.context_window,
             local_share=self.local_share,
+            span=self.span,
         )
 
     def sizes(self) -> ModelSizes:

@@ -328,7 +328,8 @@ Made by `python -m benchmarks.quality_report` from the Records of `benchmarks/qu
 the protocol and every method are described in `benchmarks/quality_study.py` and `benchmarks/quality_methods.py`. Losses
 are nats of the dense model on validation windows, mean over five domains; gaps are paired by seed, with the standard
 error over seeds (over windows where marked `w`, with one seed). A positive gap is worse than the baseline. Ideal gains
-are arithmetic for 64K tokens at the Llama-3-8B shape over dense training with recomputation; sparse losses look ahead.
+are arithmetic for 64K tokens at the Llama-3-8B shape over dense training with recomputation, with keys and values kept
+on the host rather than computed again; sparse losses look ahead.
 """
 
 

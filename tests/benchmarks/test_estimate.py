@@ -10,7 +10,7 @@ import torch
 from benchmarks import estimate
 from benchmarks.estimate_points import Point, exact, grid, held_out
 from lemo.errors import LemoError
-from lemo.measure.fused_memory import Workspace
+from lemo.measure.attention_memory import Workspace
 from lemo.measure.step_memory import MemoryConstants
 from lemo.train import rehearsal
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from lemo.core.layout import Layout
 from lemo.core.policy import document_budgets, select
+from lemo.core.score import Recent, ScoreInputs
 from lemo.errors import ConfigError
 
 settings.register_profile("lemo", deadline=None, max_examples=60)
@@ -133,3 +134,19 @@ def test_a_ratio_of_the_context_leaves_supervised_blocks_out(ratio):
     assert torch.equal(document_budgets(bare, ratio, 1, "context"), document_budgets(bare, ratio))
     with pytest.raises(ConfigError, match="ratio_of"):
         select(layout, scores, forward_ratio=ratio, backward_ratio=ratio, ratio_of="rows")
+
+
+@pytest.mark.parametrize("policy", ["topk", "threshold"])
+def test_scores_of_the_host_ask_no_device(policy):
+    """The meta device has no values that could be asked for."""
+    ids, supervised = torch.zeros(1, 100, dtype=torch.int64), torch.zeros(1, 100, dtype=torch.bool)
+    supervised[0, 60:80] = True
+    options = {"forward_ratio": 1.0, "backward_ratio": 0.5, "policy": policy, "threshold": -1.5}
+    layouts = [Layout.build(ids, supervised, block_size=10, device=device) for device in ("meta", "cpu")]
+    far, near = (select(layout, Recent().scores(ScoreInputs(layout)), **options).backward for layout in layouts)
+    for name in ("rows_N", "skipped_S", "valid_N"):
+        there, here = getattr(far, name), getattr(near, name)
+        assert (there is None) == (here is None)
+        assert there is None or (there.is_meta and there.shape == here.shape and not here.is_meta)
+    assert far.segment_lengths == near.segment_lengths == (50,)
+    assert set((near.chosen() // 10).tolist()) == {0, 5, 6, 7, 9}

@@ -211,6 +211,20 @@ def test_local_rows_that_see_all_cost_forward_what_far_ones_do(recompute):
         replace(work, local_forward="far")
 
 
+@pytest.mark.parametrize(("kv", "offering"), [("all", 1 - 0.37), ("kept", 0.8 - 0.37)])
+@pytest.mark.parametrize("recompute", ["none", "mlp", "lin", "layer"])
+def test_keys_made_again_are_two_maps_of_the_rows_that_offer_nothing_else(recompute, kv, offering):
+    work = LayerWork(
+        0.8, 0.12, kv=kv, gradient="keys", recompute=recompute, lora_rank=16, context_window=K, local_ratio=0.25
+    )
+    saved, again = (layer_flops(LLAMA_3_8B, 64 * K, replace(work, remakes_keys=x)) for x in (False, True))
+    inputs, outputs = LLAMA_3_8B.linears["k"]
+    maps = 2 * (2 * inputs * outputs + 2 * 16 * (inputs + outputs))
+    expected = offering * 64 * K * maps if recompute in ("lin", "layer") else 0.0
+    assert again.recompute - saved.recompute == pytest.approx(expected)
+    assert (again.forward, again.backward) == (saved.forward, saved.backward)
+
+
 def test_local_rows_need_a_window_and_room():
     for wrong in ({"context_window": None}, {"local_ratio": 0.9}, {"local_ratio": -0.1}):
         with pytest.raises(ConfigError, match="local_ratio"):

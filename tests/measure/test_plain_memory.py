@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lemo import attach
 from lemo.config import LoraConfig
-from lemo.measure.fused_memory import Workspace
+from lemo.measure.attention_memory import Workspace
 from lemo.measure.memory import GIB
 from lemo.measure.sizes import read_sizes
 from lemo.measure.step_memory import MemoryConstants, StepSetting, step_memory

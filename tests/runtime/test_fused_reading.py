@@ -9,7 +9,7 @@ from torch import nn
 
 from lemo import attach
 from lemo.errors import UnsupportedModelError
-from lemo.runtime.fused import factors
+from lemo.runtime.fused import factors, parts
 from lemo.runtime.model import causal_model, decoder_layers
 from tests.runtime.oracle import batch, gradients, tiny_model
 from tests.runtime.test_exact import in_double
@@ -123,6 +123,77 @@ def test_a_hook_on_a_map_is_seen(monkeypatch):
         _first(model).mlp.up_proj.register_forward_hook(lambda *_: None)
         with pytest.raises(UnsupportedModelError, match="hooks on a linear map"):
             model(**inputs)
+
+
+def _drop(model):
+    _first(model).self_attn.attention_dropout = 0.5
+    return "dropout is active"
+
+
+def _norm_in_another_dtype(model):
+    _first(model).post_attention_layernorm.to(torch.bfloat16)
+    return "post_attention_layernorm: torch.bfloat16 beside"
+
+
+def _norm_by_other_means(model):
+    norm = _first(model).input_layernorm
+    weight = norm.weight.detach().to(torch.bfloat16)
+    del norm.weight
+    norm.weight = weight
+    return "input_layernorm: torch.bfloat16 beside"
+
+
+def _hook(model):
+    _first(model).mlp.up_proj.register_forward_pre_hook(lambda *_: None)
+    return "hooks on a linear map"
+
+
+def _second_adapter(model):
+    model.base_model.set_adapter(["default", "other"])
+    return "several active adapters"
+
+
+def _new_layer(model):
+    layers = decoder_layers(causal_model(model))
+    layers[1].self_attn.attention_dropout = 0.5
+    layers[0] = layers[1]
+    return "dropout is active"
+
+
+REFUSED = [_drop, _norm_in_another_dtype, _norm_by_other_means, _hook, _second_adapter, _new_layer]
+
+
+@pytest.mark.parametrize("change", REFUSED, ids=lambda f: f.__name__.strip("_"))
+def test_what_the_engine_cannot_run_is_seen_between_steps(change, monkeypatch):
+    in_double(monkeypatch)
+    model, inputs = adapted(), batch(48)
+    with attach(model, plan_of(model, "skip"), engine="fused", self_test=False) as handle:
+        model(**inputs).loss.backward()
+        assert handle.fused_layers() == {0, 1, 2, 3}
+        with pytest.raises(UnsupportedModelError, match=change(model)):
+            model(**inputs)
+
+
+def test_autocast_is_seen_between_steps(monkeypatch):
+    in_double(monkeypatch)
+    model = adapted()
+    with attach(model, plan_of(model, "skip"), engine="fused", self_test=False) as handle:
+        assert handle.fused_layers() == {0, 1, 2, 3}
+        with torch.autocast("cpu", torch.bfloat16), pytest.raises(UnsupportedModelError, match="autocast over"):
+            handle.fused_layers()
+        assert handle.fused_layers() == {0, 1, 2, 3}
+
+
+def test_layers_are_asked_once_while_nothing_changes(monkeypatch):
+    in_double(monkeypatch)
+    model, inputs, asked = adapted(), batch(48), []
+    inner = parts.LayerReader.why_not
+    monkeypatch.setattr(parts.LayerReader, "why_not", lambda *a: asked.append(a) or inner(*a))
+    with attach(model, plan_of(model, "skip"), engine="fused", self_test=False):
+        for _ in range(3):
+            model(**inputs).loss.backward()
+            _step(model)
+    assert len(asked) == 4
 
 
 def test_backward_uses_the_factors_of_its_forward(monkeypatch):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lemo.errors import ConfigError
 from lemo.ops.backend import send
+from lemo.ops.select_rows.op import expand_runs
 
 T = TypeVar("T")
 
@@ -84,7 +85,8 @@ class Layout:
 
     def rows_of(self, blocks_K: Tensor) -> Tensor:
         """Ascending int64 flat rows of the blocks that are set in `blocks_K` (K,) bool, on the CPU."""
-        return _expand(self.block_start_K[blocks_K], self.block_length_K[blocks_K])
+        length = self.block_length_K[blocks_K]
+        return expand_runs(self.block_start_K[blocks_K], length, int(length.sum()))
 
     @property
     def is_plain(self) -> bool:
@@ -143,10 +145,11 @@ class Layout:
         position_of_row = (torch.arange(batch * tokens) - start_of_row).masked_fill_(document_of_row < 0, 0)
         block_of_row += position_of_row // block_size
 
+        # Sent before the host waits for the batch's own flags.
+        of_row = [send(t, device) for t in (document_of_row, position_of_row, block_of_row)]
         supervised, supervised_row, local = _supervised(supervised_BT, local_BT, block_of_row, len(block_document))
         guards = torch.zeros_like(supervised)
-        guards[first_block_D] = True
-        guards[first_block_D + blocks_D - 1] = True
+        guards[first_block_D] = guards[first_block_D + blocks_D - 1] = True
         return cls(
             batch=batch,
             tokens=tokens,
@@ -158,9 +161,9 @@ class Layout:
             block_document_K=block_document,
             forced_K=supervised | guards,
             supervised_K=supervised,
-            document_of_row_N=send(document_of_row, device),
-            position_of_row_N=send(position_of_row, device),
-            block_of_row_N=send(block_of_row, device),
+            document_of_row_N=of_row[0],
+            position_of_row_N=of_row[1],
+            block_of_row_N=of_row[2],
             supervised_row_S=supervised_row,
             local_K=local,
         )
@@ -173,22 +176,16 @@ def _supervised(
     supervised = torch.zeros(blocks, dtype=torch.bool)
     if supervised_BT is None:
         return supervised, torch.zeros(0, dtype=torch.int64), None
-    flags = supervised_BT.detach().bool()
+    flags = [supervised_BT.detach().bool()]
     if local_BT is not None:
-        # Both in one copy: the host waits for the device once.
-        flags = flags.to(torch.uint8) * (1 + (~local_BT.detach().to(flags.device).bool()).to(torch.uint8))
-    flags = flags.to("cpu").reshape(-1)
-    supervised_row = ((flags > 0) & (block_of_row >= 0)).nonzero().squeeze(-1)
-    supervised[block_of_row[supervised_row]] = True
+        flags.append(local_BT.detach().to(flags[0].device).bool())
+    # Both in one copy: the host waits for the device once.
+    flags_N = torch.stack(flags).to("cpu").flatten(1)
+    supervised_row = (flags_N[0] & (block_of_row >= 0)).nonzero().squeeze(-1)
+    block = block_of_row[supervised_row]
+    supervised[block] = True
     if local_BT is None:
         return supervised, supervised_row, None
     local = supervised.clone()
-    local[block_of_row[supervised_row[flags[supervised_row] > 1]]] = False
+    local[block[~flags_N[1, supervised_row]]] = False
     return supervised, supervised_row, local if local.any() else None
-
-
-def _expand(start: Tensor, length: Tensor) -> Tensor:
-    """Rows of consecutive runs: start[0], start[0]+1, ..., start[1], ... as int64."""
-    total = int(length.sum())
-    run = torch.repeat_interleave(torch.arange(len(start)), length, output_size=total)
-    return start[run] + torch.arange(total) - (torch.cumsum(length, 0) - length)[run]

@@ -11,6 +11,7 @@ from lemo.core.layout import Layout
 from lemo.core.selection import RowSet, Selection
 from lemo.errors import ConfigError
 from lemo.ops import rank_blocks, select_rows
+from lemo.ops.backend import send
 from lemo.ops.select_rows.reference import BlockTable
 
 POLICIES = ("topk", "threshold")
@@ -42,6 +43,8 @@ def document_budgets(layout: Layout, ratio: float, bucket: int = 1, ratio_of: st
 def _budgets(layout: Layout, ratio: float, bucket: int, ratio_of: str) -> Tensor:
     documents = len(layout.document_start_D)
     blocks = torch.bincount(layout.block_document_K, minlength=documents)
+    if ratio == 1:
+        return blocks
     forced = torch.bincount(layout.block_document_K[layout.forced_K], minlength=documents)
     extra = torch.zeros_like(blocks)
     if ratio_of == "context":
@@ -68,7 +71,8 @@ def select(
 
     Args:
         layout: documents and blocks of the batch.
-        scores_K: (K,) floating scores of blocks, higher is kept first; ties keep the earlier block.
+        scores_K: (K,) floating scores of blocks, higher is kept first; ties keep the earlier block. On the device of
+            the batch, or on the host: then the rows are found there and sent.
         forward_ratio: share of blocks of each document that run the layer.
         backward_ratio: share that also passes gradient.
         policy: `topk` fills the budgets; `threshold` also drops blocks that score below `threshold` from the backward
@@ -112,7 +116,9 @@ def _row_set(layout: Layout, rank_K: Tensor, share: tuple[float, int, str], keep
     if everything and keep_K is None:
         return None
     selected = select_rows(rank_K, budget_D, block_table(layout), keep_K=keep_K)
-    return RowSet(selected.rows_N, selected.segment_lengths, selected.skipped_S, selected.valid_N)
+    tensors = selected.rows_N, selected.skipped_S, selected.valid_N
+    rows_N, skipped_S, valid_N = (send(t, layout.device) if t is not None and t.is_cpu else t for t in tensors)
+    return RowSet(rows_N, selected.segment_lengths, skipped_S, valid_N)
 
 
 def block_table(layout: Layout) -> BlockTable:

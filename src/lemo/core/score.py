@@ -53,7 +53,7 @@ class Scorer(Protocol):
     """
 
     def scores(self, inputs: ScoreInputs) -> Tensor:
-        """(K,) fp32 scores on the batch's device."""
+        """(K,) fp32 scores on the batch's device, or on the host where they are known without asking the device."""
         ...
 
 
@@ -189,9 +189,11 @@ class Recent:
     by_layer: ClassVar[bool] = False
 
     def scores(self, inputs: ScoreInputs) -> Tensor:
-        """(K,) fp32. Needs nothing of the layer, so it is made once per batch."""
-        layout = inputs.layout
-        return layout.once("recent", lambda: to_device(_recent(layout), layout.device))
+        """(K,) fp32, on the host, which knows them: rows are found there, and the device is not asked to rank blocks.
+
+        Needs nothing of the layer, so it is made once per batch.
+        """
+        return inputs.layout.once("recent", lambda: _recent(inputs.layout))
 
 
 def _recent(layout: Layout) -> Tensor:

@@ -97,6 +97,8 @@ class LayerWork:
         local_ratio: share of rows that pass gradient besides, but see the keys of `context_window` only, in both
             directions.
         local_forward: `all` if these rows see all keys in forward, as `Plan.local_forward` has it.
+        remakes_keys: levels `lin` and `layer` make keys and values of rows that offer nothing else again, too; not
+            where they are constants, or wait in host memory.
     """
 
     forward_ratio: float = 1.0
@@ -112,6 +114,7 @@ class LayerWork:
     far_share: float = 1.0
     local_ratio: float = 0.0
     local_forward: Literal["near", "all"] = "near"
+    remakes_keys: bool = False
 
     def __post_init__(self) -> None:
         """Raises ConfigError for ratios outside (0, 1], backward above forward, or an unknown recompute level.
@@ -239,11 +242,13 @@ def layer_flops(shape: DecoderShape, tokens: int, work: LayerWork) -> Flops:
     bypass = 4.0 * shape.width * work.bypass_rank * skipped
     backward = backward_rows * sum(row_backward.values())
     backward += backward_attention_flops(shape, tokens, work)
+    offering = (tokens if work.kv == "all" else forward_rows) - backward_rows
     if work.gradient == "keys" and work.backward_ratio < work.forward_ratio:
-        offering = tokens if work.kv == "all" else forward_rows
-        backward += (offering - backward_rows) * (row_backward["k"] + row_backward["v"])
+        backward += offering * (row_backward["k"] + row_backward["v"])
     again = {"none": (), "mlp": ("gate", "up"), "lin": tuple(row), "layer": tuple(row)}[work.recompute]
     recompute = backward_rows * sum(row.get(name, 0.0) for name in again)
+    if work.remakes_keys and work.recompute in ("lin", "layer"):
+        recompute += offering * (row["k"] + row["v"])
     recompute += again_attention_flops(shape, tokens, work)
     return Flops(forward + bypass, recompute, backward + bypass)
 

@@ -5,39 +5,15 @@ Follows `lemo.runtime.fused` step by step, as it runs on a GPU, where kernels al
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lemo.measure.attention_memory import INDEX, WIDE, AttentionMemory, Workspace
 from lemo.measure.layer_rows import LayerRows
 from lemo.measure.ledger import Ledger, Scope
 from lemo.measure.sizes import ModelSizes
 
 if TYPE_CHECKING:
     from lemo.runtime.fused.offload import Offload
-
-WIDE = 4  # bytes of the fp32 numbers that norms and softmax keep; 8 for a model in fp64
-INDEX = 8  # bytes of a row's number
-CHUNK, STRIPE = 2048, 4096  # queries and keys of a rectangle, see ops/attend_rows/stripes.py
-BATCHED = 16384  # rows of one call of a batched kernel, see ops/attend_local/vendor.py
-GATHERED = 65536  # keys of the rectangles of one call, see ops/attend_rows/far_stripes.py
-
-
-@dataclass(frozen=True)
-class Workspace:
-    """What the attention backward of a vendor takes beside its results, in bytes.
-
-    Attributes:
-        query: per number of a query: the gradient in fp32, where pieces of it meet.
-        grouped: per number of a key, once for each query head, where heads share keys: gradients before their sum.
-    """
-
-    query: float = 4.0
-    grouped: float = 3.5
-
-    def size_bytes(self, sizes: ModelSizes, queries: int, keys: int) -> float:
-        """For so many rows of queries and keys."""
-        shared = self.grouped * keys if sizes.key < sizes.query else 0.0
-        return sizes.query * (self.query * queries + shared)
 
 
 def level_of(rows: LayerRows, recompute: str) -> str:
@@ -94,7 +70,7 @@ def parked_bytes(sizes: ModelSizes, rows: LayerRows, recompute: str, offload: Of
 
 
 def index_bytes(rows: LayerRows) -> float:
-    """Numbers and positions of rows that a layer's call holds until its backward pass."""
+    """Numbers and positions of rows that a layer's call holds; layers that choose alike hold the same ones."""
     found = 0.0
     if rows.runs < rows.stream:
         found += INDEX * (2 * rows.runs + (rows.stream - rows.runs))
@@ -125,7 +101,8 @@ class FusedLayerMemory:
         """Args: vendor: what the attention backward of a vendor takes."""
         from lemo.runtime.fused.mlp import CHUNK_ROWS
 
-        self.ledger, self.sizes, self.rows, self.vendor = ledger, sizes, rows, vendor
+        self.ledger, self.sizes, self.rows = ledger, sizes, rows
+        self.attention = AttentionMemory(ledger, sizes, rows, vendor)
         self.recompute = recompute
         self.level = level_of(rows, recompute)
         self.e, self.width, self.ffn = sizes.element_bytes, sizes.shape.width, sizes.shape.ffn
@@ -137,7 +114,7 @@ class FusedLayerMemory:
         self.takes_keys = takes_keys(rows, recompute, offload)
         self.parked = parked_bytes(sizes, rows, recompute, offload)
         self.frame_saved = saved["frame"] if rows.offers and rows.loss is None and not offload else 0.0
-        self.saved = sum(saved.values()) + index_bytes(rows) - self.frame_saved - self.parked
+        self.saved = sum(saved.values()) - self.frame_saved - self.parked
 
     # ---- forward
 
@@ -152,7 +129,7 @@ class FusedLayerMemory:
             self._project(work)
             work.drop("normed")
             self._turn(work, n, frame)
-            self._attend_forward(work, n)
+            self.attention.forward(work)
             self._save(work)
             self._middle(work)
             self._mlp_forward(work)
@@ -186,25 +163,6 @@ class FusedLayerMemory:
             work.touch(queries * shape.heads * self.wide)
             work.add(turned=keys * self.sizes.key * e)
             work.touch(keys * shape.kv_heads * self.wide)
-
-    def _attend_forward(self, work: Scope, queries: int) -> None:
-        query, lse = self.sizes.query * self.e, self.sizes.shape.heads * self.wide
-        work.add(output=queries * query, lse=queries * lse)
-        split = self.rows.split
-        if self.rows.near:
-            # All attend locally, chunks of them in one call of a vendor's kernel, whose last result is still there at
-            # the next. Queries that see all keys are gathered then, and what they get is put among the others'.
-            rows, split = self.rows, True
-            if rows.exact or not rows.local_all:
-                work.touch(min(2 * BATCHED, queries) * (query + lse))
-            # One kind of them after the other. Where all pass gradient, as in the last layer, each kind is gathered and
-            # computed by itself.
-            queries = max(rows.far, rows.local) if rows.local_all else rows.far
-            gathered = queries if rows.exact else rows.far + rows.local
-            work.add(passing=gathered * query, far=gathered * (query + lse))
-        if split:
-            work.touch(min(CHUNK, queries) * query + 3 * queries * INDEX)
-        work.drop("passing", "far")
 
     def _save(self, work: Scope) -> None:
         """Copies for the backward pass, and the end of what is not needed any more."""
@@ -278,7 +236,7 @@ class FusedLayerMemory:
             self._mlp_backward(work)
             work.drop("middle")
             self._attention_backward(work)
-            work.drop("heads", "turned", "output")
+            work.drop("heads", "turned", "output", "lse")
             self._project_back(work)
         self._keep(-1)
 
@@ -303,10 +261,7 @@ class FusedLayerMemory:
         work.drop("low")
         self._turn(work, n, frame)
         if self.level == "layer":
-            output = sizes.query * e + sizes.shape.heads * self.wide
-            work.add(output=n * output)
-            if rows.local:
-                work.touch(n * (sizes.query * e + output))
+            self.attention.passing(work)
         if split:
             work.add(ran=n * width * e)
         work.add(middle=n * width * e)
@@ -327,59 +282,12 @@ class FusedLayerMemory:
 
     def _attention_backward(self, work: Scope) -> None:
         rows, sizes, e = self.rows, self.sizes, self.e
-        n, heads = rows.far, sizes.shape.heads
-        query = n * sizes.query * e
         work.add(grad_output=rows.back * sizes.query * e)
         work.touch(2 * rows.back * sizes.adapter.output * e)
-        if rows.local:
-            self._local_backward(work)
-            work.add(gathered=3 * query)
-        if rows.offers and rows.samples:
-            gathered = min(GATHERED, rows.frame)
-            work.add(sums=n * sizes.query * 4, wide=2 * rows.frame * sizes.key * 4)
-            with self.ledger.scope("attention workspace") as vendor:
-                vendor.add(part=query + gathered * sizes.key * (4 * e + 4), space=self._space(n, gathered))
-            pair = 2 * rows.frame * sizes.key * e
-            work.add(grads=query + (pair if rows.local else 0), delta=n * heads * 4, pair=0 if rows.local else pair)
-            work.drop("sums", "delta", "wide")
-        elif rows.offers:
-            # Gradients of keys are added to those of local rows.
-            work.add(sums=n * sizes.query * 4, pair=0 if rows.local else 2 * rows.frame * sizes.key * e)
-            with self.ledger.scope("attention workspace") as vendor:
-                vendor.add(part=query + 2 * min(STRIPE, rows.frame) * sizes.key * e, space=self._space(n, STRIPE))
-            work.add(grads=query, delta=n * heads * 4)
-            work.drop("sums", "delta")
-        else:
-            if rows.exact and not rows.pairs:
-                work.add(grads=query, delta=n * heads * 4)
-            with self.ledger.scope("attention workspace") as vendor:
-                vendor.add(space=self._space(n, n))
-                work.add(again=query, pair=2 * n * sizes.key * e)
-            if "grads" in work.names:
-                work.drop("again", "delta")
-            else:
-                work.names["grads"] = work.names.pop("again")
-        if rows.local:
-            work.add(all_grads=rows.back * sizes.query * e)
-            work.drop("gathered", "grads", "local")
+        self.attention.backward(work)
         if sizes.head_norms:
-            work.touch(rows.back * (sizes.query * e + heads * self.wide))
+            work.touch(rows.back * (sizes.query * e + sizes.shape.heads * self.wide))
         work.drop("grad_output")
-
-    def _local_backward(self, work: Scope) -> None:
-        """Of local rows: keys are gathered for every run of them, and the copies' gradients added up."""
-        rows, sizes, e = self.rows, self.sizes, self.e
-        query, copies = rows.local * sizes.query * e, 2 * rows.run_keys * sizes.key * e
-        gathered = min(GATHERED, rows.run_keys)
-        work.add(gathered=3 * query, local=query)
-        with self.ledger.scope("attention workspace") as vendor:
-            vendor.add(part=query + 4 * gathered * sizes.key * e, space=self._space(rows.local, gathered))
-        work.add(copies=copies)
-        work.add(pair=2 * rows.frame * sizes.key * e)
-        work.drop("gathered", "copies")
-
-    def _space(self, queries: int, keys: int) -> float:
-        return self.vendor.size_bytes(self.sizes, queries, min(keys, self.rows.back_frame))
 
     def _project_back(self, work: Scope) -> None:
         rows, sizes, e = self.rows, self.sizes, self.e

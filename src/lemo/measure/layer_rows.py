@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lemo.ops.attend_rows.cuts import Cut
+
+CUT = Cut()
+
 
 @dataclass(frozen=True)
 class LayerRows:
@@ -36,11 +40,22 @@ class LayerRows:
     local: int = 0
     window: int | None = None
     local_all: bool = False
+    run: float = 0.0
 
     @property
     def far(self) -> int:
         """Rows that pass gradient and attend to all keys."""
         return self.back - self.local
+
+    @property
+    def stripe(self) -> int:
+        """Most keys of a rectangle of attention's backward, see ops/attend_rows/cuts.py."""
+        return 2 * CUT.stripe if self.run >= CUT.run else CUT.stripe
+
+    @property
+    def wide(self) -> int:
+        """Rows of the larger kind of those that pass gradient and attend to all keys in forward, kind after kind."""
+        return max(self.far, self.local) if self.local_all else self.far
 
     @property
     def near(self) -> bool:

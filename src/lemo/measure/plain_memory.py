@@ -7,7 +7,8 @@ keys, values and its output; an MLP that keeps its maps' outputs and their produ
 
 from __future__ import annotations
 
-from lemo.measure.fused_memory import INDEX, Workspace, index_bytes
+from lemo.measure.attention_memory import INDEX, Workspace
+from lemo.measure.fused_memory import index_bytes
 from lemo.measure.layer_rows import LayerRows
 from lemo.measure.ledger import Ledger, Scope
 from lemo.measure.sizes import ModelSizes
@@ -131,7 +132,7 @@ class PlainLayerMemory:
             work.add(middle=n * width * e)
             work.touch((4 if sizes.shape.gated else 2) * wide)
             work.touch(n * width * (3 * WIDE if sizes.wide_norm else e))
-            far = 2 * self.rows.far if self.rows.near else 0  # queries that see all keys, and what they get
+            far = 2 * self.rows.wide if self.rows.near else 0  # queries that see all keys, and what they get
             work.touch((n * (2 * sizes.query + 2 * sizes.key) + far * sizes.query) * e)
         work.drop("kept", "middle")
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from lemo.errors import ConfigError
-from lemo.measure.fused_memory import INDEX, FusedLayerMemory, Workspace
+from lemo.measure.attention_memory import INDEX, Workspace
+from lemo.measure.fused_memory import FusedLayerMemory, index_bytes
 from lemo.measure.layer_rows import LayerRows
 from lemo.measure.ledger import Ledger, Scope
 from lemo.measure.plain_memory import WIDE, PlainLayerMemory
@@ -71,6 +72,7 @@ class StepSetting:
         far_share: of exact forward, share of the far keys that attention's backward reads.
         local_share: share of rows that carry loss besides, and attend within `context_window`.
         local_forward: what these rows attend to in forward, as `Plan.local_forward` has it.
+        span: rows of a run of blocks that carry loss; None for single blocks.
     """
 
     tokens: int
@@ -95,6 +97,7 @@ class StepSetting:
     far_share: float = 1.0
     local_share: float = 0.0
     local_forward: Literal["near", "all"] = "near"
+    span: int | None = None
 
     def __post_init__(self) -> None:
         """Raises ConfigError for what no step can be."""
@@ -168,13 +171,23 @@ def layer_rows(sizes: ModelSizes, setting: StepSetting) -> list[LayerRows]:
             local=_local_rows(setting, passes) if passes < runs else 0,
             window=setting.context_window if setting.windows else None,
             local_all=setting.local_forward == "all",
+            run=_run_rows(setting, 2),
         )
         many = min(setting.dense_layers, layers)
         first, last = many - many // 2, many // 2
         found = [dense] * first + [sparse] * (layers - many) + [dense] * last
     if setting.engine == "fused" and sizes.defers_norm and setting.segmented:
-        found[-1] = last_rows(found[-1], setting.loss_rows)
+        found[-1] = replace(last_rows(found[-1], setting.loss_rows), run=_run_rows(setting, 0))
     return found
+
+
+def _run_rows(setting: StepSetting, ends: int) -> float:
+    """Mean rows of a run of rows that carry loss and attend to all keys, with so many single blocks more."""
+    if setting.span is None:
+        return 0.0
+    rows = setting.loss_share * setting.tokens
+    runs = max(1, -(-round(rows) // setting.span))
+    return (rows + ends * setting.block_size) / (runs + ends)
 
 
 def _local_rows(setting: StepSetting, passes: int) -> int:
@@ -213,6 +226,7 @@ class _Step:
         self.rows = layer_rows(sizes, setting)
         self.e = sizes.element_bytes
         self.stream_bytes = setting.rows * sizes.shape.width * self.e
+        self.chosen: set[LayerRows] = set()
 
     def run(self) -> Ledger:
         from lemo.runtime.fused.offload import CHUNK_BYTES, SLOTS
@@ -226,6 +240,7 @@ class _Step:
             self._between(layer)
             if layer.parked:
                 ledger.held[TRANSIT] = min(ledger.held[TRANSIT] + layer.parked, SLOTS * layer.parked)
+            self._choose(layer.rows)
             layer.forward()
         ledger.host_bytes = sum(-(-layer.parked // CHUNK_BYTES) * CHUNK_BYTES for layer in layers)
         ledger.moment = "loss"
@@ -252,6 +267,12 @@ class _Step:
         return PlainLayerMemory(
             self.ledger, self.sizes, rows, setting.recompute == "layer", space, setting.engine == "generic"
         )
+
+    def _choose(self, rows: LayerRows) -> None:
+        """Numbers of a layer's rows, until the step ends: layers without predictors have the same ones."""
+        if self.setting.engine == "fused" and (self.setting.predictor or rows not in self.chosen):
+            self.ledger.add("batch and positions", index_bytes(rows))
+            self.chosen.add(rows)
 
     def _between(self, layer: FusedLayerMemory | PlainLayerMemory) -> None:
         """Autograd's layers return a new stream, and a new gradient of it, while the old one is held."""

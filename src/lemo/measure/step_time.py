@@ -13,6 +13,7 @@ from lemo.measure.flops import (
     head_flops,
     layer_flops,
 )
+from lemo.measure.fused_memory import takes_keys
 from lemo.measure.layer_rows import LayerRows
 from lemo.measure.sizes import ModelSizes
 from lemo.measure.step_memory import StepSetting, layer_rows
@@ -78,6 +79,7 @@ def _layer(sizes: ModelSizes, setting: StepSetting, rows: LayerRows, card: Card)
         far_share=setting.far_share,
         local_ratio=rows.local / stream,
         local_forward=setting.local_forward,
+        remakes_keys=rows.offers and not takes_keys(rows, setting.recompute, setting.offload),
     )
     flops = layer_flops(shape, tokens, work)
     forward, backward, again = (

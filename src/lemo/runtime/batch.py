@@ -168,9 +168,10 @@ def read_layout(
     if source is None:
         raise RunDense("the call has neither input_ids nor inputs_embeds")
     batch, tokens = source.shape[:2]
-    document_BT = _documents(inputs, batch, tokens)
     if supervised_BT is None:
         supervised_BT = supervised_rows(inputs)
+    # Documents may be read from the device: what it is to compute has been sent by then.
+    document_BT = _documents(inputs, batch, tokens)
     if local_BT is not None and tuple(local_BT.shape) != (batch, tokens):
         raise ConfigError(f"{LOCAL_ROWS} must be ({batch}, {tokens}) as the tokens are, got {tuple(local_BT.shape)}")
     sizes = {"block_size": block_size, "device": source.device}

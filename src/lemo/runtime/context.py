@@ -100,8 +100,8 @@ def part_rows(
     assert window is not None
     near_N, position_N = _local_rows(layout, rows is loss_rows(layout))
     near = layout.once(("range of local loss rows", near_N.capacity), lambda: RowRange.of_rows(layout, near_N))
-    local_N = layout.once("rows of local blocks", lambda: _mask_of_local(layout))
-    order_n = torch.argsort(local_N[rows.rows_N], stable=True)
+    local_K = layout.once("local blocks", lambda: send(layout.local_K.to(torch.uint8), layout.device))
+    order_n = torch.argsort(local_K[layout.block_of_row_N[rows.rows_N]], stable=True)
     far_n, near_n = order_n[: rows.capacity - near_N.capacity], order_n[rows.capacity - near_N.capacity :]
     lengths = tuple(a - b for a, b in zip(rows.segment_lengths, near_N.segment_lengths, strict=True))
     valid_N = None if rows.valid_N is None else rows.valid_N[far_n]
@@ -150,10 +150,3 @@ def _row_set(layout: Layout, rows_S: Tensor) -> RowSet:
     lengths = torch.bincount(document_S, minlength=len(layout.document_start_D))
     rows_N = send(rows_S, layout.device)
     return RowSet(rows_N, tuple(lengths.tolist()), rows_N[:0])
-
-
-def _mask_of_local(layout: Layout) -> Tensor:
-    """(B·T,) uint8, 1 for rows of local blocks."""
-    mask_N = torch.zeros(layout.batch * layout.tokens, dtype=torch.uint8)
-    mask_N[layout.rows_of(layout.local_K)] = 1
-    return send(mask_N, layout.device)

@@ -20,6 +20,7 @@ from lemo.families.family import LayerNames
 from lemo.runtime.attention import AttentionConfig, CapturedKeys, attention_module, register
 from lemo.runtime.fused.layer import run_fused
 from lemo.runtime.fused.parts import LayerParts, LayerReader, why_no_reader
+from lemo.runtime.fused.watch import Watch
 from lemo.runtime.mlp import mlp_rows
 from lemo.runtime.model import why_dense
 from lemo.runtime.rows import (
@@ -144,6 +145,11 @@ class LayerState:
             assert self.names is not None and attention is not None
             self._reader = LayerReader(layer, self.names, attention, self.config)
         return self._reader.why_not(layer)
+
+    def watch(self, layer: nn.Module) -> Watch:
+        """Tells whether `why_not_fused`, once asked, would still answer the same."""
+        assert self._reader is not None
+        return self._reader.watch(layer)
 
     def read_parts(self, layer: nn.Module) -> LayerParts:
         """Maps and norms of the layer as they are now, for the fused engine, which `why_not_fused` let pass."""

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lemo.config import RunConfig
+from lemo.config import IN_RUNS, RunConfig
 from lemo.core.plan import Plan
 from lemo.errors import ConfigError
 from lemo.measure.card import Card
@@ -113,6 +113,7 @@ def forecast(run: RunConfig) -> Forecast:
         segmented=run.training.loss == "segmented",
         segment_rows=run.training.segment_rows,
         offload=run.training.offload if engine == "fused" else False,
+        span=None if run.data.answer_only or run.loss_rows.placement not in IN_RUNS else run.loss_rows.span,
         pooled_features=run.calibration.pooled_features,
         **_ratios(run, sizes.shape.layers),
     )

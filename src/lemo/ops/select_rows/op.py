@@ -142,11 +142,12 @@ def _select_by_sorting(rank_K: Tensor, budget: _Budget, table: BlockTable, keep_
     device = rank_K.device
     start_K, length_K, document_K, _ = _on(table, device)
     inside_K = rank_K < table.once((id(budget), "blocks", device), lambda: send(budget.of_block_K, device))
-    rows_N, block_N = _rows_of(_first(inside_K, budget.blocks), start_K, length_K, budget.rows)
-    skipped = _first(~inside_K, len(rank_K) - budget.blocks)
-    skipped_S, _ = _rows_of(skipped, start_K, length_K, budget.skipped)
+    blocks, skipped = _first(inside_K, budget.blocks), _first(~inside_K, len(rank_K) - budget.blocks)
+    rows_N = expand_runs(start_K[blocks], length_K[blocks], budget.rows)
+    skipped_S = expand_runs(start_K[skipped], length_K[skipped], budget.skipped)
     if keep_K is None:
         return SelectedRows(rows_N, budget.lengths, skipped_S, None)
+    block_N = torch.repeat_interleave(blocks, length_K[blocks], output_size=budget.rows)
     valid_N = keep_K[block_N]
     # Rows that were dropped go to the end of their document, where causal attention of the others cannot see them.
     order = torch.argsort(document_K[block_N] * 2 + (~valid_N).long(), stable=True)
@@ -155,15 +156,15 @@ def _select_by_sorting(rank_K: Tensor, budget: _Budget, table: BlockTable, keep_
 
 def _first(mask_K: Tensor, count: int) -> Tensor:
     """Ascending indices where the mask holds; `count` of them, known to the host, so the device is not asked."""
+    if mask_K.device.type == "cpu":
+        return mask_K.nonzero().squeeze(1)
     return torch.argsort(mask_K.to(torch.uint8), descending=True, stable=True)[:count]
 
 
-def _rows_of(blocks: Tensor, start_K: Tensor, length_K: Tensor, total: int) -> tuple[Tensor, Tensor]:
-    """Flat rows of blocks, `total` of them, and the block of each."""
-    start, length = start_K[blocks], length_K[blocks]
-    index = torch.repeat_interleave(torch.arange(len(blocks), device=blocks.device), length, output_size=total)
-    offset = torch.arange(total, device=blocks.device) - (torch.cumsum(length, 0) - length)[index]
-    return start[index] + offset, blocks[index]
+def expand_runs(start: Tensor, length: Tensor, total: int) -> Tensor:
+    """Rows of consecutive runs, `total` of them: start[0], start[0]+1, ..., start[1], ... as int64."""
+    shift = start - (torch.cumsum(length, 0) - length)
+    return torch.repeat_interleave(shift, length, output_size=total).add_(torch.arange(total, device=start.device))
 
 
 def _document_spans(table: BlockTable) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from lemo.runtime.fused.factors import AdapterFactors
 from lemo.runtime.fused.final import Deferred, install_norm, remove_norm
 from lemo.runtime.fused.offload import Convoy, HostMemory, Offload, read_offload
 from lemo.runtime.fused.parts import LayerParts, read_norm
+from lemo.runtime.fused.watch import Watch
 from lemo.runtime.model import decoder_layers
 
 Engine = Literal["auto", "fused", "generic"]
@@ -57,6 +58,7 @@ class FusedEngine:
         family = find_family(handle.model.config)
         self.names = None if family is None else family.names
         self._norm: nn.Module | None = None
+        self._found: tuple[list[nn.Module], Watch, frozenset[int]] | None = None
 
     def install(self) -> None:
         """Makes the norm before the head deferrable, where the family names it and it is a plain norm."""
@@ -87,8 +89,20 @@ class FusedEngine:
             if self._host is not None:
                 self._handle.note(NO_OFFLOAD)
             return frozenset()
+        layers = list(decoder_layers(model))
+        if self._found is not None and self._found[0] == layers and self._found[1].holds():
+            return self._found[2]
+        self._found = None
+        found = self._ask(layers)
+        attached = [(layer, state) for layer in layers if (state := layer.__dict__.get("_lemo_layer")) is not None]
+        if len(found) == len(attached):
+            self._found = layers, Watch.of_all([state.watch(layer) for layer, state in attached]), found
+        return found
+
+    def _ask(self, layers: list[nn.Module]) -> frozenset[int]:
+        """Every layer by itself."""
         found = set()
-        for index, layer in enumerate(decoder_layers(model)):
+        for index, layer in enumerate(layers):
             state = layer.__dict__.get("_lemo_layer")
             if state is None:
                 continue

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from operator import is_
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lemo.families.family import LayerNames
 from lemo.runtime.fused.maps import LinearMap, MapGroup
 from lemo.runtime.fused.modules import TensorList, active_adapter, lora_dropout, why_not_linear
+from lemo.runtime.fused.watch import Slot, Watch, autocast_of
 from lemo.runtime.model import in_force, window_of
 
 ACTIVATIONS = {
@@ -89,10 +89,6 @@ class LayerParts:
         return made
 
 
-Slot = tuple[dict[str, Any], str]
-"""Where a module keeps something: looking there is cheaper than asking the module."""
-
-
 class LayerReader:
     """Reads one layer's parts. What was found is kept until something else lies in its place.
 
@@ -115,12 +111,13 @@ class LayerReader:
         asked = {name: layer.get_submodule(name) for name in (*linear, *norms)}
         self._modules = {name: in_force(module) for name, module in asked.items()}
         self._norms = [(name, self._modules[name]) for name in norms]
+        self._output = _base(self._modules[names.output])
         self._dropouts = _dropouts(layer)
-        self._switched = [m for m in asked.values() if hasattr(m, "active_adapters")]
-        self._switches = self._read_switches()
-        self._hooks = [table for name in linear for table in _hooks(self._modules[name])]
-        self._paths = [slot for name in asked for slot in _path(layer, name)]
-        self._found_paths = [keeper.get(key) for keeper, key in self._paths]
+        self._watch = Watch(
+            [slot for name in asked for slot in _path(layer, name)],
+            [m for m in asked.values() if hasattr(m, "active_adapters")],
+            [table for name in linear for table in _hooks(self._modules[name])],
+        )
         self._factors = [slot for name in linear for slot in _factor_slots(self._modules[name])]
         self._reason = self._why_never(linear)
         self._parts: LayerParts | None = None
@@ -131,16 +128,13 @@ class LayerReader:
 
     def is_stale(self) -> bool:
         """Whether modules were put in the place of those that were looked up, or other adapters are in force."""
-        found = [keeper.get(key) for keeper, key in self._paths]
-        same = all(map(is_, found, self._found_paths)) and self._read_switches() == self._switches
-        return not same or any(self._hooks)
+        return not self._watch.holds()
 
-    def _read_switches(self) -> list[tuple]:
-        """Which adapters are in force, by module that has some."""
-        return [
-            (m.disable_adapters, getattr(m, "merged", False), *m.active_adapters)  # type: ignore[misc]
-            for m in self._switched
-        ]
+    def watch(self, layer: nn.Module) -> Watch:
+        """All that `is_stale` and `why_not` look at: while it holds, so do their answers."""
+        moment = [(vars(layer), "training"), *((vars(owner), attribute) for _, owner, attribute in self._dropouts)]
+        weights = [slot for m in (self._output, *(norm for _, norm in self._norms)) for slot in _kept(m, "weight")]
+        return Watch.of_all([self._watch, Watch(moment, tensors=weights)])
 
     def _why_never(self, linear: tuple[str, ...]) -> str | None:
         """Why the layer cannot run in the fused engine with these modules."""
@@ -156,7 +150,7 @@ class LayerReader:
         """Why the layer must run in the generic executor now; None when the fused engine can run it."""
         if self._reason is not None:
             return self._reason
-        weight = _base(self._modules[self._names.output]).weight
+        weight = self._output.weight
         for name, norm in self._norms:
             if norm.weight.dtype != weight.dtype:
                 return f"{name}: {norm.weight.dtype} beside {weight.dtype} maps"
@@ -164,8 +158,7 @@ class LayerReader:
             for name, owner, attribute in self._dropouts:
                 if getattr(owner, attribute) > 0:
                     return f"dropout is active ({name})"
-        device = weight.device.type
-        if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != weight.dtype:
+        if autocast_of(weight.device.type) not in (None, weight.dtype):
             return f"autocast over {weight.dtype} weights"
         return None
 
@@ -268,8 +261,12 @@ def _tensor_slots(module: nn.Module) -> list[Slot]:
         dropout = lora_dropout(module)
         slots += [] if dropout is None else [(vars(dropout), "p"), (vars(dropout), "training")]
     base = _base(module)
-    keepers = (base._parameters, base._buffers, vars(base))
-    return slots + [(keeper, name) for name in ("weight", "bias") for keeper in keepers if name in keeper]
+    return slots + [slot for name in ("weight", "bias") for slot in _kept(base, name)]
+
+
+def _kept(module: nn.Module, name: str) -> list[Slot]:
+    """Where a module keeps a tensor of that name, be it a parameter, a buffer or a plain attribute."""
+    return [(keeper, name) for keeper in (module._parameters, module._buffers, vars(module)) if name in keeper]
 
 
 def _dropouts(layer: nn.Module) -> list[tuple[str, Any, str]]:
