@@ -35,6 +35,14 @@ def tiny_model(family: str = "llama", *, dtype: torch.dtype = torch.float32, see
     return model.to(dtype).train()
 
 
+def fill_adapters(model) -> None:
+    """Draws the second factors of all LoRA adapters, which PEFT makes zero."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.3)
+
+
 def batch(tokens: int = 64, rows: int = 1, *, supervised_from: int = 40, seed: int = 1) -> dict[str, torch.Tensor]:
     """Random tokens whose tail is supervised."""
     generator = torch.Generator().manual_seed(seed)

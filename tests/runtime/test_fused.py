@@ -13,7 +13,7 @@ from lemo.errors import UnsupportedModelError
 from lemo.families import all_families
 from lemo.ops import linear_ce
 from lemo.runtime import head
-from tests.runtime.oracle import batch, gradients, tiny_model
+from tests.runtime.oracle import batch, fill_adapters, gradients, tiny_model
 from tests.runtime.test_exact import in_double
 from tests.runtime.test_laws import sparse_plan
 
@@ -91,10 +91,7 @@ def test_adapters_on_any_subset(targets, kv, monkeypatch):
 
     in_double(monkeypatch)
     model = get_peft_model(tiny_model(dtype=torch.float64), LoraConfig(r=3, target_modules=targets, lora_alpha=7))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(0, 0.3)
+    fill_adapters(model)
     plan = plan_of(model, "skip", kv)
     assert_equal_engines(model, plan, batch(48))
 
@@ -106,10 +103,7 @@ def test_adapters_on_fused_projections(monkeypatch):
     in_double(monkeypatch)
     config = LoraConfig(r=3, target_modules=["qkv_proj", "gate_up_proj", "o_proj", "down_proj"])
     model = get_peft_model(tiny_model("phi3", dtype=torch.float64), config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(0, 0.3)
+    fill_adapters(model)
     for kv in ("kept", "all"):
         assert_equal_engines(model, plan_of(model, "skip", kv), batch(48))
 

@@ -14,7 +14,7 @@ from lemo import attach
 from lemo.errors import ConfigError
 from lemo.runtime.fused.engine import make_call
 from lemo.runtime.fused.maps import MapGroup
-from tests.runtime.oracle import batch, gradients, tiny_model
+from tests.runtime.oracle import batch, fill_adapters, gradients, tiny_model
 from tests.runtime.test_exact import in_double
 from tests.runtime.test_fused import assert_equal_engines, plan_of, run
 
@@ -93,10 +93,7 @@ def test_parked_keys_under_adapters(family, targets, mode, kv, recompute, monkey
     """The generic executor's gradients, also of maps whose products backward does not repeat."""
     in_double(monkeypatch)
     model = get_peft_model(tiny_model(family, dtype=torch.float64), LoraConfig(r=3, target_modules=targets))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(0, 0.3)
+    fill_adapters(model)
     assert_equal_engines(model, plan_of(model, mode, kv, dense=(1,)), batch(48), recompute=recompute, offload="keys")
 
 

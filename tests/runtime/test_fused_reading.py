@@ -11,7 +11,7 @@ from lemo import attach
 from lemo.errors import UnsupportedModelError
 from lemo.runtime.fused import factors, parts
 from lemo.runtime.model import causal_model, decoder_layers
-from tests.runtime.oracle import batch, gradients, tiny_model
+from tests.runtime.oracle import batch, fill_adapters, gradients, tiny_model
 from tests.runtime.test_exact import in_double
 from tests.runtime.test_fused import plan_of, run
 
@@ -23,10 +23,7 @@ def adapted(dtype=torch.float64):
     torch.manual_seed(0)
     model = get_peft_model(tiny_model(dtype=dtype), LoraConfig(r=3, target_modules=TARGETS, lora_alpha=7))
     model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj", "up_proj"], lora_alpha=5))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(0, 0.3)
+    fill_adapters(model)
     return model
 
 

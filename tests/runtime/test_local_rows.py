@@ -18,7 +18,7 @@ from lemo.runtime.batch import LOCAL_ROWS, read_layout, supervised_rows
 from lemo.runtime.context import loss_rows, part_rows
 from lemo.runtime.model import decoder_layers
 from lemo.runtime.rows import RowRange, all_rows
-from tests.runtime.oracle import FAMILIES, batch, gradients, relative, tiny_model
+from tests.runtime.oracle import FAMILIES, batch, fill_adapters, gradients, relative, tiny_model
 from tests.runtime.test_context_window import _packed, windowed
 from tests.runtime.test_exact import BOUND, StopGradient, _hook_layer, in_double, near_keys
 from tests.runtime.test_fused import FUSED, assert_equal_engines
@@ -183,10 +183,7 @@ def test_adapters_of_keys_and_values(seen, targets, monkeypatch):
 
     in_double(monkeypatch)
     model = get_peft_model(tiny_model(dtype=torch.float64), LoraConfig(r=3, target_modules=targets, lora_alpha=7))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(0, 0.3)
+    fill_adapters(model)
     for recompute in ("none", "layer"):
         assert_equal_engines(model, windowed(model, local_forward=seen), marked(), recompute=recompute)
 

@@ -26,6 +26,7 @@ class LayerRows:
         local: rows of those that pass gradient which attend within a window.
         window: rows of a chunk that rows without gradient, and local ones, attend within; None where all see all.
         local_all: local rows attend to all keys in forward.
+        run: mean rows of a run of far rows; 0 where they lie scattered.
     """
 
     stream: int

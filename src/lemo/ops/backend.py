@@ -146,3 +146,21 @@ def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
 def send(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor of the host on a device. Pinned memory lets the copy run without the host waiting for the device."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+class HostCopy:
+    """A tensor on its way to the host. The copy begins at once and lets the host go on; `read` waits for it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        """Begins to copy; a tensor of the host is the copy itself."""
+        self._copy, self._copied = tensor, None
+        if tensor.is_cuda:
+            target = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._copy, self._copied = target.copy_(tensor, non_blocking=True), torch.cuda.Event()
+            self._copied.record()
+
+    def read(self) -> Tensor:
+        """The copy, once the device has come past the place where it was asked for."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._copy

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lemo.ops.attend_rows.reference import Rows, documents
 from lemo.ops.attend_rows.stripes import ordered
-from lemo.ops.backend import send
+from lemo.ops.backend import HostCopy, send
 
 FAR_STRIPE = 1024
 """Positions of a stripe. Its own and the one before are near a query, those before these are far."""
@@ -49,16 +49,12 @@ class FarKeys:
     drawn: tuple[Tensor, ...]
     stripe: int
     first_S: Tensor | None = None
-    _copy: Tensor | None = field(default=None, repr=False)
-    _copied: torch.cuda.Event | None = field(default=None, repr=False)
+    _copy: HostCopy | None = field(default=None, repr=False)
 
     def read(self) -> list[int]:
         """`first_S` on the host; waits until the device has come past `plan_far`."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        found = self.first_S if self._copy is None else self._copy
-        assert found is not None
-        return found.tolist()
+        assert self._copy is not None
+        return self._copy.read().tolist()
 
     def table(self, document: int) -> Tensor:
         """(S, S) fp64 on the CPU: what counts how often: 1 near keys, far stripes / drawn ones far keys, 0 others."""
@@ -108,12 +104,7 @@ def plan_far(
     if not (whole and covered):
         return FarKeys(tuple(drawn), stripe)
     first_S = _first(queries, keys, drawn, stripe)
-    if not first_S.is_cuda:
-        return FarKeys(tuple(drawn), stripe, first_S)
-    copy = torch.empty(first_S.shape, dtype=first_S.dtype, pin_memory=True).copy_(first_S, non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record()
-    return FarKeys(tuple(drawn), stripe, first_S, copy, copied)
+    return FarKeys(tuple(drawn), stripe, first_S, HostCopy(first_S))
 
 
 def _first(queries: Rows, keys: Rows, drawn: Sequence[Tensor], stripe: int) -> Tensor:

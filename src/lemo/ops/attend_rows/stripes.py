@@ -23,7 +23,7 @@ from lemo.ops.attend_rows.cuts import Cut, Rectangles, cut_document
 from lemo.ops.attend_rows.reference import Rows, Segments
 from lemo.ops.attend_rows.tiling import Work, like_rows, tilings
 from lemo.ops.attend_rows.vendor import Dense, Triple
-from lemo.ops.backend import send
+from lemo.ops.backend import HostCopy, send
 
 
 @dataclass
@@ -41,8 +41,7 @@ class Marks:
     ends_N: Tensor
     keys: int
     segments: tuple[tuple[int, ...], ...]
-    _copy: Tensor = field(repr=False)
-    _copied: torch.cuda.Event | None = field(repr=False)
+    _copy: HostCopy = field(repr=False)
     _made: dict[int, Staircase] = field(default_factory=dict, repr=False)
 
     def staircase(self, tile: int) -> Staircase:
@@ -52,9 +51,7 @@ class Marks:
             tile: queries of a kernel's tile.
         """
         if tile not in self._made:
-            if self._copied is not None:
-                self._copied.synchronize()
-            self._made[tile] = _staircase(self, self._copy, tile)
+            self._made[tile] = _staircase(self, self._copy.read(), tile)
         return self._made[tile]
 
 
@@ -132,12 +129,7 @@ def plan_rows(queries: Rows, keys: Rows, cut: Cut | None = None) -> PlannedRows:
         positions = rising.position_N[q_start : q_start + q_length].contiguous()
         among = keys.position_N[k_start : k_start + k_length].contiguous()
         ends_N[q_start : q_start + q_length] = k_start + torch.searchsorted(among, positions, right=True)
-    copy, copied = ends_N, None
-    if ends_N.device.type == "cuda":
-        copy = torch.empty(ends_N.shape, dtype=ends_N.dtype, pin_memory=True).copy_(ends_N, non_blocking=True)
-        copied = torch.cuda.Event()
-        copied.record()
-    marks = Marks(cut or Cut(), ends_N, len(keys.position_N), work.segments, copy, copied)
+    marks = Marks(cut or Cut(), ends_N, len(keys.position_N), work.segments, HostCopy(ends_N))
     return PlannedRows(queries.starts, queries.lengths, queries.position_N, queries.valid_N, marks)
 
 
