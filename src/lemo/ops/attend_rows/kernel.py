@@ -457,6 +457,8 @@ def _key_kernel(
     seen_first, seen_end = _seen(bounds_ptr, first, end, rows, ROWS)
     low, a, b, high = _parts(seen_first, seen_end, OTHERS, True, WINDOW)
     query_end = tl.minimum(query_end, high)
+    if START and low >= high:  # nothing to add
+        return
     if not ORDERED:
         a = high
         b = high
