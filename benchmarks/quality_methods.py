@@ -13,13 +13,14 @@ _BARE = PlanSpec(1e-6, 1e-6, kv="kept", scorer="random", dense_layers=(), strip_
 
 
 def _preset(far: float, local: float, window: int) -> Method:
-    about = f"exact forward; loss on {far:.0%} of rows that see all, on {local:.0%} that see chunks of {window} rows"
+    about = f"exact forward; loss on {far:.0%} of rows that see all"
+    about += f", on {local:.0%} that see chunks of {window} rows" if local else f"; others see chunks of {window} rows"
     return replace(exact(about, far, context_window=window), local_share=local)
 
 
 PRESETS = {
     "balanced": _preset(0.12, 0.25, 1024),
-    "quality": _preset(0.2, 0.4, 2048),
+    "quality": _preset(0.5, 0.0, 1024),
     "fast": _preset(0.04, 0.15, 512),
 }
 
