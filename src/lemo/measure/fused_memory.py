@@ -240,16 +240,18 @@ class FusedLayerMemory:
             self._project_back(work)
         self._keep(-1)
 
+    def _norm(self, work: Scope) -> None:
+        frame = self.rows.back_frame
+        work.add(normed=frame * self.width * self.e)
+        work.touch(frame * self.wide)
+
     def _recompute(self, work: Scope) -> None:
         rows, sizes, e, width = self.rows, self.sizes, self.e, self.width
         n, frame = rows.back, rows.back_frame
-        adapted = any(sizes.adapter.inputs)
-        if self.level in ("lin", "layer") or adapted:
-            work.add(normed=frame * width * e)
-            work.touch(frame * self.wide)
         if self.level in ("none", "mlp"):
             self._turn(work, n, frame)
             return
+        self._norm(work)
         split, ranks = rows.offers, sizes.adapter.inputs
         if self.takes_keys:
             work.add(low=(n * ranks[0] + n * width) * e)
@@ -260,6 +262,7 @@ class FusedLayerMemory:
         work.add(heads=(n * sizes.query + (0 if self.takes_keys else 2 * frame * sizes.key)) * e)
         work.drop("low")
         self._turn(work, n, frame)
+        work.drop("normed")
         if self.level == "layer":
             self.attention.passing(work)
         if split:
@@ -294,6 +297,8 @@ class FusedLayerMemory:
         ranks = sizes.adapter.inputs
         n, frame = rows.back, rows.back_frame
         low = 2 * sum(ranks) * e
+        if any(ranks):
+            self._norm(work)
         if not rows.offers:
             work.add(grad_normed=n * self.width * e)
             work.touch(n * low)

@@ -261,11 +261,13 @@ class _Backward:
         """Fills `gradients`, and turns `grad` where the stream wants its gradient."""
         grad_nM = self._taken()
         self._bypass()
-        heads, before, normed, output, lse, middle = self._recompute()
+        heads, before, output, lse, middle = self._recompute()
         self._mlp(grad_nM, middle)
         del middle
         grads = self._attention(grad_nM, heads, before, output, lse)
         del heads, before, output, lse
+        # Made only now, or once more: all rows that offer keys, normed, would stand beside attention's gradients.
+        normed = self._normed() if self.parts.inputs.needs_input(self.gradients) else None
         grad_normed = project_back(self.parts, self.call, grads, normed, self.gradients, self._wants_frame())
         del grads, normed
         if grad_normed is not None:
@@ -308,14 +310,15 @@ class _Backward:
                 assert rows is not None
                 bypass_rows_backward_(self.grad, rows, self.saved[name], bypass.down_MR, bypass.up_RM)
 
-    def _recompute(self) -> tuple[State, State, Tensor | None, Tensor, Tensor, Tensor]:
-        """Heads, their projections before head norms, normed frame, attention's output, its lse, and middle rows."""
+    def _normed(self) -> Tensor:
+        """The frame's rows behind the first norm."""
+        norm = self.parts.norms[0]
+        return norm_rows(self.saved["frame"], norm.weight_M, bias_M=norm.bias_M, eps=norm.eps, kind=norm.kind)[0]
+
+    def _recompute(self) -> tuple[State, State, Tensor, Tensor, Tensor]:
+        """Heads, their projections before head norms, attention's output, its lse, and middle rows."""
         parts, call, saved = self.parts, self.call, self.saved
         frame, level = saved["frame"], call.keeps
-        normed = None
-        if level in ("lin", "layer") or parts.inputs.needs_input(self.gradients):
-            norm = parts.norms[0]
-            normed = norm_rows(frame, norm.weight_M, bias_M=norm.bias_M, eps=norm.eps, kind=norm.kind)[0]
         rows = (self.rows, self.key_rows)
         if level in ("none", "mlp"):
             before = {n: saved[f"pre_{n}"] for n in ("query", "key", "value") if f"pre_{n}" in saved}
@@ -324,10 +327,9 @@ class _Backward:
                 if before
                 else {n: saved[f"head_{n}"] for n in ("query", "key", "value")}
             )
-            return heads, before, normed, saved["output"], saved["lse"], saved["middle"]
-        assert normed is not None
+            return heads, before, saved["output"], saved["lse"], saved["middle"]
         compact = call if call.exact is None else _all_of(call)
-        heads, before = remake_heads(parts, compact, normed, saved, rows)
+        heads, before = remake_heads(parts, compact, self._normed(), saved, rows)
         if level == "layer":
             output, lse = attend_passing(parts, heads, call)
         else:
@@ -337,7 +339,7 @@ class _Backward:
         else:
             ran = frame.index_select(0, compact.places_n)
             middle = parts.output.add(output, ran, self.rows, parts.multiplier)
-        return heads, before, normed, output, lse, middle
+        return heads, before, output, lse, middle
 
     def _attention(self, grad_nM: Tensor, heads: State, before: State, output: Tensor, lse: Tensor) -> State:
         """Gradients of the projections to queries, keys and values."""
