@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from lemo.errors import ConfigError
-from lemo.ops.backend import send
+from lemo.ops.backend import send_all
 from lemo.ops.select_rows.op import expand_runs
 
 T = TypeVar("T")
@@ -43,6 +43,7 @@ class Layout:
         block_of_row_N: (B·T,) int64 on the device; -1 for padding.
         supervised_row_S: (S,) int64 ascending flat rows that carry loss, on the CPU.
         local_K: supervised blocks whose supervised rows all attend locally; None where there is no such block.
+        twin: the same with its per-row tensors on the CPU, where the batch is on another device.
     """
 
     batch: int
@@ -60,6 +61,7 @@ class Layout:
     block_of_row_N: Tensor
     supervised_row_S: Tensor
     local_K: Tensor | None = None
+    twin: Layout | None = field(default=None, repr=False)
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """What `make` returns, made once per batch: every layer asks for the same host-side arithmetic and copies."""
@@ -72,6 +74,11 @@ class Layout:
     def device(self) -> torch.device:
         """Device of the batch."""
         return self.document_of_row_N.device
+
+    @property
+    def on_host(self) -> Layout | None:
+        """The same with all tensors on the CPU; None where the host was not told."""
+        return self if self.document_of_row_N.device.type == "cpu" else self.twin
 
     @property
     def real_rows(self) -> int:
@@ -146,11 +153,12 @@ class Layout:
         block_of_row += position_of_row // block_size
 
         # Sent before the host waits for the batch's own flags.
-        of_row = [send(t, device) for t in (document_of_row, position_of_row, block_of_row)]
+        on_host = document_of_row, position_of_row, block_of_row
+        on_device = on_host if device.type == "cpu" else send_all(on_host, device)
         supervised, supervised_row, local = _supervised(supervised_BT, local_BT, block_of_row, len(block_document))
         guards = torch.zeros_like(supervised)
         guards[first_block_D] = guards[first_block_D + blocks_D - 1] = True
-        return cls(
+        host = cls(
             batch=batch,
             tokens=tokens,
             block_size=block_size,
@@ -161,11 +169,21 @@ class Layout:
             block_document_K=block_document,
             forced_K=supervised | guards,
             supervised_K=supervised,
-            document_of_row_N=of_row[0],
-            position_of_row_N=of_row[1],
-            block_of_row_N=of_row[2],
+            document_of_row_N=document_of_row,
+            position_of_row_N=position_of_row,
+            block_of_row_N=block_of_row,
             supervised_row_S=supervised_row,
             local_K=local,
+        )
+        if device.type == "cpu":
+            return host
+        document_of_row, position_of_row, block_of_row = on_device
+        return replace(
+            host,
+            document_of_row_N=document_of_row,
+            position_of_row_N=position_of_row,
+            block_of_row_N=block_of_row,
+            twin=host,
         )
 
 

@@ -307,6 +307,8 @@ def all_rows(layout: Layout) -> RowSet:
 
 
 def _all_rows(layout: Layout) -> RowSet:
+    if layout.on_host is not None and layout.on_host is not layout:
+        return all_rows(layout.on_host).on(layout.device)
     count = layout.real_rows
     rows_N = torch.argsort((layout.document_of_row_N < 0).to(torch.uint8), stable=True)[:count]
     return RowSet(rows_N, tuple(layout.document_length_D.tolist()), rows_N[:0])
