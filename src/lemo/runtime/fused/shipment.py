@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from lemo.core.layout import Layout
