@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lemo.errors import ConfigError
 from lemo.ops.backend import send_all
+from lemo.ops.host import repeat
 from lemo.ops.select_rows.op import expand_runs
 
 T = TypeVar("T")
@@ -136,7 +137,7 @@ class Layout:
         document_start, document_length = run_start[real], (run_end - run_start)[real]
 
         blocks_D = (document_length + block_size - 1) // block_size
-        block_document = torch.repeat_interleave(torch.arange(len(blocks_D)), blocks_D)
+        block_document = repeat(torch.arange(len(blocks_D)), blocks_D)
         first_block_D = torch.cumsum(blocks_D, 0) - blocks_D
         offset = (torch.arange(len(block_document)) - first_block_D[block_document]) * block_size
         block_start = document_start[block_document] + offset
@@ -146,8 +147,7 @@ class Layout:
         document_R, first_block_R = torch.full_like(run_start, -1), torch.full_like(run_start, -1)
         document_R[real], first_block_R[real] = torch.arange(len(blocks_D)), first_block_D
         document_of_row, start_of_row, block_of_row = (
-            torch.repeat_interleave(t, run_end - run_start, output_size=batch * tokens)
-            for t in (document_R, run_start, first_block_R)
+            repeat(t, run_end - run_start) for t in (document_R, run_start, first_block_R)
         )
         position_of_row = (torch.arange(batch * tokens) - start_of_row).masked_fill_(document_of_row < 0, 0)
         block_of_row += position_of_row // block_size

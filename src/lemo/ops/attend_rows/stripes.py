@@ -26,6 +26,7 @@ from lemo.ops.attend_rows.reference import Rows, Segments
 from lemo.ops.attend_rows.tiling import Work, like_rows, tilings
 from lemo.ops.attend_rows.vendor import Dense, Triple
 from lemo.ops.backend import HostCopy, send_all
+from lemo.ops.host import search
 
 
 @dataclass
@@ -143,7 +144,8 @@ def plan_rows(queries: Rows, keys: Rows, cut: Cut | None = None) -> PlannedRows:
     for q_start, q_length, k_start, k_length in zip(*work.segments, strict=True):
         positions = rising.position_N[q_start : q_start + q_length].contiguous()
         among = keys.position_N[k_start : k_start + k_length].contiguous()
-        ends_N[q_start : q_start + q_length] = k_start + torch.searchsorted(among, positions, right=True)
+        find = search if among.device.type == "cpu" else torch.searchsorted
+        ends_N[q_start : q_start + q_length] = k_start + find(among, positions, right=True)
     marks = Marks(cut or Cut(), ends_N.device, len(keys.position_N), work.segments, HostCopy(ends_N))
     return PlannedRows(queries.starts, queries.lengths, queries.position_N, queries.valid_N, marks)
 

@@ -100,6 +100,8 @@ def _both_calls(context: BatchContext, selection: Selection, kind: _Kind) -> tup
         return planned, planned
     shipment = layout.once("shipment", lambda: Shipment(layout))
     shipment.know(selection)
+    if kind.ends:
+        shipment.know(Selection(None, loss_rows(layout)))
     return planned, shipment.send(planned)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, is_dataclass
+from collections.abc import Iterable
+from dataclasses import is_dataclass
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -54,7 +55,7 @@ class Shipment:
         self._sent.setdefault(id(original), (original, became))
 
     def _collect(self, value: Any, left: dict[int, Tensor]) -> None:
-        if id(value) in self._sent:
+        if not _may_move(value) or id(value) in self._sent:
             return
         if isinstance(value, Tensor):
             left[id(value)] = value
@@ -63,14 +64,12 @@ class Shipment:
                 self._collect(part, left)
 
     def _moved(self, value: Any) -> Any:
-        if not isinstance(value, tuple | Tensor) and not is_dataclass(value):
+        if not _may_move(value):
             return value
         if id(value) in self._sent:
             return self._sent[id(value)][1]
         if isinstance(value, tuple):
             moved = tuple(self._moved(item) for item in value)
-            # What holds nothing to move is what it was.
-            moved = value if all(a is b for a, b in zip(moved, value, strict=True)) else moved
         elif hasattr(value, "sent"):
             moved = value.sent(self.device, self._moved)
         else:
@@ -80,10 +79,15 @@ class Shipment:
         return moved
 
 
-def _parts(value: Any) -> tuple[Any, ...]:
+def _may_move(value: Any) -> bool:
+    """Whether an object may hold tensors for the device: starts and lengths of documents do not."""
+    if isinstance(value, tuple):
+        return bool(value) and not isinstance(value[0], int)
+    return isinstance(value, Tensor) or is_dataclass(value)
+
+
+def _parts(value: Any) -> Iterable[Any]:
     """What of an object goes to the device with it."""
     if isinstance(value, tuple):
         return value
-    if hasattr(value, "sent_parts"):
-        return value.sent_parts
-    return tuple(getattr(value, field.name) for field in fields(value)) if is_dataclass(value) else ()
+    return value.sent_parts if hasattr(value, "sent_parts") else vars(value).values()
