@@ -13,6 +13,7 @@ import lemo.runtime.fused.engine as engine_module
 from lemo.core.layout import Layout
 from lemo.core.plan import LayerPlan, Plan
 from lemo.ops import plan_local, plan_rows
+from lemo.ops.attend_rows import far
 from lemo.ops.attend_rows.cuts import Cut
 from lemo.ops.attend_rows.reference import Segments
 from lemo.ops.backend import send_all
@@ -184,6 +185,16 @@ def test_training_on_sent_rows_changes_nothing(kind, local, monkeypatch):
     loss, grads, _ = run(model, plan, dict(inputs), "fused")
     assert shipments and torch.equal(loss, expected[0]) and grads.keys() == expected[1].keys()
     assert all(torch.equal(grads[name], expected[1][name]) for name in grads)
+
+
+def test_far_keys_are_drawn_without_the_device(monkeypatch):
+    """Where queries of a stripe begin is known on the host, too, and is the same."""
+    monkeypatch.setattr(far, "FAR_STRIPE", BLOCK)
+    plan, inputs = plan_of((1.0, 0.5), gradient="keys", far_share=0.4), inputs_of("packed", False)
+    here, there = (calls_of(plan, inputs, device) for device in (torch.device("cpu"), META))
+    for (_, _, one), (_, _, other) in zip(here, there, strict=True):
+        assert other.queries.position_N.is_meta and one.far.read() == other.far.read()
+        assert same(one.far.drawn, other.far.drawn)
 
 
 def test_rows_that_only_a_device_knows_are_planned_there():

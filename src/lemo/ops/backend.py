@@ -153,11 +153,13 @@ _ALIGNMENT_BYTES = 256  # of each tensor in a joint copy: no kernel can tell it 
 
 def send_all(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     """Tensors of the host on a device, as `send` does, in one copy; they share their memory there."""
+    if not tensors:
+        return []
     starts, end = [], 0
     for tensor in tensors:
         starts.append(end)
         end += -(-tensor.numel() * tensor.itemsize // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
-    packed = torch.empty(end, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    packed = torch.empty(max(end, 1), dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
     views = [_typed(packed, start, tensor) for start, tensor in zip(starts, tensors, strict=True)]
     for view, tensor in zip(views, tensors, strict=True):
         view.copy_(tensor)

@@ -135,7 +135,7 @@ class PartedRows:
         """The rows that pass gradient, far ones before local ones, as the fused engine takes them."""
         order_n = torch.cat([self.far_n, self.near_n])
         valid_N = None if rows.valid_N is None else rows.valid_N[order_n]
-        return replace(rows, rows_N=rows.rows_N[order_n], valid_N=valid_N)
+        return replace(rows, rows_N=rows.rows_N[order_n], valid_N=valid_N, twin=None)
 
     def cut(self, tensor: Tensor, dim: int) -> tuple[Tensor, Tensor]:
         """Far and local ones of rows in the order of `far_first`: views."""
