@@ -143,18 +143,10 @@ class Layout:
         block_start = document_start[block_document] + offset
         block_length = torch.minimum(document_length[block_document] - offset, torch.tensor(block_size))
 
-        # Of each run of rows, padding or not: its document and that one's first block.
-        document_R, first_block_R = torch.full_like(run_start, -1), torch.full_like(run_start, -1)
-        document_R[real], first_block_R[real] = torch.arange(len(blocks_D)), first_block_D
-        document_of_row, start_of_row, block_of_row = (
-            repeat(t, run_end - run_start) for t in (document_R, run_start, first_block_R)
-        )
-        position_of_row = (torch.arange(batch * tokens) - start_of_row).masked_fill_(document_of_row < 0, 0)
-        block_of_row += position_of_row // block_size
-
+        of_row = _of_rows(run_start, run_end, real, first_block_D, block_size)
+        document_of_row, position_of_row, block_of_row = of_row
         # Sent before the host waits for the batch's own flags.
-        on_host = document_of_row, position_of_row, block_of_row
-        on_device = on_host if device.type == "cpu" else send_all(on_host, device)
+        on_device = of_row if device.type == "cpu" else send_all(of_row, device)
         supervised, supervised_row, local = _supervised(supervised_BT, local_BT, block_of_row, len(block_document))
         guards = torch.zeros_like(supervised)
         guards[first_block_D] = guards[first_block_D + blocks_D - 1] = True
@@ -175,16 +167,25 @@ class Layout:
             supervised_row_S=supervised_row,
             local_K=local,
         )
-        if device.type == "cpu":
-            return host
-        document_of_row, position_of_row, block_of_row = on_device
-        return replace(
-            host,
-            document_of_row_N=document_of_row,
-            position_of_row_N=position_of_row,
-            block_of_row_N=block_of_row,
-            twin=host,
-        )
+        return host if device.type == "cpu" else replace(host, **dict(zip(_OF_ROW, on_device, strict=True)), twin=host)
+
+
+_OF_ROW = ("document_of_row_N", "position_of_row_N", "block_of_row_N")
+
+
+def _of_rows(
+    run_start: Tensor, run_end: Tensor, real: Tensor, first_block_D: Tensor, block_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Document, position and block of every row, from the runs of rows of which those that are `real` are documents."""
+    # Of each run, padding or not: its document and that one's first block.
+    document_R, first_block_R = torch.full_like(run_start, -1), torch.full_like(run_start, -1)
+    document_R[real], first_block_R[real] = torch.arange(len(first_block_D)), first_block_D
+    document_of_row, start_of_row, block_of_row = (
+        repeat(t, run_end - run_start) for t in (document_R, run_start, first_block_R)
+    )
+    position_of_row = (torch.arange(len(start_of_row)) - start_of_row).masked_fill_(document_of_row < 0, 0)
+    block_of_row += position_of_row // block_size
+    return document_of_row, position_of_row, block_of_row
 
 
 def _supervised(
