@@ -73,7 +73,7 @@ class Shipment:
         elif hasattr(value, "sent"):
             moved = value.sent(self.device, self._moved)
         else:
-            moved = type(value).__new__(type(value))
+            moved = object.__new__(type(value))
             moved.__dict__.update({name: self._moved(item) for name, item in vars(value).items()})
         self._know(value, moved)
         return moved
