@@ -50,7 +50,8 @@ def recall(scores_K: Tensor, target_K: Tensor, layout: Layout, share: float) -> 
 def recall_row(scores_K: Tensor, target_K: Tensor, layout: Layout, layer: int, seed: int) -> dict[str, float]:
     """Recall and mass at every share, of the scores and beside them of random and position-only ranks; {} for none."""
     inputs = ScoreInputs(layout, layer=layer)
-    ranks = {"": scores_K, "random_": Random(seed).scores(inputs), "position_": Position().scores(inputs)}
+    random_K = Random(seed).scores(inputs).to(layout.device)
+    ranks = {"": scores_K, "random_": random_K, "position_": Position().scores(inputs)}
     row: dict[str, float] = {}
     for prefix, ranked_K in ranks.items():
         for share in SHARES:

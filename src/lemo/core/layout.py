@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from lemo.errors import ConfigError
-from lemo.ops.backend import send
+from lemo.ops.backend import send_all
+from lemo.ops.host import repeat
 from lemo.ops.select_rows.op import expand_runs
 
 T = TypeVar("T")
@@ -43,6 +44,7 @@ class Layout:
         block_of_row_N: (B·T,) int64 on the device; -1 for padding.
         supervised_row_S: (S,) int64 ascending flat rows that carry loss, on the CPU.
         local_K: supervised blocks whose supervised rows all attend locally; None where there is no such block.
+        twin: the same with its per-row tensors on the CPU, where the batch is on another device.
     """
 
     batch: int
@@ -60,6 +62,7 @@ class Layout:
     block_of_row_N: Tensor
     supervised_row_S: Tensor
     local_K: Tensor | None = None
+    twin: Layout | None = field(default=None, repr=False)
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """What `make` returns, made once per batch: every layer asks for the same host-side arithmetic and copies."""
@@ -72,6 +75,11 @@ class Layout:
     def device(self) -> torch.device:
         """Device of the batch."""
         return self.document_of_row_N.device
+
+    @property
+    def on_host(self) -> Layout | None:
+        """The same with all tensors on the CPU; None where the host was not told."""
+        return self if self.document_of_row_N.device.type == "cpu" else self.twin
 
     @property
     def real_rows(self) -> int:
@@ -129,28 +137,20 @@ class Layout:
         document_start, document_length = run_start[real], (run_end - run_start)[real]
 
         blocks_D = (document_length + block_size - 1) // block_size
-        block_document = torch.repeat_interleave(torch.arange(len(blocks_D)), blocks_D)
+        block_document = repeat(torch.arange(len(blocks_D)), blocks_D)
         first_block_D = torch.cumsum(blocks_D, 0) - blocks_D
         offset = (torch.arange(len(block_document)) - first_block_D[block_document]) * block_size
         block_start = document_start[block_document] + offset
         block_length = torch.minimum(document_length[block_document] - offset, torch.tensor(block_size))
 
-        # Of each run of rows, padding or not: its document and that one's first block.
-        document_R, first_block_R = torch.full_like(run_start, -1), torch.full_like(run_start, -1)
-        document_R[real], first_block_R[real] = torch.arange(len(blocks_D)), first_block_D
-        document_of_row, start_of_row, block_of_row = (
-            torch.repeat_interleave(t, run_end - run_start, output_size=batch * tokens)
-            for t in (document_R, run_start, first_block_R)
-        )
-        position_of_row = (torch.arange(batch * tokens) - start_of_row).masked_fill_(document_of_row < 0, 0)
-        block_of_row += position_of_row // block_size
-
+        of_row = _of_rows(run_start, run_end, real, first_block_D, block_size)
+        document_of_row, position_of_row, block_of_row = of_row
         # Sent before the host waits for the batch's own flags.
-        of_row = [send(t, device) for t in (document_of_row, position_of_row, block_of_row)]
+        on_device = of_row if device.type == "cpu" else send_all(of_row, device)
         supervised, supervised_row, local = _supervised(supervised_BT, local_BT, block_of_row, len(block_document))
         guards = torch.zeros_like(supervised)
         guards[first_block_D] = guards[first_block_D + blocks_D - 1] = True
-        return cls(
+        host = cls(
             batch=batch,
             tokens=tokens,
             block_size=block_size,
@@ -161,12 +161,31 @@ class Layout:
             block_document_K=block_document,
             forced_K=supervised | guards,
             supervised_K=supervised,
-            document_of_row_N=of_row[0],
-            position_of_row_N=of_row[1],
-            block_of_row_N=of_row[2],
+            document_of_row_N=document_of_row,
+            position_of_row_N=position_of_row,
+            block_of_row_N=block_of_row,
             supervised_row_S=supervised_row,
             local_K=local,
         )
+        return host if device.type == "cpu" else replace(host, **dict(zip(_OF_ROW, on_device, strict=True)), twin=host)
+
+
+_OF_ROW = ("document_of_row_N", "position_of_row_N", "block_of_row_N")
+
+
+def _of_rows(
+    run_start: Tensor, run_end: Tensor, real: Tensor, first_block_D: Tensor, block_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Document, position and block of every row, from the runs of rows of which those that are `real` are documents."""
+    # Of each run, padding or not: its document and that one's first block.
+    document_R, first_block_R = torch.full_like(run_start, -1), torch.full_like(run_start, -1)
+    document_R[real], first_block_R[real] = torch.arange(len(first_block_D)), first_block_D
+    document_of_row, start_of_row, block_of_row = (
+        repeat(t, run_end - run_start) for t in (document_R, run_start, first_block_R)
+    )
+    position_of_row = (torch.arange(len(start_of_row)) - start_of_row).masked_fill_(document_of_row < 0, 0)
+    block_of_row += position_of_row // block_size
+    return document_of_row, position_of_row, block_of_row
 
 
 def _supervised(

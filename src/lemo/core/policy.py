@@ -11,7 +11,6 @@ from lemo.core.layout import Layout
 from lemo.core.selection import RowSet, Selection
 from lemo.errors import ConfigError
 from lemo.ops import rank_blocks, select_rows
-from lemo.ops.backend import send
 from lemo.ops.select_rows.reference import BlockTable
 
 POLICIES = ("topk", "threshold")
@@ -116,9 +115,8 @@ def _row_set(layout: Layout, rank_K: Tensor, share: tuple[float, int, str], keep
     if everything and keep_K is None:
         return None
     selected = select_rows(rank_K, budget_D, block_table(layout), keep_K=keep_K)
-    tensors = selected.rows_N, selected.skipped_S, selected.valid_N
-    rows_N, skipped_S, valid_N = (send(t, layout.device) if t is not None and t.is_cpu else t for t in tensors)
-    return RowSet(rows_N, selected.segment_lengths, skipped_S, valid_N)
+    rows = RowSet(selected.rows_N, selected.segment_lengths, selected.skipped_S, selected.valid_N)
+    return rows.on(layout.device) if rows.rows_N.is_cpu else rows
 
 
 def block_table(layout: Layout) -> BlockTable:

@@ -79,7 +79,7 @@ class Random:
     seed: int = 0
 
     def scores(self, inputs: ScoreInputs) -> Tensor:
-        """(K,) fp32. Drawn on the host, so no device is asked."""
+        """(K,) fp32 on the host, where they are drawn and rows can be found: no device is asked."""
         layout = inputs.layout
         keys_D = layout.document_length_D if inputs.document_keys_D is None else inputs.document_keys_D
         blocks_D = torch.bincount(layout.block_document_K, minlength=len(keys_D))
@@ -88,7 +88,7 @@ class Random:
         state = _mix(torch.tensor([self.seed * 1_000_003 + inputs.layer * 8191 + inputs.step * 131_071]))
         state = _mix(state + keys_D.to("cpu", torch.int64))[layout.block_document_K]
         bits = _mix(_mix(state) + place_K) & ((1 << 24) - 1)
-        return to_device(bits.float() / (1 << 24), layout.device)
+        return bits.float() / (1 << 24)
 
 
 @dataclass(frozen=True)

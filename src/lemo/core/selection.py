@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
+
+from lemo.ops.backend import send_all
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,12 +23,27 @@ class RowSet:
         segment_lengths: rows of each document in `rows_N`, in document order; host integers that add up to capacity.
         skipped_S: (real rows - capacity,) int64 ascending flat rows that are in no document's entries.
         valid_N: (capacity,) bool on the device, or None when every entry is chosen.
+        twin: the same rows with tensors on the CPU, where the host knows them and the batch is on another device.
     """
 
     rows_N: Tensor
     segment_lengths: tuple[int, ...]
     skipped_S: Tensor
     valid_N: Tensor | None = None
+    twin: RowSet | None = field(default=None, repr=False)
+
+    @property
+    def on_host(self) -> RowSet | None:
+        """The same rows on the CPU; None where only the device knows them."""
+        return self if self.rows_N.device.type == "cpu" else self.twin
+
+    def on(self, device: torch.device) -> RowSet:
+        """Rows of the host with their tensors on a device, in one copy."""
+        if device.type == "cpu":
+            return self
+        tensors = [t for t in (self.rows_N, self.skipped_S, self.valid_N) if t is not None]
+        rows_N, skipped_S, *valid = send_all(tensors, device)
+        return RowSet(rows_N, self.segment_lengths, skipped_S, valid[0] if valid else None, self)
 
     @property
     def capacity(self) -> int:
@@ -57,6 +75,16 @@ class Selection:
 
     forward: RowSet | None
     backward: RowSet | None
+
+    @property
+    def on_host(self) -> Selection | None:
+        """The same rows on the CPU; None where only the device knows some of them."""
+        same = self.forward is self.backward
+        forward = None if self.forward is None else self.forward.on_host
+        backward = forward if same or self.backward is None else self.backward.on_host
+        if (forward is None) != (self.forward is None) or (backward is None) != (self.backward is None):
+            return None
+        return Selection(forward, backward)
 
     @property
     def is_dense(self) -> bool:

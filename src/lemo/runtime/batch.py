@@ -104,7 +104,7 @@ class BatchContext:
             )
         if selection.backward is None and parts_rows(self.plan, self.layout, index):
             # Not the layer's dense call: all rows pass gradient, but some of them attend locally.
-            everything = self.layout.once("all rows, with gradient", lambda: replace(all_rows(self.layout)))
+            everything = self.layout.once("all rows, with gradient", lambda: _once_more(all_rows(self.layout)))
             selection = Selection(selection.forward, everything)
         return selection
 
@@ -115,7 +115,7 @@ class BatchContext:
             return None
         with torch.no_grad():
             if layer.mlp_predictor is None or self.plan.scorer != "predictor":
-                scores_K = Random(self.plan.seed + 1).scores(self._score_inputs(index, x_NM))
+                scores_K = Random(self.plan.seed + 1).scores(self._score_inputs(index, x_NM)).to(self.layout.device)
             else:
                 scores_K = layer.mlp_predictor.scores(x_NM, self.layout)
             kept_K = torch.zeros(len(scores_K), dtype=torch.bool, device=scores_K.device)
@@ -132,12 +132,18 @@ class BatchContext:
         return ScoreInputs(self.layout, x_NM=x_NM, layer=index, step=self.step, document_keys_D=keys_D)
 
 
+def _once_more(rows: RowSet) -> RowSet:
+    """The same rows as another object, here and on the host: the set of those that pass gradient."""
+    return replace(rows, twin=None if rows.twin is None else replace(rows.twin))
+
+
 def document_keys(layout: Layout, input_ids_BT: Tensor | None) -> Tensor | None:
     """(D,) int64 numbers made of the documents' own tokens, so that a document is drawn alike wherever it is packed."""
     if input_ids_BT is None:
         return None
     tokens_N = input_ids_BT.detach().reshape(-1).cpu()
-    document_N, position_N = layout.document_of_row_N.cpu(), layout.position_of_row_N.cpu()
+    host = layout.on_host or layout
+    document_N, position_N = host.document_of_row_N.cpu(), host.position_of_row_N.cpu()
     real = document_N >= 0
     mixed = (tokens_N[real] + 1) * (2 * position_N[real] + 1) * 2_654_435_761
     return torch.zeros(len(layout.document_start_D), dtype=torch.int64).index_add_(0, document_N[real], mixed)

@@ -18,6 +18,7 @@ from lemo.ops import attend_local, plan_local, write_rows_
 from lemo.ops.attend_local.plan import LocalRows
 from lemo.ops.attend_rows.reference import Rows
 from lemo.ops.backend import send
+from lemo.ops.host import repeat, search
 from lemo.runtime.rows import ContextRows, PartedRows, RowRange, WideRows
 
 
@@ -125,7 +126,10 @@ def part_rows(
 
 def loss_rows(layout: Layout) -> RowSet:
     """The rows that carry loss, and no other row of their blocks."""
-    return layout.once("loss rows", lambda: _row_set(layout, layout.supervised_row_S))
+    host = layout.on_host
+    if host is None or host is layout:
+        return layout.once("loss rows", lambda: _row_set(layout, layout.supervised_row_S))
+    return layout.once("loss rows", lambda: loss_rows(host).on(layout.device))
 
 
 def _local_rows(layout: Layout, loss_only: bool) -> tuple[RowSet, Tensor]:
@@ -134,11 +138,11 @@ def _local_rows(layout: Layout, loss_only: bool) -> tuple[RowSet, Tensor]:
     def make() -> tuple[RowSet, Tensor]:
         if loss_only:
             loss_S = layout.supervised_row_S
-            rows_S = loss_S[layout.local_K[torch.bucketize(loss_S, layout.block_start_K, right=True) - 1]]
+            rows_S = loss_S[layout.local_K[search(layout.block_start_K, loss_S, right=True) - 1]]
         else:
             rows_S = layout.rows_of(layout.local_K)
         found = _row_set(layout, rows_S)
-        starts_S = layout.document_start_D.repeat_interleave(torch.tensor(found.segment_lengths))
+        starts_S = repeat(layout.document_start_D, torch.tensor(found.segment_lengths))
         return found, rows_S - starts_S
 
     return layout.once(("local loss rows", loss_only), make)
@@ -146,7 +150,7 @@ def _local_rows(layout: Layout, loss_only: bool) -> tuple[RowSet, Tensor]:
 
 def _row_set(layout: Layout, rows_S: Tensor) -> RowSet:
     """Ascending flat rows of documents, from the host."""
-    document_S = torch.bucketize(rows_S, layout.document_start_D, right=True) - 1
+    document_S = search(layout.document_start_D, rows_S, right=True) - 1
     lengths = torch.bincount(document_S, minlength=len(layout.document_start_D))
     rows_N = send(rows_S, layout.device)
     return RowSet(rows_N, tuple(lengths.tolist()), rows_N[:0])

@@ -32,8 +32,10 @@ def far_keys(context: BatchContext, index: int, queries: Rows, keys: Rows) -> Fa
         keys: those of the keys.
     """
     share, layout, stripe = context.plan.far_share, context.layout, far.FAR_STRIPE
+    if share == 1:
+        return None
     lengths = tuple(layout.document_length_D.tolist())
-    if share == 1 or not len(queries.position_N) or all(length <= 2 * stripe for length in lengths):
+    if not len(queries.position_N) or all(length <= 2 * stripe for length in lengths):
         return None
     documents = lengths if context.document_keys_D is None else context.document_keys_D.tolist()
     drawn = []

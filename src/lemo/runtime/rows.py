@@ -135,7 +135,7 @@ class PartedRows:
         """The rows that pass gradient, far ones before local ones, as the fused engine takes them."""
         order_n = torch.cat([self.far_n, self.near_n])
         valid_N = None if rows.valid_N is None else rows.valid_N[order_n]
-        return replace(rows, rows_N=rows.rows_N[order_n], valid_N=valid_N)
+        return replace(rows, rows_N=rows.rows_N[order_n], valid_N=valid_N, twin=None)
 
     def cut(self, tensor: Tensor, dim: int) -> tuple[Tensor, Tensor]:
         """Far and local ones of rows in the order of `far_first`: views."""
@@ -307,6 +307,8 @@ def all_rows(layout: Layout) -> RowSet:
 
 
 def _all_rows(layout: Layout) -> RowSet:
+    if layout.on_host is not None and layout.on_host is not layout:
+        return all_rows(layout.on_host).on(layout.device)
     count = layout.real_rows
     rows_N = torch.argsort((layout.document_of_row_N < 0).to(torch.uint8), stable=True)[:count]
     return RowSet(rows_N, tuple(layout.document_length_D.tolist()), rows_N[:0])

@@ -12,6 +12,7 @@ from torch import Tensor
 from lemo.ops.attend_local.pieces import Near, Rectangle, Runs, Sinks, far_sinks, find_runs, near_keys, rectangles
 from lemo.ops.attend_rows.reference import Rows, documents
 from lemo.ops.attend_rows.stripes import ordered
+from lemo.ops.backend import send
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class LocalRows:
         window: keys farther back than this are not seen; None for no window.
         whole: every row of every document is a query and a key.
         position_on_host_N: (N,) int64 positions of the queries on the CPU, where every row of every document is a key.
+        planned: the same rows on the host, where these were sent from; None where only the device knows them.
     """
 
     queries: Rows
@@ -35,6 +37,7 @@ class LocalRows:
     window: int | None = None
     whole: bool = False
     position_on_host_N: Tensor | None = field(default=None, repr=False, compare=False)
+    planned: LocalRows | None = field(default=None, repr=False, compare=False)
     _made: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -44,9 +47,21 @@ class LocalRows:
         The sink is empty where the near keys hold it. Ends are right for kernels, where rows that are not valid come
         after all others.
         """
-        if "seen" not in self._made:
-            self._made["seen"] = _bounds(self)
-        return self._made["seen"]
+        return self._once("seen", self._find_seen)
+
+    def _find_seen(self) -> Tensor:
+        if self.planned is None:
+            return _bounds(self)
+        return send(self.planned.seen_4N, self.queries.position_N.device)
+
+    @property
+    def sent_parts(self) -> tuple[Rows, Rows]:
+        """What goes to the device with these rows; positions on the host stay there."""
+        return self.queries, self.keys
+
+    def sent(self, device: torch.device, move: Callable[[Any], Any]) -> LocalRows:
+        """The same rows where `move` puts their queries and keys."""
+        return replace(self, queries=move(self.queries), keys=move(self.keys), planned=self, _made={})
 
     def near(self, chunks: int) -> Near:
         """Keys of the own chunk and, if `chunks` is 2, of the one before, as kernels take them. Made once."""
@@ -84,7 +99,8 @@ class LocalRows:
         if window == self.window:
             return self
         if window not in self._made:
-            self._made[window] = replace(self, window=window, _made={})
+            planned = None if self.planned is None else self.planned.windowed(window)
+            self._made[window] = replace(self, window=window, planned=planned, _made={})
         return self._made[window]
 
     @property
@@ -137,18 +153,21 @@ def plan_local(
 def _bounds(local: LocalRows) -> Tensor:
     rising = ordered(local.queries)
     among = rising if local.keys is local.queries else ordered(local.keys)
+    # Then the place of a key in its document is its position.
+    complete = local.whole or local.position_on_host_N is not None
     seen = torch.zeros(4, len(rising.position_N), dtype=torch.int32, device=rising.position_N.device)
     for q_start, q_length, k_start, k_length in documents(rising, among):
         position = rising.position_N[q_start : q_start + q_length]
         keys = among.position_N[k_start : k_start + k_length].contiguous()
         if q_length and k_length:
             # Rows that are not valid come after all keys: they get what the last key sees, not nothing (NaN).
-            position = torch.minimum(position, keys[-1])
+            position = position.clamp(max=k_length - 1) if complete else torch.minimum(position, keys[-1])
         chunk = position // local.chunk
         oldest = torch.zeros_like(position) if local.window is None else (position - local.window + 1).clamp_(min=0)
         near = torch.maximum((chunk - 1).clamp_(min=0) * local.chunk, oldest)
         sink_end = ((chunk >= 2) * local.sink).clamp_(min=oldest)
         # The first key that is not before a position: also the end of those before it.
-        places = torch.searchsorted(keys, torch.stack([near, position + 1, oldest, sink_end]), out_int32=True)
+        places = torch.stack([near, position + 1, oldest, sink_end])
+        places = places.clamp_(max=k_length) if complete else torch.searchsorted(keys, places, out_int32=True)
         seen[:, q_start : q_start + q_length] = places + k_start
     return seen

@@ -94,9 +94,10 @@ def forward_near(
     """
     from lemo.ops.attend_local.kernel import put_merged
 
-    output = like_rows(query, False)
-    lse = torch.zeros(query.shape[:2], dtype=torch.float32, device=query.device)
     chunk = local.chunk
+    covered = sum(length // chunk * chunk for length in local.keys.lengths) == query.shape[1]
+    output = like_rows(query, covered)
+    lse = (query.new_empty if covered else query.new_zeros)(query.shape[:2], dtype=torch.float32)
     sides = zip(local.queries.starts, local.keys.starts, local.keys.lengths, strict=True)
     for q_start, k_start, length in sides:
         full = length // chunk * chunk

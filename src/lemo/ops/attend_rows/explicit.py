@@ -56,7 +56,7 @@ def attend_forward(
 
     Cost:
         4·D·H FLOPs per pair that is seen. No host synchronisation outside the reference, but by vendor kernels on all
-        keys: the host waits until the device has come past `plan_rows`.
+        keys of rows that the host does not know: it waits until the device has come past `plan_rows`.
 
     Numerics:
         scores, softmax and sums in fp32 (fp64 for fp64 input). On all keys `vendor` rounds the output once more, where

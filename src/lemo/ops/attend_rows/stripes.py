@@ -6,15 +6,17 @@ output and log-sum-exp our kernel goes on with the rest. Backward, keys are cut 
 stripe see all of it: a rectangle again, to whose gradients our kernel adds the rest. Both passes of a vendor's kernel
 are exact when given the output and log-sum-exp of the whole row.
 
-Where rectangles end depends on which rows were kept, and that only the device knows. `Marks` holds what every query
-sees on the device, and copies it to the host without waiting; `rectangles` waits for the copy. Whoever calls
-`plan_rows` right after the selection and works on (projections, say) before attending gives the copy the time it needs.
+Where rectangles end depends on which rows were kept. Rows whose positions lie on the host are planned there: nothing
+waits. What queries see of which only the device knows the positions is found there, and copied to the host without
+waiting: `Marks.staircase` waits for the copy. Whoever calls `plan_rows` right after the selection and works on
+(projections, say) before attending gives the copy the time it needs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +25,8 @@ from lemo.ops.attend_rows.cuts import Cut, Rectangles, cut_document
 from lemo.ops.attend_rows.reference import Rows, Segments
 from lemo.ops.attend_rows.tiling import Work, like_rows, tilings
 from lemo.ops.attend_rows.vendor import Dense, Triple
-from lemo.ops.backend import HostCopy, send
+from lemo.ops.backend import HostCopy, send_all
+from lemo.ops.host import search
 
 
 @dataclass
@@ -32,27 +35,38 @@ class Marks:
 
     Attributes:
         cut: how queries and keys are cut.
-        ends_N: (N,) int32 first key that a query does not see.
+        device: where attention runs.
         keys: rows of the keys' tensors.
         segments: starts and lengths of the documents of queries, then of keys.
     """
 
     cut: Cut
-    ends_N: Tensor
+    device: torch.device
     keys: int
     segments: tuple[tuple[int, ...], ...]
-    _copy: HostCopy = field(repr=False)
+    _ends: HostCopy = field(repr=False)  # (N,) int32 first key that a query does not see
     _made: dict[int, Staircase] = field(default_factory=dict, repr=False)
 
     def staircase(self, tile: int) -> Staircase:
         """Rectangles and what they leave; waits, the first time, until the device has come past `plan_rows`.
 
+        Does not wait where positions were on the host.
+
         Args:
             tile: queries of a kernel's tile.
         """
         if tile not in self._made:
-            self._made[tile] = _staircase(self, self._copy.read(), tile)
+            self._made[tile] = _staircase(self, self._ends.read(), tile)
         return self._made[tile]
+
+    @property
+    def sent_parts(self) -> tuple[()]:
+        """No tensor goes to the device before the rectangles are asked for."""
+        return ()
+
+    def sent(self, device: torch.device, move: Callable[[Any], Any]) -> Marks:
+        """The same for rows that went to another device."""
+        return Marks(self.cut, device, self.keys, self.segments, self._ends)
 
 
 @dataclass(frozen=True)
@@ -63,24 +77,28 @@ class Staircase:
         documents: slices of queries and keys, and rectangles, of each document that has any.
         forward_2N: int32, first key that a query's rectangle does not hold, and its end.
         backward_2N: the same of the rectangles of stripes.
-        first_K: int32, first query of the rectangle of each key's stripe.
+        seeing_2K: int32, first query that sees each key, and first query of the rectangle of its stripe.
     """
 
     documents: tuple[tuple[slice, slice, Rectangles], ...]
     forward_2N: Tensor
     backward_2N: Tensor
-    first_K: Tensor
+    seeing_2K: Tensor
 
 
 def _staircase(marks: Marks, ends_N: Tensor, tile: int) -> Staircase:
     forward_N, backward_N = torch.zeros_like(ends_N), torch.zeros_like(ends_N)
-    first_K = torch.zeros(marks.keys, dtype=torch.int32)
+    seeing_K, first_K = torch.zeros(2, marks.keys, dtype=torch.int32)
     documents = []
     for q_start, q_length, k_start, k_length in zip(*marks.segments, strict=True):
+        seeing_K[k_start : k_start + k_length] = q_start
         if not q_length or not k_length:
             continue
         queries, keys = slice(q_start, q_start + q_length), slice(k_start, k_start + k_length)
-        found = cut_document(ends_N[queries] - k_start, k_length, marks.cut, tile)
+        seen_N = ends_N[queries] - k_start
+        found = cut_document(seen_N, k_length, marks.cut, tile)
+        # Queries that see no farther than a key's place do not see it: they are those before the first that does.
+        seeing_K[keys] += torch.bincount(seen_N, minlength=k_length)[:k_length].cumsum(0)
         for begin, end, depth in found.chunks:
             forward_N[q_start + begin : q_start + end] = k_start + depth
         backward_N[queries] = k_start
@@ -88,10 +106,8 @@ def _staircase(marks: Marks, ends_N: Tensor, tile: int) -> Staircase:
             backward_N[q_start + first : queries.stop] = k_start + end
             first_K[k_start + begin : k_start + end] = q_start + first
         documents.append((queries, keys, found))
-    device = marks.ends_N.device
-    seen = send(torch.stack([forward_N, backward_N]), device)
-    sides = (torch.stack([floor_N, marks.ends_N]) for floor_N in seen)
-    return Staircase(tuple(documents), *sides, send(first_K, device))
+    sides = (forward_N, ends_N), (backward_N, ends_N), (seeing_K, first_K)
+    return Staircase(tuple(documents), *send_all([torch.stack(side) for side in sides], marks.device))
 
 
 @dataclass(frozen=True)
@@ -120,7 +136,7 @@ def plan_rows(queries: Rows, keys: Rows, cut: Cut | None = None) -> PlannedRows:
         keys: documents and positions of all key rows; all valid.
         cut: how queries and keys are cut; the measured default when None.
 
-    *Cost*: a bisection per query, and a copy of one number per query. No waiting.
+    *Cost*: a bisection per query, and where they lie on a device a copy of one number per query. No waiting.
     """
     rising = ordered(queries)
     work = Work.between(rising, keys)
@@ -128,8 +144,9 @@ def plan_rows(queries: Rows, keys: Rows, cut: Cut | None = None) -> PlannedRows:
     for q_start, q_length, k_start, k_length in zip(*work.segments, strict=True):
         positions = rising.position_N[q_start : q_start + q_length].contiguous()
         among = keys.position_N[k_start : k_start + k_length].contiguous()
-        ends_N[q_start : q_start + q_length] = k_start + torch.searchsorted(among, positions, right=True)
-    marks = Marks(cut or Cut(), ends_N, len(keys.position_N), work.segments, HostCopy(ends_N))
+        find = search if among.device.type == "cpu" else torch.searchsorted
+        ends_N[q_start : q_start + q_length] = k_start + find(among, positions, right=True)
+    marks = Marks(cut or Cut(), ends_N.device, len(keys.position_N), work.segments, HostCopy(ends_N))
     return PlannedRows(queries.starts, queries.lengths, queries.position_N, queries.valid_N, marks)
 
 
@@ -206,9 +223,8 @@ def backward(
     d_query, delta = kernel.backward_query(
         grad, query, key, value, (output, lse), work, scaling, None, seen=steps.backward_2N, start=sum_of_query
     )
-    seen = torch.stack([kernel.bounds(work.turned(), None, True)[0], steps.first_K])
     pair = kernel.backward_key(
-        grad, query, key, value, (lse, delta), work, scaling, None, True, seen=seen, start=(d_key, d_value)
+        grad, query, key, value, (lse, delta), work, scaling, None, True, seen=steps.seeing_2K, start=(d_key, d_value)
     )
     return d_query, *pair
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lemo.ops.backend import Backend, choose_backend, send
+from lemo.ops.host import repeat
 from lemo.ops.select_rows.reference import BlockTable, SelectedRows
 
 
@@ -164,7 +165,9 @@ def _first(mask_K: Tensor, count: int) -> Tensor:
 def expand_runs(start: Tensor, length: Tensor, total: int) -> Tensor:
     """Rows of consecutive runs, `total` of them: start[0], start[0]+1, ..., start[1], ... as int64."""
     shift = start - (torch.cumsum(length, 0) - length)
-    return torch.repeat_interleave(shift, length, output_size=total).add_(torch.arange(total, device=start.device))
+    on_host = start.device.type == "cpu"
+    rows = repeat(shift, length) if on_host else torch.repeat_interleave(shift, length, output_size=total)
+    return rows.add_(torch.arange(total, device=start.device))
 
 
 def _document_spans(table: BlockTable) -> tuple[Tensor, Tensor]:

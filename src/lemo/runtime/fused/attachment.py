@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -118,12 +119,12 @@ class FusedEngine:
         return frozenset(found)
 
     def factors(self, fused: frozenset[int]) -> AdapterFactors:
-        """For one forward: makes the factors of all adapters together, but for layers that keep shards of them."""
+        """For one forward: makes the factors of several layers at a time, but for layers that keep shards of them."""
 
-        def readable() -> list[LayerParts]:
+        def readable() -> Iterator[LayerParts]:
             layers = decoder_layers(self._handle.model)
             found = (layers[i].__dict__["_lemo_layer"].peek_parts(layers[i]) for i in sorted(fused))
-            return [parts for parts in found if parts is not None]
+            return (parts for parts in found if parts is not None)
 
         return AdapterFactors(readable)
 

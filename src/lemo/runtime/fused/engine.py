@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lemo.core.layout import Layout
+from lemo.core.plan import Plan
 from lemo.core.selection import RowSet, Selection
 from lemo.ops import plan_rows, writable
 from lemo.ops.attend_rows.reference import Rows
@@ -17,6 +18,7 @@ from lemo.runtime.batch import BatchContext
 from lemo.runtime.context import attends_locally, context_rows, loss_rows, part_rows, parts_rows
 from lemo.runtime.far import far_keys
 from lemo.runtime.fused.call import ExactRows, FusedCall
+from lemo.runtime.fused.shipment import Shipment
 from lemo.runtime.rows import MlpRows, PartedRows, RowRange, WideRows, all_rows, inverse
 
 
@@ -42,11 +44,11 @@ def make_call(
     # Rows without loss may go unread behind the last layer.
     ends = mlp is None and context.loss_rows_only and index == len(plan.layers) - 1
     kind = _Kind(ends, parts_rows(plan, context.layout, index), _has_vendor(x_BTM))
-    shared = context.once((selection, kind), lambda: _shared_call(context, selection, kind))
+    planned, shared = context.once((selection, kind), lambda: _both_calls(context, selection, kind))
     bypass = None if ends else plan.layers[index].bypass
     far = None
     if selection.forward is not selection.backward and plan.gradient != "pairs":
-        far = far_keys(context, index, _attending(shared), shared.keys)
+        far = far_keys(context, index, _attending(planned), planned.keys)
     tables = _rope(kwargs, x_BTM)
     return replace(
         shared,
@@ -55,6 +57,7 @@ def make_call(
         cosine_PR=tables[0],
         sine_PR=tables[1],
         in_place=context.in_place and writable(x_BTM, True),
+        offload=context.offload,
         far=far,
     )
 
@@ -74,13 +77,37 @@ class _Kind:
     plans: bool
 
     def planned(self, queries: RowRange, keys: RowRange) -> Rows:
-        """Queries of attention on all keys; the ends of its rectangles travel to the host while norm and maps run."""
+        """Queries of attention on all keys.
+
+        Of rows that only the device knows, the ends of rectangles travel to the host while norm and maps run.
+        """
         return plan_rows(queries, keys) if self.plans else queries
 
 
-def _shared_call(context: BatchContext, selection: Selection, kind: _Kind) -> FusedCall:
-    """The call of all layers with this selection, but for what `make_call` adds: planned, and waited for, once."""
-    layout, plan = context.layout, context.plan
+def _both_calls(context: BatchContext, selection: Selection, kind: _Kind) -> tuple[FusedCall, FusedCall]:
+    """The call of all layers with this selection, but for what `make_call` adds: where it was planned, and for them.
+
+    Rows that the host knows are planned there, and all that layers need of it goes to the device in one copy: the host
+    never waits for the device, which has no part in it. Rows that only the device knows are planned there.
+    """
+    layout, on_host = context.layout, context.layout.on_host
+    chosen = selection.on_host
+    if on_host is None or chosen is None:
+        call = _shared_call(context, layout, selection, kind)
+        return call, call
+    planned = _shared_call(context, on_host, chosen, kind)
+    if on_host is layout:
+        return planned, planned
+    shipment = layout.once("shipment", lambda: Shipment(layout))
+    shipment.know(selection)
+    if kind.ends:
+        shipment.know(Selection(None, loss_rows(layout)))
+    return planned, shipment.send(planned)
+
+
+def _shared_call(context: BatchContext, layout: Layout, selection: Selection, kind: _Kind) -> FusedCall:
+    """`layout` is the batch's, as the device or the host has it, like the rows of the selection."""
+    plan = context.plan
     runs, passes = selection.forward, selection.backward
     runs, passes = runs or _everything(layout), passes or _everything(layout)
     exact = None if selection.forward is selection.backward else passes
@@ -115,23 +142,27 @@ def _shared_call(context: BatchContext, selection: Selection, kind: _Kind) -> Fu
         valid_n=None if ran is None else ran.valid_N,
         skipped_s=None if runs is None or wanted is not None else runs.skipped_S,
         bypass=None,
-        exact=None if exact is None else _exact_rows(context, ran, exact, sides, kind, parted),
+        exact=None if exact is None else _exact_rows((plan, layout), ran, exact, sides, kind, parted),
         mlp=None,
         cosine_PR=None,
         sine_PR=None,
         recompute=context.recompute,
         in_place=False,
         adapters=context.adapters,
-        offload=context.offload,
         parted=parted,
     )
 
 
 def _exact_rows(
-    context: BatchContext, ran: RowSet | None, passes: RowSet, sides: tuple, kind: _Kind, parted: PartedRows | None
+    batch: tuple[Plan, Layout],
+    ran: RowSet | None,
+    passes: RowSet,
+    sides: tuple,
+    kind: _Kind,
+    parted: PartedRows | None,
 ) -> ExactRows:
     """`sides`: places in the frame and flat rows of it, who runs and who offers keys."""
-    layout, plan = context.layout, context.plan
+    plan, layout = batch
     places, frame_rows, queries, keys = sides
     size = layout.batch * layout.tokens
     if ran is passes:

@@ -1,8 +1,11 @@
-"""Adapter factors in the compute dtype, made once a forward with a handful of launches for all layers but the first."""
+"""Adapter factors in the compute dtype, made once a forward for more and more layers at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,14 +25,17 @@ class AdapterFactors:
     column: backward makes it again, and rows drop alike wherever they are computed.
     """
 
-    def __init__(self, readable: Callable[[], list[LayerParts]] = list) -> None:
+    def __init__(self, readable: Callable[[], Iterable[LayerParts]] = list) -> None:
         """Empty.
 
         Args:
-            readable: the parts of all layers that can be read before their call. Asked for when a second layer runs:
-                the host makes their factors while the device works on the first layer.
+            readable: the parts of all layers that can be read before their call, in the order of these. Asked for when
+                a second layer runs, and read as far as is needed: the first layer's factors are made alone, and then
+                for twice as many layers each time, while the device works on what it was given before.
         """
         self._readable = readable
+        self._left: Iterator[LayerParts] | None = None
+        self._share = 1
         self._bound: dict[int, tuple[LayerParts, LayerParts]] = {}
         self._seed: int | None = None
 
@@ -49,14 +55,20 @@ class AdapterFactors:
                 self._bound[id(parts)] = parts, parts
 
     def bind(self, parts: LayerParts, index: int) -> LayerParts:
-        """The parts of a layer with their factors: made for it alone if it is the first, else with all others."""
+        """The parts of a layer with their factors: made for it alone if it is the first, else with the next ones."""
         if id(parts) not in self._bound:
-            others: list[LayerParts] = []
-            if self._bound:
-                others, self._readable = self._readable(), list
-            self.prepare((parts, *(x for x in others if x is not parts and id(x) not in self._bound)))
+            self.prepare((parts, *self._next_others(parts)))
         bound = self._bound[id(parts)][1]
         return self._keyed(bound, index) if bound.drops else bound
+
+    def _next_others(self, parts: LayerParts) -> list[LayerParts]:
+        """Layers whose factors are made with those of `parts`: none at first, then 1, 3, 7, ..."""
+        if not self._bound:
+            return []
+        self._left = iter(self._readable()) if self._left is None else self._left
+        self._share *= 2
+        new = (x for x in self._left if x is not parts and id(x) not in self._bound)
+        return list(islice(new, self._share - 1))
 
     def _keyed(self, bound: LayerParts, index: int) -> LayerParts:
         if self._seed is None:
@@ -87,26 +99,44 @@ def dropout_key(seed: int, layer: int, projection: int) -> Key:
 @torch.no_grad()
 def _bind(groups: list[MapGroup]) -> list[MapGroup]:
     """The groups with their factors: first ones under each other in one tensor, second ones times their scale."""
-    firsts: list[Tensor] = []
-    seconds: list[Tensor] = []
-    sources: list[Tensor] = []
-    scales: list[float] = []
-    for group in groups:
-        weight = group.maps[0].weight_OI
-        adapted = [item for item in group.maps if item.a_RI is not None]
-        firsts.append(weight.new_empty(sum(group.ranks), weight.shape[1]))
-        sources += [item.a_RI for item in adapted]  # type: ignore[misc]
-        seconds += [weight.new_empty(item.b_OR.shape) for item in adapted]  # type: ignore[union-attr]
-        scales += [item.scale for item in adapted]
+    adapted = [[item for item in group.maps if item.a_RI is not None] for group in groups]
     if not groups:
         return []
-    rows = [part for g, first in zip(groups, firsts, strict=True) for part in first.split([r for r in g.ranks if r])]
-    seconds_of = [item.b_OR for g in groups for item in g.maps if item.a_RI is not None]
-    torch._foreach_copy_(rows, sources)
-    torch._foreach_copy_(seconds, torch._foreach_mul(seconds_of, scales))
+    weights = [group.maps[0].weight_OI for group in groups]
+    joint = _blank([(w, (sum(g.ranks), w.shape[1])) for g, w in zip(groups, weights, strict=True)])
+    seconds = _blank([(w, item.b_OR.shape) for w, items in zip(weights, adapted, strict=True) for item in items])
+    firsts: list[Tensor] = []
+    for items, whole in zip(adapted, joint, strict=True):
+        firsts += whole.split([item.a_RI.shape[0] for item in items]) if len(items) > 1 else [whole]
+    flat = [item for items in adapted for item in items]
+    torch._foreach_copy_(firsts, [item.a_RI for item in flat])
+    scales = [item.scale for item in flat]
+    # One factor for all takes fewer launches than a list.
+    scale = scales[0] if len(set(scales)) == 1 else scales
+    torch._foreach_copy_(seconds, torch._foreach_mul([item.b_OR for item in flat], scale))
     bound, left = [], iter(seconds)
-    for group, first in zip(groups, firsts, strict=True):
+    for group, first in zip(groups, joint, strict=True):
         of_map = [next(left) if rank else None for rank in group.ranks]
         cuts = ((of_map[part.number], part.cut) for part in group.parts)
         bound.append(group.bound(first, tuple(b if b is None or cut is None else b[cut] for b, cut in cuts)))
     return bound
+
+
+_ALIGNMENT_BYTES = 256  # no product can tell a factor from one in memory of its own
+
+
+def _blank(wanted: list[tuple[Tensor, tuple[int, ...]]]) -> list[Tensor]:
+    """Tensors of these sizes, like the one given with each, in one piece of memory for each dtype and device."""
+    numbers: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+    for number, (like, _) in enumerate(wanted):
+        numbers.setdefault((like.dtype, like.device), []).append(number)
+    made: list[Any] = [None] * len(wanted)
+    for chosen in numbers.values():
+        like = wanted[chosen[0]][0]
+        step = max(1, _ALIGNMENT_BYTES // like.itemsize)
+        sizes = [math.prod(wanted[number][1]) for number in chosen]
+        padded = [-(-size // step) * step for size in sizes]
+        pieces = like.new_empty(sum(padded)).split(padded)
+        for number, size, whole, piece in zip(chosen, sizes, padded, pieces, strict=True):
+            made[number] = (piece if size == whole else piece[:size]).view(wanted[number][1])
+    return made
