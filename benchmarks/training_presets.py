@@ -28,8 +28,9 @@ RECOMPUTE = {
 # The setting that the quality study recommends, by shape.
 _EXACT = "keep=0.12,forward=1.0,gradient=keys,scorer=recent,kv=all,dense=,share=0.12,local=0.25,span=1024,context=1024"
 DEFAULT = {"llama2-7b": _EXACT, "llama3-8b": _EXACT}
-# Inputs, keys and values of rows that only offer keys wait in host memory where a bar limits the memory.
-OFFLOADS = ("64k", "128k")
+# What is saved for rows that only offer keys waits in host memory where a bar limits the memory: their inputs and what
+# else is saved of them, or keys and values as well, which would be computed again.
+OFFLOADS = {"llama2-7b": {"8k": "1", "64k": "keys", "128k": "keys"}, "llama3-8b": {"64k": "keys", "128k": "keys"}}
 # FLOP/s that a step reaches, for estimates only.
 SPEED = {"liger": 500e12, "lemo_dense": 500e12, "lemo": 450e12}
 SPEED_ELSE, LAUNCH_S, START_S = 420e12, 0.06, 10.0
@@ -82,7 +83,8 @@ def lemo_method(use: str, shape: str, length: str) -> str:
     """The method of `k50`, `k30` or `default` at a length."""
     chosen = {"k50": "keep=0.5,kv=kept", "k30": "keep=0.3,kv=kept,share=0.3"}.get(use)
     if chosen is None:
-        chosen = DEFAULT[shape] + (",offload=keys" if length in OFFLOADS else "")
+        offload = OFFLOADS[shape].get(length)
+        chosen = DEFAULT[shape] + ("" if offload is None else f",offload={offload}")
     return f"lemo:{chosen},recompute={RECOMPUTE[use][length]}"
 
 
@@ -110,8 +112,8 @@ def _main_group(shape: str, length: str, lora: str) -> Group:
             comparisons.append(Comparison(dense, baselines, "time", "C.dense_parity"))
             methods = (*methods, dense)
         if length == "8k" and lora == "qkvo":
-            # Without the last layer's saving, and with what only keys need in host memory.
-            variants = (fixed["k50"] + ",last=all", default + ",offload=1")
+            # Without the last layer's saving, and the default with everything on the device.
+            variants = (fixed["k50"] + ",last=all", default.replace(",offload=1", ""))
             methods = (*methods, *variants)
             comparisons += [Comparison(variant, baselines, "time") for variant in variants]
     return _group(shape, length, lora, methods, comparisons)

@@ -209,7 +209,8 @@ def _loss_rows(data: DataFacts, shape: Shape, preset: Preset) -> list[Line]:
         ("share", preset.loss_share, "of the blocks are far loss rows, which attend to all rows; drawn anew each epoch")
     ]
     how = "in windows this short far ones, too" if _within(shape, preset) else "which attend within context_window"
-    lines.append(("local_share", preset.local_share, f"besides are local loss rows, {how}"))
+    about = f"besides are local loss rows, {how}" if preset.local_share else "no local loss rows: all see all"
+    lines.append(("local_share", preset.local_share, about))
     lines.append(("span", preset.span, "rows of a run of them, so that most of what they read carries loss too"))
     return lines
 
@@ -221,7 +222,8 @@ def _within(shape: Shape, preset: Preset) -> bool:
 
 def _sparsity(shape: Shape, preset: Preset) -> list[Line]:
     block = 64 if shape.window_tokens >= 2048 else 32 if shape.window_tokens >= 512 else 16
-    window = "rows of a chunk; rows without loss and local ones see theirs, the one before, the first block"
+    local = " and local ones" if preset.local_share else ""
+    window = f"rows of a chunk; rows without loss{local} see theirs, the one before, the first block"
     about = {
         "forward_ratio": "share of rows that run a layer",
         "backward_ratio": "share of rows that pass gradient; all rows with loss do",

@@ -41,7 +41,7 @@ class Preset:
 
 
 PRESETS: dict[str, Preset] = {
-    "quality": Preset("every row runs forward, six of ten carry loss, two of them attend to all rows", 0.2, 0.4, 2048),
+    "quality": Preset("every row runs forward, half of them carry loss and attend to all rows", 0.5, 0.0, 1024),
     "balanced": Preset(
         "every row runs forward, three of eight carry loss, one of them attends to all rows", 0.12, 0.25, 1024
     ),
