@@ -73,9 +73,11 @@ def test_every_preset_is_a_valid_recipe(model, preset, machine):
 
 
 def test_presets_are_ordered_by_what_they_skip():
-    for what in ("loss_share", "local_share", "context_window"):
-        found = [getattr(PRESETS[name], what) for name in ("quality", "balanced", "fast")]
+    presets = [PRESETS[name] for name in ("quality", "balanced", "fast")]
+    for found in ([p.loss_share for p in presets], [p.loss_share + p.local_share for p in presets]):
         assert found == sorted(found, reverse=True) and len(set(found)) == 3
+    windows = [p.context_window for p in presets]
+    assert windows == sorted(windows, reverse=True)
 
 
 @pytest.mark.parametrize(
