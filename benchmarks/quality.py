@@ -275,7 +275,7 @@ def shortened(cell: Cell, options: argparse.Namespace) -> Cell:
 
 def make_protocol(options: argparse.Namespace) -> Protocol:
     """The published protocol with what the command line changes."""
-    answers = options.grid == "instruct"
+    answers = options.grid.startswith("instruct")
     own = {"data": "answers", "domains": ("answers",), "validation_windows": 48} if answers else {}
     own |= {"window": WINDOWS[options.grid]} if options.grid in WINDOWS else {}
     names = ("window", "batch", "rank", "validation_windows", "calibration_windows", "predictor_steps", "dtype")

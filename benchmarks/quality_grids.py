@@ -119,8 +119,10 @@ GRIDS: dict[str, list[Cell]] = {
     "allocate": _cells(["skip_30_all_predictor", "allocated"], range(2), 100),
     "refit": _cells(["skip_30_all_predictor", "refit_10", "refit_50"], range(3)),
     "long": _cells(_MAIN, range(3)),
+    # Processes that share cells know no Records of each other: the sweep runs before, by itself.
+    "instruct_sweep": [Cell("instruct_dense", 0, STEPS, rate) for rate in RATES[1:]],
     "instruct": [
-        *(Cell("instruct_dense", 0, STEPS, rate) for rate in RATES),
+        *(Cell("instruct_dense", 0, STEPS, rate) for rate in RATES[1:]),
         *_cells(list(INSTRUCT)[:1], [0]),
         *_cells(list(INSTRUCT)[1:], range(3)),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import json
 from dataclasses import replace
@@ -268,6 +269,16 @@ def test_training_never_reads_calibration_windows_and_mixes_domains_equally(inpu
     }
     for (batch,) in study.training_batches(METHODS["dense_4k"], 0, 6):
         assert not any(row.numpy().tobytes() in whole for row in batch["input_ids"] for whole in kept)
+
+
+def test_sweep_of_answers_is_one_by_itself():
+    """Enough rates for a choice, the protocol of the grid that needs it, and its cells are that grid's own."""
+    found = [
+        quality.make_protocol(argparse.Namespace(grid=name, domains=None)) for name in ("instruct_sweep", "instruct")
+    ]
+    assert found[0] == found[1] and found[0].data == "answers"
+    sweep = GRIDS["instruct_sweep"]
+    assert set(sweep) <= set(GRIDS["instruct"]) and len({cell.learning_rate for cell in sweep}) == len(sweep) >= 3
 
 
 def test_presets_are_those_of_the_command_line():
