@@ -68,7 +68,7 @@ def run_turn(options: argparse.Namespace, count: int, folder: Path) -> dict[str,
     command = [sys.executable, "-m", *launch, "--worker", str(folder / name), *options.given]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise SystemExit(f"{count} processes failed:\n{done.stderr[-4000:]}")
+        raise SystemExit(f"{count} processes failed:\n{done.stderr[-12000:]}")
     result = json.loads((folder / f"{name}.json").read_text())
     lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "tokens_per_s" in line and "loss" in line]
