@@ -209,7 +209,7 @@ def _loss_rows(data: DataFacts, shape: Shape, preset: Preset) -> list[Line]:
         ("share", preset.loss_share, "of the blocks are far loss rows, which attend to all rows; drawn anew each epoch")
     ]
     how = "in windows this short far ones, too" if _within(shape, preset) else "which attend within context_window"
-    about = f"besides are local loss rows, {how}" if preset.local_share else "no local loss rows: all see all"
+    about = f"besides are local loss rows, {how}" if preset.local_share else "none besides that attend locally"
     lines.append(("local_share", preset.local_share, about))
     lines.append(("span", preset.span, "rows of a run of them, so that most of what they read carries loss too"))
     return lines

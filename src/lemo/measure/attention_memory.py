@@ -126,19 +126,16 @@ class AttentionMemory:
     def _stripes(self, work: Scope) -> None:
         """Of rows that see all keys: a rectangle for each stripe of keys, whose results are put where all are.
 
-        The gradients of keys are added to those of local rows. A rectangle's results are there until the next one's
-        are.
+        The gradients of keys are added to those of local rows.
         """
         rows, far, stripe = self.rows, self.rows.far, min(self.rows.stripe, self.rows.frame)
         work.add(sums=far * self.sizes.query * 4, pair=0 if rows.local else 2 * rows.frame * self.key)
         pair = 2 * stripe * self.key
-        rectangles = min(2, -(-rows.frame // stripe) - 1)  # no query lies behind the last stripe
-        if rectangles:
+        if rows.frame > stripe:  # no query lies behind the last stripe
             with self.ledger.scope(SPACE) as vendor:
-                vendor.add(parts=rectangles * (far * self.query + pair), space=self._space(far, stripe))
-            work.add(part=pair)
+                vendor.add(part=far * self.query + pair, space=self._space(far, stripe))
         work.add(grads=far * self.query, delta=far * self.sizes.shape.heads * 4)
-        work.drop("sums", "delta", "part")
+        work.drop("sums", "delta")
 
     def _local(self, work: Scope) -> None:
         """Of local rows: keys are gathered for every run of them, and the copies' gradients added up."""

@@ -220,6 +220,7 @@ def backward(
             d_query, *pair = dense.backward(*cut, False, scaling)
             sum_of_query[:, rows] += d_query
             _give((d_key, d_value), pair, part, start is not None)
+            del d_query, pair, cut  # before the next rectangle's
     d_query, delta = kernel.backward_query(
         grad, query, key, value, (output, lse), work, scaling, None, seen=steps.backward_2N, start=sum_of_query
     )
