@@ -8,7 +8,6 @@ Nothing on that page is typed by hand: run it again after measuring.
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.check_bars import BARS, Bar
+from benchmarks.peers.peer import parse_method
 from lemo.measure.record import Record, read_records
 from lemo.measure.statistics import value_of
 from lemo.report.method_names import name_method
@@ -210,51 +210,69 @@ def draw(scenes: dict[Scene, Methods], folder: Path) -> list[str]:
         for what, draw_one in (("length", _draw_lengths), ("phases", _draw_phases), ("held", _draw_held)):
             figure, axes = pyplot.subplots(1, 2 if what == "length" else 1, figsize=(11, 4.2), squeeze=False)
             if draw_one(list(axes[0]), methods):
-                figure.tight_layout()
+                rows = 0 if what != "length" else -(-len(axes[0][0].get_legend_handles_labels()[1]) // 2)
+                figure.tight_layout(rect=(0, 0.05 * rows, 1, 1))
                 made.append(f"performance-{_stem(scene)}-{what}.png")
                 figure.savefig(folder / made[-1], dpi=120, metadata={"Software": None})
             pyplot.close(figure)
     return made
 
 
-def _colours(methods: Methods) -> dict[str, str]:
-    """lemo in blues, the others in a fixed order of other colours."""
-    ours = [m for m in methods.found if m.startswith("lemo")]
-    others = [m for m in methods.found if not m.startswith("lemo")]
-    found = {method: _LEMO[i % len(_LEMO)] for i, method in enumerate(ours)}
-    return found | {method: _COLOURS[i % len(_COLOURS)] for i, method in enumerate(others)}
+# What follows the length, or is the stronger of two ways to run a tool: a line has the fastest.
+_FREE = ("recompute", "offload", "adapter")
+# Comparisons of lemo with itself.
+_APART = ("engine=generic", "last=all")
 
 
-def _draw_lengths(axes: list[Any], methods: Methods) -> bool:
-    """Time and peak memory against length, of methods that ran at two lengths or more.
+def _lines(methods: Methods) -> dict[str, dict[int, str]]:
+    """Lines of the figure: for each method, whatever it recomputed or took to the host, the fastest at each length.
 
-    What is recomputed follows the length, so a line takes the fastest level that a method ran at each length.
+    Those that ran at three lengths or more, where there are any, else at two.
     """
-    from matplotlib import ticker
-
-    colours, any_line = _colours(methods), False
-    levels: dict[str, dict[int, str]] = {}
+    found: dict[str, dict[int, str]] = {}
     for method in methods.found:
-        line = levels.setdefault(re.sub(r"[:,]recompute=\w+", "", method), {})
+        if any(text in method for text in _APART):
+            continue
+        line = found.setdefault(_without(method, _FREE), {})
         for tokens, seconds in methods.series(method, "step_time").items():
             if tokens not in line or seconds < methods.series(line[tokens], "step_time")[tokens]:
                 line[tokens] = method
-    for axis, what, label in ((axes[0], "step_time", "s a step"), (axes[1], "peak_memory", "peak GiB")):
-        for name, line in levels.items():
-            series = {tokens: methods.series(method, what)[tokens] for tokens, method in sorted(line.items())}
-            if len(series) > 1:
-                colour = colours[next(iter(line.values()))]
-                axis.plot(list(series), list(series.values()), marker="o", ms=3, color=colour, label=name_method(name))
-                any_line = True
-        axis.set(xlabel="tokens", ylabel=label, xscale="log", yscale="log" if what == "step_time" else "linear")
-        axis.set_xticks(methods.lengths(), [f"{tokens // 1024}K" for tokens in methods.lengths()], minor=False)
+    least = 3 if any(len(line) > 2 for line in found.values()) else 2
+    chosen = [dict(sorted(line.items())) for line in found.values() if len(line) >= least]
+    return {_without(line[max(line)], _FREE[:2]): line for line in chosen}
+
+
+def _without(method: str, names: tuple[str, ...]) -> str:
+    """The method but for some of its options."""
+    name, options = parse_method(method)
+    kept = ",".join(f"{key}={value}" for key, value in options.items() if key not in names)
+    return f"{name}:{kept}" if kept else name
+
+
+def _draw_lengths(axes: list[Any], methods: Methods) -> bool:
+    """Time and peak memory against length, of methods that ran at several lengths."""
+    from matplotlib import ticker
+
+    lines = _lines(methods)
+    lengths = sorted({tokens for line in lines.values() for tokens in line})
+    ours, others = iter(_LEMO), iter(_COLOURS)
+    for name, line in lines.items():
+        colour = next(ours if name.startswith("lemo") else others, "#9ca3af")
+        for axis, what in zip(axes, ("step_time", "peak_memory"), strict=True):
+            values = [methods.series(method, what)[tokens] for tokens, method in line.items()]
+            axis.plot(list(line), values, marker="o", ms=3, color=colour, label=name_method(name))
+    for axis, label in zip(axes, ("s a step", "peak GiB"), strict=True):
+        axis.set(xlabel="tokens", ylabel=label, xscale="log", yscale="log" if axis is axes[0] else "linear")
+        axis.set_xticks(lengths, [f"{tokens // 1024}K" for tokens in lengths], minor=False)
         axis.minorticks_off()
+    axes[1].set_ylim(bottom=0)
     axes[0].yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
     axes[0].yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
     axes[0].grid(axis="y", color="#e5e7eb", linewidth=0.6)
-    if any_line:
-        axes[0].legend(fontsize=6, frameon=False)
-    return any_line
+    if lines:
+        handles, labels = axes[0].get_legend_handles_labels()
+        axes[0].figure.legend(handles, labels, loc="lower center", ncols=2, fontsize=8, frameon=False)
+    return bool(lines)
 
 
 def _draw_phases(axes: list[Any], methods: Methods) -> bool:

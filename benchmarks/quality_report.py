@@ -245,6 +245,7 @@ def draw_pareto(group: Group, path: Path) -> bool:
         return False
     pyplot = _pyplot()
     figure, grid = pyplot.subplots(1, len(drawn), figsize=(5.4 * len(drawn), 4.2), layout="constrained", squeeze=False)
+    named: list[tuple[Any, str, float, float]] = []
     for axes, (title, points) in zip(grid[0], drawn.items(), strict=True):
         for method, gain, gap, error in points:
             beaten = any(g >= gain and y <= gap and m != method for m, g, y, _ in points)
@@ -252,16 +253,42 @@ def draw_pareto(group: Group, path: Path) -> bool:
             front = colour != "#d1d5db"
             axes.errorbar(gain, gap, yerr=error, fmt="o", color=colour, markersize=4, capsize=2, zorder=2 + front)
             if front:
-                name, place = method.replace("_", " "), (-4, 8) if method in _FAMILIES else (5, -7)
-                weight = "bold" if method in _FAMILIES else "normal"
-                style = {"textcoords": "offset points", "fontsize": 7, "fontweight": weight, "zorder": 4}
-                axes.annotate(name, (gain, gap), xytext=place, **style)
+                named.append((axes, method, gain, gap))
         axes.axhline(0, color="#6b7280", linewidth=0.8)
         axes.set(xlabel="ideal gain at 64K, Llama-3-8B shape", ylabel=title)
     figure.suptitle(f"{group.steps} steps, {group.protocol['window']:,} tokens", x=0.01, ha="left", fontsize=10)
+    _name_points(figure, named)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
     return True
+
+
+# Where a point's name may stand: points right and up from it, and which end of the text is there.
+_PLACES = ((6, -3, "left"), (-6, -3, "right"), (6, 6, "left"), (6, -12, "left"), (-6, 7, "right"), (-6, -12, "right"))
+_PLACES += ((6, 15, "left"), (6, -21, "left"), (-6, 16, "right"), (-6, -21, "right"))
+
+
+def _name_points(figure: Any, points: Sequence[tuple[Any, str, float, float]]) -> None:
+    """Names beside their points, presets first; one that would lie on another, on a point or outside is left out."""
+    from matplotlib.transforms import Bbox
+
+    figure.draw_without_rendering()
+    # Around each named point too.
+    taken = [
+        Bbox.from_extents(x - 6, y - 6, x + 6, y + 6) for x, y in (a.transData.transform(p) for a, _, *p in points)
+    ]
+    for axes, method, gain, gap in sorted(points, key=lambda point: point[1] not in _FAMILIES):
+        style = {"fontsize": 7, "fontweight": "bold" if method in _FAMILIES else "normal", "zorder": 4}
+        for right, up, end in _PLACES:
+            place = {"xytext": (right, up), "textcoords": "offset points", "ha": end, "annotation_clip": False}
+            text = axes.annotate(method.replace("_", " "), (gain, gap), **place, **style)
+            text.set_in_layout(False)
+            box = text.get_window_extent()
+            inside = axes.bbox.containsx(box.x0) and axes.bbox.containsx(box.x1)
+            if inside and not box.count_overlaps(taken):
+                taken.append(box)
+                break
+            text.remove()
 
 
 def draw_domains(group: Group, path: Path) -> bool:
@@ -282,8 +309,10 @@ def draw_domains(group: Group, path: Path) -> bool:
     axes.set_yticks(range(len(gaps)), [m.replace("_", " ") for m in gaps])
     axes.invert_yaxis()
     axes.axvline(0, color="#6b7280", linewidth=0.8)
-    axes.set_xscale("symlog", linthresh=0.05)
-    axes.set(xlabel="nats over dense LoRA on the same loss rows (linear up to 0.05)")
+    wide = max(max(map(abs, found.values())) for found in gaps.values()) > 0.05
+    if wide:
+        axes.set_xscale("symlog", linthresh=0.05)
+    axes.set(xlabel="nats over dense LoRA on the same loss rows" + (" (linear up to 0.05)" if wide else ""))
     axes.legend(frameon=False, fontsize=8, ncols=len(domains), loc="lower left", bbox_to_anchor=(0, 1))
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
