@@ -287,6 +287,8 @@ class FusedLayerMemory:
         rows, sizes, e = self.rows, self.sizes, self.e
         work.add(grad_output=rows.back * sizes.query * e)
         work.touch(2 * rows.back * sizes.adapter.output * e)
+        if rows.offers:
+            work.drop("grad")  # back into the stream's
         self.attention.backward(work)
         if sizes.head_norms:
             work.touch(rows.back * (sizes.query * e + sizes.shape.heads * self.wide))

@@ -133,3 +133,8 @@ class FusedCall:
             valid_n=exact.valid_n,
             recompute=self.keeps,
         )
+
+    def passing_alone(self) -> FusedCall:
+        """The call of exact forward as its rows that pass gradient alone see it."""
+        assert self.exact is not None
+        return replace(self, places_n=None, rows_n=self.exact.rows_n, frame_rows=self.exact.rows_n)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -234,9 +233,7 @@ class _Forward:
 
 def _add_update(parts: LayerParts, rows: Tensor, update: Tensor) -> Tensor:
     """rows + m·update, in the memory of the update: `rows` stay."""
-    if parts.multiplier != 1.0:
-        update.mul_(parts.multiplier)
-    return update.add_(rows)
+    return (update if parts.multiplier == 1.0 else update.mul_(parts.multiplier)).add_(rows)
 
 
 class _Backward:
@@ -264,8 +261,13 @@ class _Backward:
         heads, before, output, lse, middle = self._recompute()
         self._mlp(grad_nM, middle)
         del middle
-        grads = self._attention(grad_nM, heads, before, output, lse)
-        del heads, before, output, lse
+        grad_output = self._into_output(grad_nM, output)
+        if (own := self._among_keys) is not None and self._wants_frame():
+            # The stream's gradient holds these rows' until that of their keys comes.
+            write_rows_(self.grad, own, grad_nM)
+            grad_nM = self.grad
+        grads = self._attention(grad_output, heads, before, output, lse)
+        del grad_output, heads, before, output, lse
         # Made only now, or once more: all rows that offer keys, normed, would stand beside attention's gradients.
         normed = self._normed() if self.parts.inputs.needs_input(self.gradients) else None
         grad_normed = project_back(self.parts, self.call, grads, normed, self.gradients, self._wants_frame())
@@ -328,7 +330,7 @@ class _Backward:
                 else {n: saved[f"head_{n}"] for n in ("query", "key", "value")}
             )
             return heads, before, saved["output"], saved["lse"], saved["middle"]
-        compact = call if call.exact is None else _all_of(call)
+        compact = call if call.exact is None else call.passing_alone()
         heads, before = remake_heads(parts, compact, self._normed(), saved, rows)
         if level == "layer":
             output, lse = attend_passing(parts, heads, call)
@@ -341,12 +343,20 @@ class _Backward:
             middle = parts.output.add(output, ran, self.rows, parts.multiplier)
         return heads, before, output, lse, middle
 
-    def _attention(self, grad_nM: Tensor, heads: State, before: State, output: Tensor, lse: Tensor) -> State:
+    @property
+    def _among_keys(self) -> Tensor | None:
+        """The rows that run, all of them valid, where others of the frame offer keys and nothing else."""
+        return None if self.call.places_n is None or self.call.exact or self.valid is not None else self.rows
+
+    def _into_output(self, grad_nM: Tensor, output: Tensor) -> Tensor:
+        update = grad_nM if self.parts.multiplier == 1.0 else grad_nM * self.parts.multiplier
+        found = self.parts.output.backward(output, {0: update}, self.gradients, rows_N=self.rows)
+        assert found is not None
+        return found
+
+    def _attention(self, grad_output: Tensor, heads: State, before: State, output: Tensor, lse: Tensor) -> State:
         """Gradients of the projections to queries, keys and values."""
         parts, call = self.parts, self.call
-        update = grad_nM if parts.multiplier == 1.0 else grad_nM * parts.multiplier
-        grad_output = parts.output.backward(output, {0: update}, self.gradients, rows_N=self.rows)
-        assert grad_output is not None
         if call.exact is None:
             work = AttentionBackward(heads, call.queries, call.keys, far=call.far, parted=call.parted)
         elif call.exact.pairs:
@@ -370,10 +380,8 @@ class _Backward:
             )  # fmt: skip
             self._write_valid(grad_nM, found)
             return
-        if call.places_n is not None and call.exact is None:
+        if self._among_keys is not None:
             # Rows that only offered keys keep the gradient that the stream has for them, and get that of their keys.
-            assert call.rows_n is not None
-            write_rows_(self.grad, call.rows_n, grad_nM)
             residual = self.grad if call.frame_rows is None else self.grad.index_select(0, call.frame_rows)
             options = {"residual_nM": residual, "out_NM": self.grad, "out_rows_n": call.frame_rows}
         norm_backward(self.parts, 0, grad_normed, frame, statistics, self.gradients, **options)
@@ -390,9 +398,3 @@ class _Backward:
             self.grad.add_(found)
         else:
             write_rows_(self.grad, call.frame_rows, found, add=True)
-
-
-def _all_of(call: FusedCall) -> FusedCall:
-    """The call as its backward rows alone see it."""
-    assert call.exact is not None
-    return replace(call, places_n=None, rows_n=call.exact.rows_n, frame_rows=call.exact.rows_n)
