@@ -148,7 +148,8 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-_ALIGNMENT_BYTES = 256  # of each tensor in a joint copy: no kernel can tell it from one in memory of its own
+# Of tensors that share one piece of memory: no kernel can tell them from such as have memory of their own.
+ALIGNMENT_BYTES = 256
 
 
 def send_all(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
@@ -158,7 +159,7 @@ def send_all(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     starts, end = [], 0
     for tensor in tensors:
         starts.append(end)
-        end += -(-tensor.numel() * tensor.itemsize // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+        end += -(-tensor.numel() * tensor.itemsize // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
     packed = torch.empty(max(end, 1), dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
     views = [_typed(packed, start, tensor) for start, tensor in zip(starts, tensors, strict=True)]
     for view, tensor in zip(views, tensors, strict=True):

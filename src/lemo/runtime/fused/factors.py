@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lemo.ops.backend import ALIGNMENT_BYTES
 from lemo.ops.dropout_rows.reference import Key
 from lemo.runtime.fused.maps import MapGroup
 from lemo.runtime.fused.parts import LayerParts
@@ -122,9 +123,6 @@ def _bind(groups: list[MapGroup]) -> list[MapGroup]:
     return bound
 
 
-_ALIGNMENT_BYTES = 256  # no product can tell a factor from one in memory of its own
-
-
 def _blank(wanted: list[tuple[Tensor, tuple[int, ...]]]) -> list[Tensor]:
     """Tensors of these sizes, like the one given with each, in one piece of memory for each dtype and device."""
     numbers: dict[tuple[torch.dtype, torch.device], list[int]] = {}
@@ -133,7 +131,7 @@ def _blank(wanted: list[tuple[Tensor, tuple[int, ...]]]) -> list[Tensor]:
     made: list[Any] = [None] * len(wanted)
     for chosen in numbers.values():
         like = wanted[chosen[0]][0]
-        step = max(1, _ALIGNMENT_BYTES // like.itemsize)
+        step = max(1, ALIGNMENT_BYTES // like.itemsize)
         sizes = [math.prod(wanted[number][1]) for number in chosen]
         padded = [-(-size // step) * step for size in sizes]
         pieces = like.new_empty(sum(padded)).split(padded)

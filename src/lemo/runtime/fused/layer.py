@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lemo.errors import UnsupportedModelError
-from lemo.ops import bypass_rows_, bypass_rows_backward_, norm_rows, write_rows_
+from lemo.ops import bypass_rows_, bypass_rows_backward_, write_rows_
 from lemo.runtime.fused.attention import (
     AttentionBackward,
     State,
@@ -24,7 +24,7 @@ from lemo.runtime.fused.attention import (
 )
 from lemo.runtime.fused.call import FusedCall
 from lemo.runtime.fused.maps import Gradients
-from lemo.runtime.fused.mlp import mlp_backward, mlp_bypass, mlp_bypass_backward, norm_backward, run_mlp
+from lemo.runtime.fused.mlp import mlp_backward, mlp_bypass, mlp_bypass_backward, norm_backward, norm_forward, run_mlp
 from lemo.runtime.fused.offload import Parked
 from lemo.runtime.fused.parts import LayerParts
 from lemo.runtime.rows import MlpRows
@@ -105,16 +105,7 @@ class _Forward:
     def run(self) -> State:
         """Writes the layer's rows into the stream; returns what backward needs."""
         parts, call = self.parts, self.call
-        norm = parts.norms[0]
-        normed, frame, rstd, mean = norm_rows(
-            self.stream,
-            norm.weight_M,
-            bias_M=norm.bias_M,
-            rows_n=call.frame_rows,
-            eps=norm.eps,
-            kind=norm.kind,
-            keep_rows=True,
-        )
+        normed, frame, rstd, mean = norm_forward(parts, 0, self.stream, rows_n=call.frame_rows, keep_rows=True)
         state = make_heads(parts, call, normed)
         del normed
         before = state if parts.head_norms else {}
@@ -314,8 +305,7 @@ class _Backward:
 
     def _normed(self) -> Tensor:
         """The frame's rows behind the first norm."""
-        norm = self.parts.norms[0]
-        return norm_rows(self.saved["frame"], norm.weight_M, bias_M=norm.bias_M, eps=norm.eps, kind=norm.kind)[0]
+        return norm_forward(self.parts, 0, self.saved["frame"])[0]
 
     def _recompute(self) -> tuple[State, State, Tensor, Tensor, Tensor]:
         """Heads, their projections before head norms, attention's output, its lse, and middle rows."""
@@ -346,7 +336,8 @@ class _Backward:
     @property
     def _among_keys(self) -> Tensor | None:
         """The rows that run, all of them valid, where others of the frame offer keys and nothing else."""
-        return None if self.call.places_n is None or self.call.exact or self.valid is not None else self.rows
+        alone = self.call.places_n is None or self.call.exact is not None or self.valid is not None
+        return None if alone else self.rows
 
     def _into_output(self, grad_nM: Tensor, output: Tensor) -> Tensor:
         update = grad_nM if self.parts.multiplier == 1.0 else grad_nM * self.parts.multiplier

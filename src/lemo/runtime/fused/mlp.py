@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,8 +102,7 @@ def _wide(
     parts: LayerParts, middle_nM: Tensor, rows_n: Tensor | None
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor | None]:
     """Maps into the MLP, and the normed rows, 1/rms and means that they were made from."""
-    norm = parts.norms[1]
-    normed, _, rstd, mean = norm_rows(middle_nM, norm.weight_M, bias_M=norm.bias_M, eps=norm.eps, kind=norm.kind)
+    normed, _, rstd, mean = norm_forward(parts, 1, middle_nM)
     return parts.gates.forward(normed, tuple(range(len(parts.gates.parts))), rows_n), normed, rstd, mean
 
 
@@ -138,10 +138,9 @@ def _chunk_backward(
     gradients: Gradients,
     rows_n: Tensor | None,
 ) -> None:
-    norm = parts.norms[1]
     if saved:
         wide = list(saved.values())
-        normed, _, rstd, mean = norm_rows(middle_nM, norm.weight_M, bias_M=norm.bias_M, eps=norm.eps, kind=norm.kind)
+        normed, _, rstd, mean = norm_forward(parts, 1, middle_nM)
     else:
         wide, normed, rstd, mean = _wide(parts, middle_nM, rows_n)
     update = grad_nM if parts.multiplier == 1.0 else grad_nM * parts.multiplier
@@ -158,6 +157,14 @@ def _chunk_backward(
     grad_normed = parts.gates.backward(normed, grads, gradients, rows_N=rows_n)
     assert grad_normed is not None
     norm_backward(parts, 1, grad_normed, middle_nM, (rstd, mean), gradients, residual_nM=grad_nM, out_NM=grad_nM)
+
+
+def norm_forward(
+    parts: LayerParts, which: int, rows_nM: Tensor, **options: Any
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """One of the layer's two norms; `options` are those of `norm_rows`."""
+    norm = parts.norms[which]
+    return norm_rows(rows_nM, norm.weight_M, bias_M=norm.bias_M, eps=norm.eps, kind=norm.kind, **options)
 
 
 def norm_backward(
@@ -194,8 +201,7 @@ def mlp_bypass(parts: LayerParts, rows_sM: Tensor, mlp: MlpRows) -> Tensor | Non
     """Update, with the layer's multiplier, of rows that skip an MLP with rows of its own; None for none."""
     if mlp.down_MR is None or mlp.up_RM is None:
         return None
-    norm = parts.norms[1]
-    normed = norm_rows(rows_sM, norm.weight_M, bias_M=norm.bias_M, eps=norm.eps, kind=norm.kind)[0]
+    normed = norm_forward(parts, 1, rows_sM)[0]
     return Bypass(mlp.down_MR, mlp.up_RM).update(normed).mul_(parts.multiplier)
 
 
@@ -204,8 +210,7 @@ def mlp_bypass_backward(
 ) -> Tensor:
     """Gradient of the rows before the MLP from that behind it, for rows that skip it."""
     assert mlp.down_MR is not None and mlp.up_RM is not None
-    norm = parts.norms[1]
-    normed, _, rstd, mean = norm_rows(rows_sM, norm.weight_M, bias_M=norm.bias_M, eps=norm.eps, kind=norm.kind)
+    normed, _, rstd, mean = norm_forward(parts, 1, rows_sM)
     with torch.enable_grad():
         leaf = normed.requires_grad_()
         update = Bypass(mlp.down_MR, mlp.up_RM).update(leaf)
