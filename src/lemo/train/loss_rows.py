@@ -16,6 +16,7 @@ from lemo.config import IN_RUNS
 from lemo.core.layout import Layout
 from lemo.errors import ConfigError, LabelsError
 from lemo.runtime.batch import LOCAL_ROWS, RunDense, read_layout
+from lemo.train.far_rows import block_scores, choose_far
 
 _LOG = logging.getLogger("lemo")
 IGNORE = -100
@@ -52,6 +53,8 @@ class LossRows:
     which attend as rows without gradient do under a plan's `context_window`. The batch then has `local_rows` (B, T),
     True for the rows of these blocks, and the attached model takes it from there. Which other rows are drawn does not
     depend on it. Documents with masked rows before learned ones, as where only answers are learned, have no local rows.
+    With `repeats_beyond` the same rows carry loss, but which of them are far is not left to chance: see
+    `lemo.train.far_rows`.
 
     During evaluation all labels count: `LemoTrainer` sees to it; with a plain Trainer pass this object to
     `LemoCallback`.
@@ -69,6 +72,7 @@ class LossRows:
         reweight: bool = False,
         block_losses: Callable[[Any], Tensor] | None = None,
         local_share: float = 0.0,
+        repeats_beyond: int | None = None,
     ) -> None:
         """Wraps a collator.
 
@@ -86,6 +90,8 @@ class LossRows:
             reweight: weigh rows so that the loss estimates that of all rows without bias.
             block_losses: loss of each block of a sample, (blocks,), for `hardest`; `train.block_losses.BlockLosses`.
             local_share: share of blocks that carry loss and attend locally, besides `share`.
+            repeats_beyond: the plan's `context_window`: far are then, of all drawn runs, those with the most rows that
+                repeat what is only to be found beyond it. None leaves far those that were drawn first.
 
         Raises:
             ConfigError: a value is out of range, `hardest` without losses, `tail` with weights, a span with either, or
@@ -106,6 +112,9 @@ class LossRows:
         if span is not None and placement not in IN_RUNS:
             raise ConfigError(f"span of loss rows goes with placement random or spread, not with {placement!r}")
         check_local_share(local_share, share, placement, reweight)
+        if repeats_beyond is not None and (isinstance(repeats_beyond, bool) or repeats_beyond < 1):
+            raise ConfigError(f"repeats_beyond is a window of one row or more, or None; got {repeats_beyond!r}")
+        self.repeats_beyond = repeats_beyond
         self.collator = collator
         self.span_blocks = 1 if span is None else span // block_size
         self.share, self.local_share = float(share), float(local_share)
@@ -176,7 +185,7 @@ class LossRows:
         sequence_K = layout.block_start_K // tokens
         drawn_K = torch.zeros(len(layout.block_start_K), dtype=torch.bool)
         local_K, plain_K = drawn_K.clone(), self._plain_blocks(layout)
-        weight_K = torch.ones(len(drawn_K))
+        weight_K, score_K = torch.ones(len(drawn_K)), self._repeats(batch, layout)
         for b in range(rows):
             mine = candidates[sequence_K[candidates] == b]
             # A padding-free batch is one sequence of several samples: its draw depends on all of their names.
@@ -191,7 +200,14 @@ class LossRows:
             drawn_K[mine[chosen]] = True
             weight_K[mine] = (1 / chance).float()
             # Drawn after the others, which are then those that would be drawn without a local share.
-            local_K[self._choose_local(mine[~drawn_K[mine] & plain_K[mine]], len(mine), len(chosen), generator)] = True
+            local = self._choose_local(mine[~drawn_K[mine] & plain_K[mine]], len(mine), len(chosen), generator)
+            local_K[local] = True
+            if score_K is not None and len(local):
+                both = torch.cat([mine[chosen], local]).sort().values
+                both = both[plain_K[both]]
+                far = choose_far(both, score_K, int(drawn_K[both].sum()), self.span_blocks, generator)
+                drawn_K[both], local_K[both] = False, True
+                drawn_K[both[far]], local_K[both[far]] = True, False
         block_of_row = layout.block_of_row_N.cpu()
 
         def by_row(value_K: Tensor) -> Tensor:
@@ -200,6 +216,14 @@ class LossRows:
         supervised_BT = supervised_BT & (block_of_row >= 0).reshape(rows, tokens).to(supervised_BT.device)
         local_BT = by_row(local_K) & supervised_BT
         return by_row(drawn_K | local_K) & supervised_BT, by_row(weight_K), local_BT
+
+    def _repeats(self, batch: Any, layout: Layout) -> Tensor | None:
+        """(K,) score by which far blocks are chosen among drawn ones; None where they are those drawn first."""
+        if self.repeats_beyond is None or not self.local_share or not self.marks_local:
+            return None
+        if "input_ids" not in batch:
+            raise LabelsError("LossRows(repeats_beyond=...) got a batch without input_ids: far rows are found in them")
+        return block_scores(batch["input_ids"].reshape(-1), layout, self.repeats_beyond)
 
     def _plain_blocks(self, layout: Layout) -> Tensor:
         """(K,) bool: blocks of documents without a masked row before a learned one."""
