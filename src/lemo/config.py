@@ -83,6 +83,8 @@ class LossRowsConfig:
         local_share: share of blocks that carry loss besides, but attend and pass gradient only within
             `sparsity.context_window`, as rows without loss do; with placement `random` or `spread`. None for 0.25 where
             a recipe allows local loss rows, and 0 where it does not: see `RunConfig.local_share`.
+        far: which of the drawn rows attend to all keys, where others are local: those that `repeats` call for, the
+            runs with the most rows whose last tokens occurred before, but only beyond the local view; or `random` ones.
         placement: how blocks are drawn; `hardest` takes those of the highest loss under the base model.
         span: rows of a run of drawn blocks under placement `random` and `spread`; None draws single blocks, as `tail`
             and `hardest` always do.
@@ -91,6 +93,7 @@ class LossRowsConfig:
 
     share: float = 0.12
     local_share: float | None = None
+    far: Literal["repeats", "random"] = "repeats"
     placement: Literal["random", "spread", "tail", "hardest"] = "random"
     span: int | None = 1024
     reweight: bool = False

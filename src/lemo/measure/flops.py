@@ -96,6 +96,8 @@ class LayerWork:
         far_share: share of the far keys that attention's backward reads, where backward rows are fewer.
         local_ratio: share of rows that pass gradient besides, but see the keys of `context_window` only, in both
             directions.
+        far_place: mean place in the sequence, 0 to 1, of the rows of `backward_ratio` under a `context_window`: a row
+            reads the keys before it. 0.5 for rows spread evenly.
         local_forward: `all` if these rows see all keys in forward, as `Plan.local_forward` has it.
         remakes_keys: levels `lin` and `layer` make keys and values of rows that offer nothing else again, too; not
             where they are constants, or wait in host memory.
@@ -113,6 +115,7 @@ class LayerWork:
     block_size: int = 64
     far_share: float = 1.0
     local_ratio: float = 0.0
+    far_place: float = 0.5
     local_forward: Literal["near", "all"] = "near"
     remakes_keys: bool = False
 
@@ -133,6 +136,8 @@ class LayerWork:
             )
         if self.local_ratio and self.context_window is None:
             raise ConfigError("local_ratio needs a context_window, within which such rows attend")
+        if not 0 < self.far_place < 1:
+            raise ConfigError(f"far_place is a mean place in (0, 1), got {self.far_place}")
         if self.local_forward not in ("near", "all"):
             raise ConfigError(f"local_forward must be near or all, got {self.local_forward!r}")
         if self.recompute not in RECOMPUTE_LEVELS:
@@ -147,6 +152,16 @@ class LayerWork:
     def wide_ratio(self) -> float:
         """Share of rows that see all keys in forward, where the others see those of the window."""
         return self.passing_ratio if self.local_forward == "all" else self.backward_ratio
+
+    @property
+    def far_keys(self) -> float:
+        """Keys that a row of `backward_ratio` reads on average, over those of a row at an even place."""
+        return 1.0 if self.context_window is None else 2.0 * self.far_place
+
+    @property
+    def wide_keys(self) -> float:
+        """The same of the rows of `wide_ratio`; far and local rows together are spread evenly."""
+        return 1.0 if self.local_forward == "all" else self.far_keys
 
 
 @dataclass(frozen=True)
@@ -193,7 +208,7 @@ def forward_attention_flops(shape: DecoderShape, tokens: int, work: LayerWork) -
     key_share = 1.0 if work.kv == "all" else work.forward_ratio
     if work.context_window is None:
         return attention_flops(shape, tokens, work.forward_ratio, key_share)
-    far = attention_flops(shape, tokens, work.wide_ratio, key_share)
+    far = work.wide_keys * attention_flops(shape, tokens, work.wide_ratio, key_share)
     return far + local_attention_flops(shape, tokens, work, work.forward_ratio - work.wide_ratio)
 
 
@@ -202,6 +217,7 @@ def backward_attention_flops(shape: DecoderShape, tokens: int, work: LayerWork) 
     pairs = work.gradient == "pairs" and work.backward_ratio < work.forward_ratio
     key_share = 1.0 if work.kv == "all" else work.forward_ratio
     far = attention_flops(shape, tokens, work.backward_ratio, work.backward_ratio if pairs else key_share)
+    far *= work.far_keys
     local = local_attention_flops(shape, tokens, work, work.local_ratio)
     return ATTENTION_BACKWARD * (read_in_backward(tokens, work) * far + local)
 
@@ -211,7 +227,7 @@ def again_attention_flops(shape: DecoderShape, tokens: int, work: LayerWork) -> 
     if work.recompute != "layer":
         return 0.0
     key_share = 1.0 if work.kv == "all" else work.forward_ratio
-    far = attention_flops(shape, tokens, work.wide_ratio, key_share)
+    far = work.wide_keys * attention_flops(shape, tokens, work.wide_ratio, key_share)
     return far + local_attention_flops(shape, tokens, work, work.passing_ratio - work.wide_ratio)
 
 

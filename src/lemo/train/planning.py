@@ -161,13 +161,14 @@ def calibration_batches(run: RunConfig, tokenizer: Any, model: Any) -> list[dict
 _READ = ("input_ids", "attention_mask", "position_ids")
 
 
-def training_collator(run: RunConfig, tokenizer: Any, model: Any = None) -> Any:
+def training_collator(run: RunConfig, tokenizer: Any, model: Any = None, plan: Plan | None = None) -> Any:
     """The collator of a run. Loss rows are drawn on plain text only: answers always count.
 
     Args:
         run: the recipe.
         tokenizer: for the token that pads; None for pre-tokenised data.
         model: tells how hard blocks are, for `loss_rows.placement: hardest`; its adapter, if any, is left out.
+        plan: that the run trains under, where its `context_window` may be another than the recipe's.
 
     Raises:
         ConfigError: `hardest` without a model.
@@ -180,6 +181,7 @@ def training_collator(run: RunConfig, tokenizer: Any, model: Any = None) -> Any:
     losses = None
     if rows.placement == "hardest" and model is not None:
         losses = BlockLosses(model, collator, run.sparsity.block_size)
+    window = run.context_window if plan is None else plan.context_window
     drawn = LossRows(
         collator,
         rows.share,
@@ -190,6 +192,7 @@ def training_collator(run: RunConfig, tokenizer: Any, model: Any = None) -> Any:
         reweight=rows.reweight,
         block_losses=losses,
         local_share=run.local_share,
+        repeats_beyond=window if rows.far == "repeats" and run.local_share else None,
     )
     drawn.marks_local = run.sparsity.enabled
     return drawn

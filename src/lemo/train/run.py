@@ -202,7 +202,7 @@ class _Session:
             args=self.arguments,
             train_dataset=self.dataset,
             eval_dataset=self.validation,
-            data_collator=training_collator(self.run, self.tokenizer, model),
+            data_collator=training_collator(self.run, self.tokenizer, model, handle.plan),
             callbacks=[
                 self.saver,
                 *stopping(self.run),
@@ -293,7 +293,8 @@ class _Session:
             how = "" if short else f" and {does} within chunks of {window}"
             more = f", {local:.0%} more carry loss{how}" if local else ""
             where = self.run.loss_rows.placement
-            lines.append(f"of these rows, {share:.0%} of blocks carry loss{more}, placement {where}")
+            by = f", far ones by {self.run.loss_rows.far}" if local else ""
+            lines.append(f"of these rows, {share:.0%} of blocks carry loss{more}, placement {where}{by}")
         self._say(f"{title}: " + "\n  ".join(lines))
 
 
