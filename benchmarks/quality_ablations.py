@@ -94,10 +94,12 @@ ABLATIONS = {
         )
         for far, near in ((0.12, 0.25), (0.06, 0.3), (0.08, 0.3), (0.04, 0.33))
     },
-    "far_by_repeats": replace(
-        exact("the default, far those drawn rows that repeat what is beyond the window", 0.12, context_window=1024),
+    "far_drawn": replace(
+        exact("the default, far rows drawn at random", 0.12, context_window=1024),
         local_share=0.25,
-        far="repeats",
+    ),
+    "fast_far_drawn": replace(
+        exact("preset fast, far rows drawn at random", 0.04, context_window=512), local_share=0.15
     ),
     "rows_far_12_30": exact(
         "30 % of rows, keys of other rows constant, an eighth of the far keys", 0.3, far_share=0.125, gradient="rows"

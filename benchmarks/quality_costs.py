@@ -14,6 +14,15 @@ LLAMA_3_8B = DecoderShape(32, 4096, 14336, 32, 8, 128, 128256)
 LLAMA_2_7B = DecoderShape(32, 4096, 11008, 32, 32, 128, 32000)
 
 
+# Mean place of the far rows that repeats choose, mean of the five domains: benchmarks/far_rows.py.
+FAR_PLACES = {16384: 0.629, 65536: 0.513}
+
+
+def far_place(method: Method, tokens: int) -> float:
+    """Mean place of a method's far rows in windows of so many tokens."""
+    return 0.5 if method.far == "drawn" else FAR_PLACES[min(FAR_PLACES, key=lambda known: abs(known - tokens))]
+
+
 def at_least(spec: PlanSpec, share: float) -> PlanSpec:
     """The spec with ratios of all rows, as keeping a share of forced rows leaves them."""
     if spec.ratio_of == "context":
@@ -81,6 +90,7 @@ def method_flops(method: Method, shape: DecoderShape, window: int, lora_rank: in
     found = []
     for progress in rises:
         work = sparse_work(spec, lora_rank, progress=progress, local_share=local)
+        work = replace(work, far_place=far_place(method, window))
         works = [dense] * len(spec.dense_layers) + [work] * skipping
         found.append(step_flops(shape, window, works, share))
     predictor = 2.0 * shape.width * shape.heads * window * skipping if spec.scorer == "predictor" else 0.0
@@ -120,6 +130,7 @@ def gain_at_64k(method: Method, recompute: str = "lin") -> dict[str, float]:
     loss_share = method.loss_share + method.local_share
     local = method.local_share if method.marks_local else 0.0
     work = sparse_work(at_least(method.plan, loss_share), 16, recompute, local_share=local)
+    work = replace(work, far_place=far_place(method, 65536))
     shapes = {"llama-3-8b": LLAMA_3_8B, "llama-2-7b": LLAMA_2_7B}
     return {name: _full_gain(shape, work, len(method.plan.dense_layers), method) for name, shape in shapes.items()}
 

@@ -117,7 +117,7 @@ GRIDS: dict[str, list[Cell]] = {
     "break_point": _cells(["dense_rows_10", *THRESHOLDS], range(2), 100),
     "loss_rows": _cells(["far_12", "blocks", "spread_runs", "hardest_weighted"], range(2)),
     "allocate": _cells(["skip_30_all_predictor", "allocated"], range(2), 100),
-    "far": _cells(["far_by_repeats"], range(5)),
+    "far": _cells(["far_drawn", "balanced"], range(5)),
     "refit": _cells(["skip_30_all_predictor", "refit_10", "refit_50"], range(3)),
     "long": _cells(_MAIN, range(3)),
     # Processes that share cells know no Records of each other: the sweep runs before, by itself.

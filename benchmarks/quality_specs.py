@@ -133,6 +133,11 @@ class Method:
         """Whether the method tells local loss rows from far ones."""
         return self.plan is not None and self.plan.context_window is not None
 
+    @property
+    def repeats_beyond(self) -> int | None:
+        """The window beyond which repeats make a drawn row far; None where far rows are those drawn first."""
+        return self.plan.context_window if self.plan is not None and self.far == "repeats" else None
+
     def set_share(self, collator: Any, progress: float) -> None:
         """Share of loss rows at a progress of 0 to 1, where it moves."""
         if self.rising_share is not None:

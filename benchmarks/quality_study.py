@@ -210,8 +210,7 @@ class QualityStudy:
         if method.placement == "hardest":
             losses = self._block_losses.setdefault(size, BlockLosses(self.model(), plain, size))
         further = {name: getattr(method, name) for name in ("span", "reweight", "local_share")}
-        if method.far == "repeats" and method.plan is not None:
-            further["repeats_beyond"] = method.plan.context_window
+        further["repeats_beyond"] = method.repeats_beyond
         drawn = LossRows(plain, method.loss_share, method.placement, seed, size, block_losses=losses, **further)
         drawn.marks_local = method.marks_local
         return drawn

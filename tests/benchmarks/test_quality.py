@@ -127,7 +127,7 @@ def test_local_rows_that_see_all_cost_their_forward():
 
 
 def test_far_rows_are_drawn_as_without_local_ones(inputs: Path):
-    study, (far_only, both) = _study(inputs), (METHODS[n] for n in ("window_1024", "balanced"))
+    study, (far_only, both) = _study(inputs), (METHODS[n] for n in ("window_1024", "far_drawn"))
     pairs = zip(*(study.training_batches(m, 3, 3) for m in (far_only, both)), strict=True)
     for (before,), (after,) in pairs:
         local = torch.nn.functional.pad(after["local_rows"][:, :-1], (1, 0))  # of rows, to their labels
@@ -135,6 +135,16 @@ def test_far_rows_are_drawn_as_without_local_ones(inputs: Path):
         assert "local_rows" not in before
     for (_, batch, few), (_, _, more) in zip(*(study.validation(m) for m in (far_only, both)), strict=True):
         assert more.sum() > few.sum() and not (few & ~more).any() and "local_rows" not in batch
+
+
+def test_far_rows_by_repeats_leave_which_rows_carry_loss(inputs: Path):
+    study = _study(inputs)
+    kinds = [study.training_batches(METHODS[n], 3, 3) for n in ("far_drawn", "balanced", "dense_rows_balanced")]
+    for (drawn,), (chosen,), (dense,) in zip(*kinds, strict=True):
+        assert torch.equal(drawn["labels"], chosen["labels"]) and torch.equal(drawn["labels"], dense["labels"])
+        assert chosen["local_rows"].any() and "local_rows" not in dense
+    assert study.collator(METHODS["balanced"], 0).repeats_beyond == 1024
+    assert study.collator(METHODS["far_drawn"], 0).repeats_beyond is None
 
 
 def test_processes_of_one_grid_run_every_cell_once(inputs: Path, tmp_path: Path, monkeypatch):
