@@ -102,6 +102,8 @@ INSTRUCT = {
         scorer="recent",
         context_window=1024,
     ),
+    "instruct_window_4096": _answers("the default with chunks of 4096", 0.12, scorer="recent", context_window=4096),
+    "instruct_no_window": _answers("the default, all rows see all", 0.12, scorer="recent"),
     "instruct_exact_recent": _answers("and through 15 % of the rows, those before them", 0.15, scorer="recent"),
     "instruct_skip": skip("20 % of rows, those before the answers", scorer="recent", **_CONTEXT, **both(0.2)),
     "instruct_skip_predictor": skip("20 % of rows, predictors", **_CONTEXT, **both(0.2)),
