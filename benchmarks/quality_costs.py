@@ -20,7 +20,7 @@ FAR_PLACES = {16384: 0.629, 65536: 0.513}
 
 def far_place(method: Method, tokens: int) -> float:
     """Mean place of a method's far rows in windows of so many tokens."""
-    return 0.5 if method.far == "drawn" else FAR_PLACES[min(FAR_PLACES, key=lambda known: abs(known - tokens))]
+    return 0.5 if method.far == "random" else FAR_PLACES[min(FAR_PLACES, key=lambda known: abs(known - tokens))]
 
 
 def at_least(spec: PlanSpec, share: float) -> PlanSpec:

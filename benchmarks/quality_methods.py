@@ -15,7 +15,7 @@ _BARE = PlanSpec(1e-6, 1e-6, kv="kept", scorer="random", dense_layers=(), strip_
 def _preset(far: float, local: float, window: int) -> Method:
     about = f"exact forward; loss on {far:.0%} of rows that see all"
     about += f", on {local:.0%} that see chunks of {window} rows" if local else f"; others see chunks of {window} rows"
-    by = "repeats" if local else "drawn"
+    by = "repeats" if local else "random"
     return replace(exact(about, far, context_window=window), local_share=local, far=by)
 
 

@@ -101,7 +101,7 @@ class Method:
         refit_every: steps between fits of the bypass to the weights as they are.
         span: rows of a run of drawn blocks of loss rows; None draws single blocks.
         local_share: share of blocks that carry loss besides, and attend within the plan's `context_window`.
-        far: which of the drawn loss rows are far: those `drawn` first, or those that `repeats` name (LossRows).
+        far: which of the drawn loss rows are far, as in `loss_rows.far`: `random` ones, or by `repeats`.
         rising_share: share of loss rows in the first and in the last step, on a line between them; `loss_share` is
             its mean.
     """
@@ -121,7 +121,7 @@ class Method:
     span: int | None = None
     rising_share: tuple[float, float] | None = None
     local_share: float = 0.0
-    far: str = "drawn"
+    far: str = "random"
 
     @property
     def loss_block_size(self) -> int:
@@ -150,7 +150,7 @@ class Method:
         del found["about"]
         # Choices that came later: a cell that does not make them keeps its hash.
         mine = {"reweight": False, "refit_every": None, "span": None, "rising_share": None, "local_share": 0.0}
-        mine["far"] = "drawn"
+        mine["far"] = "random"
         for name, default in mine.items():
             if found[name] == default:
                 del found[name]
