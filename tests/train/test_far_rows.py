@@ -142,7 +142,7 @@ def test_a_dense_twin_and_evaluation_are_left_alone():
         assert (rows([window])["labels"][0, 1:] != -100).all()
 
 
-@pytest.mark.parametrize("wrong", [0, -1, True])
+@pytest.mark.parametrize("wrong", [0, -1, True, 64.0, "64"])
 def test_wrong_windows_are_refused(wrong):
     with pytest.raises(ConfigError, match="repeats_beyond"):
         LossRows(WindowCollator(), 0.1, local_share=0.2, repeats_beyond=wrong)

@@ -25,7 +25,7 @@ def repeats_beyond(ids_N: Tensor, layout: Layout, window: int) -> Tensor:
     """(N,) bool: rows whose last three tokens occurred earlier in their document, but not in their local view.
 
     The local view of a row is its chunk of `window` rows of the document and the chunk before, as under
-    `Plan.context_window`. Host only; sorts N keys.
+    `Plan.context_window`; the document's first block, which it shows as well, counts as far. Host only; sorts N keys.
 
     Args:
         ids_N: (N,) token ids of the flattened batch, below 2^21.
@@ -54,9 +54,8 @@ def block_scores(ids_N: Tensor, layout: Layout, window: int) -> Tensor:
     at 0.73 of its window; with it at 0.63 of 16,384 tokens and at 0.51 of 65,536, where drawn ones lie at 0.50, and
     takes away nearly as much of what a local view loses.
     """
-    block_N = layout.block_of_row_N.cpu()
-    repeats_N = repeats_beyond(ids_N, layout, window) & (block_N >= 0)
-    count_K = torch.bincount(block_N[repeats_N], minlength=len(layout.block_start_K)).double()
+    repeats_N = repeats_beyond(ids_N, layout, window)
+    count_K = torch.bincount(layout.block_of_row_N.cpu()[repeats_N], minlength=len(layout.block_start_K))
     place_K = layout.block_start_K - layout.document_start_D[layout.block_document_K]
     return count_K / (1 + PLACE_WEIGHT * place_K.double() / layout.tokens)
 

@@ -112,7 +112,8 @@ class LossRows:
         if span is not None and placement not in IN_RUNS:
             raise ConfigError(f"span of loss rows goes with placement random or spread, not with {placement!r}")
         check_local_share(local_share, share, placement, reweight)
-        if repeats_beyond is not None and (isinstance(repeats_beyond, bool) or repeats_beyond < 1):
+        wrong = isinstance(repeats_beyond, bool) or not isinstance(repeats_beyond, int | None)
+        if wrong or (repeats_beyond is not None and repeats_beyond < 1):
             raise ConfigError(f"repeats_beyond is a window of one row or more, or None; got {repeats_beyond!r}")
         self.repeats_beyond = repeats_beyond
         self.collator = collator

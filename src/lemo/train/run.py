@@ -288,12 +288,12 @@ class _Session:
             share = self.run.loss_rows.share
             local = self.run.local_share
             window = self.run.context_window
-            short = window is None or self.run.data.window_tokens <= 2 * window
+            short = window is None or self.run.data.window_tokens <= 2 * window or not self.run.sparsity.enabled
             does = "attend" if self.run.local_forward == "near" else "pass gradient"
             how = "" if short else f" and {does} within chunks of {window}"
             more = f", {local:.0%} more carry loss{how}" if local else ""
             where = self.run.loss_rows.placement
-            by = f", far ones by {self.run.loss_rows.far}" if local else ""
+            by = f", far ones by {self.run.loss_rows.far}" if local and not short else ""
             lines.append(f"of these rows, {share:.0%} of blocks carry loss{more}, placement {where}{by}")
         self._say(f"{title}: " + "\n  ".join(lines))
 
