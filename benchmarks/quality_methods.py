@@ -105,6 +105,18 @@ INSTRUCT = {
     "instruct_window_4096": _answers("the default with chunks of 4096", 0.12, scorer="recent", context_window=4096),
     "instruct_no_window": _answers("the default, all rows see all", 0.12, scorer="recent"),
     "instruct_exact_recent": _answers("and through 15 % of the rows, those before them", 0.15, scorer="recent"),
+    **{
+        f"instruct_prompt_{round(100 * share)}_weight_{weight:g}": replace(
+            _answers("the default, and loss on rows of the prompt", 0.15, scorer="recent", context_window=1024),
+            prompt_rows=(share, weight),
+        )
+        for share, weight in ((0.08, 0.1), (0.08, 0.3), (0.08, 1.0))
+    },
+    "instruct_dense_prompt": Method("dense LoRA, and loss on rows of the prompt", prompt_rows=(0.08, 0.3)),
+    "instruct_warm": replace(
+        _answers("the default, from dense within a fifth of the steps", 0.12, scorer="recent", context_window=1024),
+        ramp=Ramp(0.2, 0.0),
+    ),
     "instruct_skip": skip("20 % of rows, those before the answers", scorer="recent", **_CONTEXT, **both(0.2)),
     "instruct_skip_predictor": skip("20 % of rows, predictors", **_CONTEXT, **both(0.2)),
     "instruct_skip_random": skip("20 % of rows, random", scorer="random", **_CONTEXT, **both(0.2)),

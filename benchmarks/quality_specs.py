@@ -70,14 +70,17 @@ class PlanSpec:
 
 @dataclass(frozen=True)
 class Ramp:
-    """Ratios rise linearly to 1 between two shares of the steps: (0, 1) is random-LTD's schedule."""
+    """Ratios rise linearly to 1 between two shares of the steps: (0, 1) is random-LTD's schedule.
+
+    Where `end` comes before `begin` they fall from 1 to the plan's: (0.2, 0) starts dense.
+    """
 
     begin: float
     end: float
 
     def progress(self, step: int, steps: int) -> float:
         """0 before, 1 after; in twentieths, so that few plans are made."""
-        if self.end <= self.begin:
+        if self.end == self.begin:
             return float(step >= self.begin * steps)
         return min(1.0, max(0.0, round(20 * (step / steps - self.begin) / (self.end - self.begin)) / 20))
 
@@ -102,6 +105,7 @@ class Method:
         span: rows of a run of drawn blocks of loss rows; None draws single blocks.
         local_share: share of blocks that carry loss besides, and attend within the plan's `context_window`.
         far: which of the drawn loss rows are far, as in `loss_rows.far`: `random` ones, or by `repeats`.
+        prompt_rows: share and weight of rows of the prompt that carry loss beside answers; None for no such rows.
         rising_share: share of loss rows in the first and in the last step, on a line between them; `loss_share` is
             its mean.
     """
@@ -122,6 +126,7 @@ class Method:
     rising_share: tuple[float, float] | None = None
     local_share: float = 0.0
     far: str = "random"
+    prompt_rows: tuple[float, float] | None = None
 
     @property
     def loss_block_size(self) -> int:
@@ -150,7 +155,7 @@ class Method:
         del found["about"]
         # Choices that came later: a cell that does not make them keeps its hash.
         mine = {"reweight": False, "refit_every": None, "span": None, "rising_share": None, "local_share": 0.0}
-        mine["far"] = "random"
+        mine |= {"far": "random", "prompt_rows": None}
         for name, default in mine.items():
             if found[name] == default:
                 del found[name]

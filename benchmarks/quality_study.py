@@ -35,6 +35,7 @@ from lemo.train.costs import layer_cost
 from lemo.train.data import LossRows, WindowCollator, WindowDataset, load_windows
 from lemo.train.lora import add_adapter
 from lemo.train.model import load_model
+from lemo.train.prompt_rows import PromptRows
 
 DOMAINS = ("books", "code", "math", "legal", "instruct")
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
@@ -179,7 +180,7 @@ class QualityStudy:
             for _ in range(count):
                 turns = turns or torch.randperm(len(sources), generator=generator).tolist()
                 sample, epoch = sources[turns.pop()].draw()
-                if isinstance(collator, LossRows):
+                if not isinstance(collator, WindowCollator):
                     collator.set_epoch(epoch)
                 parts.append(collator([sample]))
             yield [{k: v.to(self.device) for k, v in part.items()} for part in _join(parts)]
@@ -197,20 +198,21 @@ class QualityStudy:
             name = f"{document}#{int(number) // shares}" if self.protocol.data == "text" else window.sample_id
             if name not in taken:
                 free.append(dataset[i])
-        if not free:
-            raise DataError(f"{domain}: no window of {tokens} tokens is left beside those of calibration")
-        return free
+        if free:
+            return free
+        raise DataError(f"{domain}: no window of {tokens} tokens is left beside those of calibration")
 
     def collator(self, method: Method, seed: int) -> Any:
         """Labels on the method's loss rows; answers keep the labels that they have."""
         plain = WindowCollator()
+        if method.prompt_rows is not None:
+            return PromptRows(plain, *method.prompt_rows, seed=seed, block_size=method.loss_block_size)
         if self.protocol.data == "answers" or method.loss_share == 1:
             return plain
         size, losses = method.loss_block_size, None
         if method.placement == "hardest":
             losses = self._block_losses.setdefault(size, BlockLosses(self.model(), plain, size))
-        further = {name: getattr(method, name) for name in ("span", "reweight", "local_share")}
-        further["repeats_beyond"] = method.repeats_beyond
+        further = {name: getattr(method, name) for name in ("span", "reweight", "local_share", "repeats_beyond")}
         drawn = LossRows(plain, method.loss_share, method.placement, seed, size, block_losses=losses, **further)
         drawn.marks_local = method.marks_local
         return drawn
@@ -238,11 +240,11 @@ class QualityStudy:
                         plan = plan.replace_layer(i, threshold=spec.threshold, **ratios)
             if spec.threshold is not None:
                 plan = replace(plan, policy="threshold")
-        if spec.oracle is not None:
-            from benchmarks.rivals.oracle import with_oracle
+        if spec.oracle is None:
+            return plan
+        from benchmarks.rivals.oracle import with_oracle
 
-            plan = with_oracle(plan, model, ORACLE_TARGETS.get(spec.oracle, spec.oracle))
-        return plan
+        return with_oracle(plan, model, ORACLE_TARGETS.get(spec.oracle, spec.oracle))
 
     def plan_folder(self, spec: PlanSpec, method: Method) -> Path:
         """Where the fitted plan of a method lies."""
@@ -251,12 +253,8 @@ class QualityStudy:
     def _fit_setting(self, spec: PlanSpec, method: Method) -> dict[str, Any]:
         protocol = {k: v for k, v in asdict(self.protocol).items() if k not in ("batch", "rank", "validation_windows")}
         # An exact forward skips nothing: its loss rows weigh nothing in the fit.
-        return {
-            **protocol,
-            **spec.fit,
-            "model": self.folder.name,
-            "loss": [method.loss_share, method.placement, method.span, *filter(None, [method.local_share])],
-        }
+        loss = [method.loss_share, method.placement, method.span, *filter(None, [method.local_share])]
+        return {**protocol, **spec.fit, "model": self.folder.name, "loss": loss}
 
     def _fit(self, spec: PlanSpec, method: Method) -> Plan:
         folder = self.plan_folder(spec, method)
@@ -312,7 +310,7 @@ class QualityStudy:
         rows = (method.loss_share, method.local_share, method.placement, method.span)
         key = (*rows, method.loss_block_size, method.documents)
         if key not in self._validation:
-            everything, drawn = WindowCollator(), self.collator(method, 0)
+            everything, drawn = WindowCollator(), self.collator(replace(method, prompt_rows=None), 0)
             made = []
             for domain in self.protocol.domains:
                 dataset = self.windows(domain, "validation", self.protocol.window, method.documents)

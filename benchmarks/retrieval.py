@@ -151,7 +151,7 @@ class Runner:
                     self.write(name, setting, seed, "forward_share", [f for f, _ in trained.shares], "share", "mean")
             spec = method.plan
             sparse = spec is not None and (spec.forward_ratio < 1 or spec.context_window is not None)
-            for task in study.protocol.domains:
+            for task in self.options.asked or study.protocol.domains:
                 prompts = study.prompts(task, self.options.prompts, self.options.depths)
                 self.ask(name, setting, seed, f"{task}/dense", exact_matches(model, prompts))
                 if sparse:
@@ -254,6 +254,7 @@ def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--plans", type=Path, default=Path("runs/quality-plans"))
     add("--out", type=Path, default=Path(__file__).parent / "results" / "retrieval.jsonl")
     add("--tasks", type=lambda text: text.split(","), default=list(TASKS))
+    add("--asked", type=lambda text: text.split(","), help="of the tasks trained on, those asked; all when not given")
     add("--methods", type=lambda text: text.split(","), default=["untrained", "dense", "balanced", "recent_40"])
     add("--seeds", type=lambda text: [int(s) for s in text.split(",")], default=[0])
     add("--length", type=int, default=8192)
@@ -269,7 +270,8 @@ def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--dtype", default="bfloat16")
     add("--device", default="cuda")
     options = parser.parse_args(arguments)
-    for given, known in ((options.methods, METHODS), (options.tasks, TASKS)):
+    asked = options.asked or options.tasks
+    for given, known in ((options.methods, METHODS), (options.tasks, TASKS), (asked, options.tasks)):
         if unknown := set(given) - set(known):
             parser.error(f"unknown: {', '.join(sorted(unknown))}; known are {', '.join(known)}")
     return options

@@ -150,7 +150,7 @@ class LossRows:
             LabelsError: the batch has no labels.
         """
         names = [sample_name(feature) for feature in features]
-        batch = self.collator([_without_name(feature) for feature in features])
+        batch = self.collator([without_name(feature) for feature in features])
         if not self.enabled or self.share == 1.0:
             return batch
         shifted = "shift_labels" in batch
@@ -196,7 +196,7 @@ class LossRows:
             if self.placement == "hardest" and len(mine):
                 own = (sequence_K == b).nonzero().squeeze(-1)
                 losses = self._losses(features[b : b + 1] if alone else features, len(own))[mine - own[0]]
-            generator = self._generator(name)
+            generator = draw_generator(self.seed, name, self.epoch)
             chosen, chance = self._choose(layout, mine, generator, losses)
             drawn_K[mine[chosen]] = True
             weight_K[mine] = (1 / chance).float()
@@ -245,10 +245,6 @@ class LossRows:
             return blocks[:0]
         return blocks[self._evenly(len(blocks), count, generator)]
 
-    def _generator(self, name: str) -> np.random.Generator:
-        digest = hashlib.sha256(f"{self.seed}|{name}|{self.epoch}".encode()).digest()
-        return np.random.default_rng(int.from_bytes(digest[:16], "little"))
-
     def _losses(self, features: Sequence[Any], blocks: int) -> Tensor:
         """Loss of every block of a sequence."""
         found = torch.cat([self.block_losses(feature).float().cpu() for feature in features])  # type: ignore[misc]
@@ -281,6 +277,12 @@ class LossRows:
         if self.placement == "spread":
             return torch.from_numpy(np.floor((np.arange(count) + generator.random()) * total / count).astype(np.int64))
         return torch.from_numpy(np.sort(generator.permutation(total)[:count]))
+
+
+def draw_generator(seed: int, name: str, epoch: int) -> np.random.Generator:
+    """Of the draws for one sample in one epoch, whatever batch it is in."""
+    digest = hashlib.sha256(f"{seed}|{name}|{epoch}".encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest[:16], "little"))
 
 
 def check_local_share(local_share: float, share: float, placement: str, reweight: bool) -> None:
@@ -374,7 +376,7 @@ def sample_name(feature: Any) -> str:
     return hashlib.sha256(np.asarray(tokens, dtype=np.int64).tobytes()).hexdigest()
 
 
-def _without_name(feature: Any) -> Any:
+def without_name(feature: Any) -> Any:
     """The sample without its id, which collators of other packages cannot turn into a tensor."""
     if isinstance(feature, dict) and "sample_id" in feature:
         return {key: value for key, value in feature.items() if key != "sample_id"}

@@ -1,0 +1,122 @@
+"""PromptRows: where only answers are learned, some rows of the prompts carry a part of the loss, too.
+
+Rows without gradient learn nothing: of a prompt that a sparse plan passes over, layers are not adapted to read it.
+Dense training does adapt them, through what answers attend to. Rows of the prompt that carry a loss of their own, of
+little weight, take its place (docs/decisions/0019-prompt-rows.md). Others call the weight `prompt_loss_weight`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lemo.errors import ConfigError, LabelsError
+from lemo.runtime.batch import RunDense, read_layout
+from lemo.train.loss_rows import IGNORE, WEIGHTS, draw_generator, draw_runs, sample_name, without_name
+
+
+class PromptRows:
+    """A collator that gives labels and a small weight to drawn rows of prompts.
+
+    Of each sample, runs of blocks without any answer are drawn; their rows predict the next token. Answers weigh 1,
+    drawn rows `weight`, all times a factor that makes the weights of a batch add up to its rows with loss: the loss is
+    the weighted mean. The draw depends on (seed, sample id, epoch) only. During evaluation answers alone count.
+
+    The batch has `loss_weights` (B, T), which only the segmented loss of an attached model knows. Samples whose rows
+    all carry loss, as plain text, stay as they are.
+    """
+
+    def __init__(
+        self,
+        collator: Any,
+        share: float,
+        weight: float,
+        *,
+        seed: int = 0,
+        block_size: int = 64,
+        span: int = 1024,
+    ) -> None:
+        """Wraps a collator.
+
+        Args:
+            collator: makes a batch with `labels` from a list of samples.
+            share: of a sample's blocks, those of the prompt that carry loss.
+            weight: of such a row; an answer's is 1.
+            seed: of the draw.
+            block_size: rows per block; the plan's.
+            span: rows of a run of drawn blocks, a multiple of `block_size`.
+
+        Raises:
+            ConfigError: a value is out of range.
+        """
+        for name, value in (("share", share), ("weight", weight)):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+                raise ConfigError(f"{name} of prompt rows must lie in (0, 1], got {value!r}")
+        if span < 1 or span % block_size:
+            raise ConfigError(f"span of prompt rows must be a multiple of the block size {block_size}, got {span!r}")
+        self.collator, self.share, self.weight = collator, float(share), float(weight)
+        self.seed, self.block_size, self.span_blocks = seed, block_size, span // block_size
+        self.epoch, self.enabled = 0, True
+
+    def set_epoch(self, epoch: int) -> None:
+        """Makes the following batches draw anew."""
+        self.epoch = int(epoch)
+
+    def __call__(self, features: Sequence[Any]) -> Any:
+        """A batch of the wrapped collator with labels and weights of drawn prompt rows.
+
+        Raises:
+            LabelsError: the batch has no labels, or no tokens to predict.
+        """
+        names = [sample_name(feature) for feature in features]
+        batch = self.collator([without_name(feature) for feature in features])
+        if not self.enabled:
+            return batch
+        if "labels" not in batch or "input_ids" not in batch:
+            raise LabelsError("PromptRows needs batches with labels and input_ids")
+        labels_BT, ids_BT = batch["labels"], batch["input_ids"]
+        answers_BT = _earlier(labels_BT != IGNORE)
+        drawn_BT = self._draw(batch, answers_BT, names)
+        learned_BT = answers_BT | drawn_BT
+        weight_BT = torch.where(answers_BT, 1.0, self.weight) * learned_BT
+        batch[WEIGHTS] = weight_BT * (learned_BT.sum() / weight_BT.sum().clamp_min(1e-9))
+        batch["labels"] = torch.where(_later(drawn_BT), ids_BT, labels_BT)
+        return batch
+
+    def _draw(self, batch: Any, answers_BT: Tensor, names: Sequence[str]) -> Tensor:
+        """(B, T) bool: rows of prompts that carry loss; the last row of a document predicts nothing."""
+        rows, tokens = answers_BT.shape
+        try:
+            layout = read_layout(batch, answers_BT, self.block_size)
+        except RunDense as error:
+            raise LabelsError(f"PromptRows cannot cut this batch into blocks: {error}") from error
+        sequence_K = layout.block_start_K // tokens
+        drawn_K = torch.zeros(len(sequence_K), dtype=torch.bool)
+        for b in range(rows):
+            mine = (sequence_K == b).nonzero().squeeze(-1)
+            free = mine[~layout.supervised_K[mine]]
+            count = min(len(free), max(1, round(self.share * len(mine))))
+            if count:
+                name = names[b] if len(names) == rows else "+".join(names)
+                generator = draw_generator(self.seed, name, self.epoch)
+                drawn_K[free[draw_runs(len(free), count, self.span_blocks, False, generator)]] = True
+        block_of_row = layout.block_of_row_N.cpu()
+        inside_BT = (block_of_row >= 0).reshape(rows, tokens)
+        drawn_BT = drawn_K[block_of_row.clamp(min=0)].reshape(rows, tokens) & inside_BT
+        document_BT = layout.document_of_row_N.cpu().reshape(rows, tokens)
+        goes_on_BT = torch.zeros_like(drawn_BT)
+        goes_on_BT[:, :-1] = document_BT[:, 1:] == document_BT[:, :-1]
+        return (drawn_BT & goes_on_BT).to(answers_BT.device) & ~answers_BT
+
+
+def _earlier(label_BT: Tensor) -> Tensor:
+    """(B, T) bool: row t predicts what stands at t + 1."""
+    return torch.cat([label_BT[:, 1:], torch.zeros_like(label_BT[:, :1])], dim=1)
+
+
+def _later(row_BT: Tensor) -> Tensor:
+    """The places that rows predict."""
+    return torch.cat([torch.zeros_like(row_BT[:, :1]), row_BT[:, :-1]], dim=1)
