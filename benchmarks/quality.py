@@ -252,12 +252,14 @@ def _swept_at(records: Sequence[Record], protocol: Protocol, model: str, window:
 
 
 def chosen(cells: Sequence[Cell], options: argparse.Namespace) -> list[Cell]:
-    """The cells of the command line's methods, with its seeds, whichever the grid has.
+    """The cells of the command line's methods, with its seeds, whichever the grid has; no sweep where it has a rate.
 
     Raises:
         LookupError: no cell is left.
     """
     found = [cell for cell in cells if not options.only or cell.method in options.only]
+    if options.learning_rate is not None:
+        found = [cell for cell in found if cell.learning_rate is None]
     if options.seeds:
         found = list(dict.fromkeys(replace(cell, seed=seed) for seed in options.seeds for cell in found))
     if not found:
