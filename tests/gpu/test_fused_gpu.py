@@ -66,6 +66,14 @@ def test_half_precision_is_as_good_as_the_generic_executors(mode, kv, recompute)
     assert abs(loss - exact_loss) <= 2 * abs(generic_loss - exact_loss) + 2e-3 * abs(exact_loss)
 
 
+@pytest.mark.parametrize("kv", ["kept", "all"])
+@pytest.mark.parametrize("mode", MODES)
+def test_groups_of_heads_in_half_precision(mode, kv, monkeypatch):
+    """Vendors' kernels take some heads of rows that hold all of them."""
+    monkeypatch.setattr("lemo.runtime.fused.attention.PART_BYTES", 1)
+    test_half_precision_is_as_good_as_the_generic_executors(mode, kv, "layer")
+
+
 @pytest.mark.parametrize("recompute", ["none", "lin"])
 @pytest.mark.parametrize("kv", ["kept", "all"])
 @pytest.mark.parametrize("mode", MODES)

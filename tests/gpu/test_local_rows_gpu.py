@@ -57,6 +57,14 @@ def test_local_rows_that_see_all_in_half_precision(case, window, recompute):
     check_half_precision(model, plan, inputs, recompute, (case, window))
 
 
+@pytest.mark.parametrize("window", [64, 512])
+@pytest.mark.parametrize("case", LOCAL)
+def test_groups_of_heads_of_local_rows_in_half_precision(case, window, monkeypatch):
+    """Keys are gathered from rows that hold more heads."""
+    monkeypatch.setattr("lemo.runtime.fused.attention.PART_BYTES", 1)
+    test_local_rows_in_half_precision("exact keys", case, "all", window, "layer")
+
+
 def check_half_precision(model, plan, inputs, recompute, what):
     """`model` is in fp32, and is in bf16 afterwards."""
     exact_loss, exact = step(model, plan, inputs, engine="generic")

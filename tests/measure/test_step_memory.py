@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+import lemo.runtime.fused.attention as attention
 import lemo.runtime.layer as executor
 from lemo import attach
 from lemo.config import LoraConfig
@@ -100,6 +101,7 @@ def test_saved_bytes_are_exact(family, mode, kv, recompute, offload, monkeypatch
         assert found + away == sum(saved_bytes(sizes, rows, recompute, offload).values()), (layer, rows)
 
 
+MODEL = {"hidden_size": 64, "intermediate_size": 160}  # where peaks are looked for
 PEAKS = [
     ("llama", "skip", "kept"),
     ("llama", "skip", "all"),
@@ -114,6 +116,35 @@ PEAKS = [
 def test_peak_is_close(family, mode, kv, recompute, monkeypatch):
     """Of a whole step: what lives at most is within 5 % of the walk, which counts what vendors' kernels take, too."""
     check_peak(family, mode, kv, recompute, monkeypatch)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 8])
+@pytest.mark.parametrize(("family", "mode", "kv"), PEAKS)
+def test_peak_by_groups_of_heads_is_close(family, mode, kv, kv_heads, monkeypatch):
+    """Where attention's backward is the peak, and takes some heads at a time: as many groups of the same heads."""
+    wide = {"num_attention_heads": 8, "num_key_value_heads": kv_heads, "head_dim": 32, "intermediate_size": 16}
+    for name, size in wide.items():
+        monkeypatch.setitem(MODEL, name, size)
+    inner, asked = attention.head_groups, []
+
+    def noted(*numbers):
+        asked.append((numbers, inner(*numbers)))
+        return asked[-1][1]
+
+    monkeypatch.setattr(attention, "PART_BYTES", 600_000)
+    monkeypatch.setattr(attention, "head_groups", noted)
+    check_peak(family, mode, kv, "layer", monkeypatch)
+    ran, walked = asked[: len(asked) // 2], asked[len(asked) // 2 :]
+    assert ran[::-1] == walked and max(groups for _, groups in ran) > 1
+
+
+@pytest.mark.parametrize("recompute", ["none", "layer"])
+@pytest.mark.parametrize("targets", [("q_proj", "o_proj"), ("q_proj", "down_proj"), ("gate_proj", "up_proj")])
+def test_peak_in_a_wide_mlp_is_close(targets, recompute, monkeypatch):
+    """What its backward holds until a gradient is made from it, and lets go where none is."""
+    monkeypatch.setitem(MODEL, "targets", targets)
+    monkeypatch.setitem(MODEL, "intermediate_size", 320)
+    check_peak("llama", "skip", "kept", recompute, monkeypatch)
 
 
 OFFLOADS = [*((level, True) for level in ("none", "mlp", "lin", "layer")), ("lin", "keys"), ("layer", "keys")]
@@ -190,9 +221,8 @@ def llama2_7b():
 
 def check_peak(family, mode, kv, recompute, monkeypatch, offload=False, window=None, local=None):
     tokens, loss_from = 512, 307
-    widths = {"hidden_size": 64, "intermediate_size": 160, "max_position_embeddings": tokens}
     monkeypatch.setattr("lemo.runtime.fused.mlp.CHUNK_ROWS", 256)
-    model, sizes = adapted(family, **widths)
+    model, sizes = adapted(family, **MODEL, max_position_embeddings=tokens)
     forward, backward, gradient = MODES[mode]
     ends = (0, len(decoder_layers(model)) - 1) if window is None else ()  # dense layers would hide what a window takes
     setting = StepSetting(

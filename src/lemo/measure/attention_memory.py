@@ -5,7 +5,7 @@ Follows `lemo.runtime.fused.attention` and the ops below it, as they run on a GP
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lemo.measure.layer_rows import CUT, LayerRows
 from lemo.measure.ledger import Ledger, Scope
@@ -84,6 +84,21 @@ class AttentionMemory:
         work.touch(min(CUT.chunk, queries) * self.query + 3 * queries * INDEX)
 
     # ---- backward
+
+    @property
+    def groups(self) -> int:
+        """Pieces that the backward takes where heads are spent, as `spent_groups` has it."""
+        from lemo.runtime.fused.attention import head_groups
+
+        rows = self.rows
+        return head_groups(self.sizes.shape.kv_heads, 2 * rows.back_frame * self.key, rows.back * self.sizes.query)
+
+    def backward_by_groups(self, groups: int) -> None:
+        """From the output's gradient to gradients in the memory of the heads; all pieces of heads are alike."""
+        shape = self.sizes.shape
+        shape = replace(shape, heads=shape.heads // groups, kv_heads=shape.kv_heads // groups)
+        with self.ledger.scope() as work:
+            AttentionMemory(self.ledger, replace(self.sizes, shape=shape), self.rows, self.vendor).backward(work)
 
     def backward(self, work: Scope) -> None:
         """From the output's gradient to `grads` of queries and `pair` of keys and values."""

@@ -112,6 +112,7 @@ class FusedLayerMemory:
         saved = saved_bytes(sizes, rows, recompute, offload)
         self.offload = offload
         self.takes_keys = takes_keys(rows, recompute, offload)
+        self.groups = self.attention.groups if self.level == "layer" and not self.takes_keys else 1
         self.parked = parked_bytes(sizes, rows, recompute, offload)
         self.frame_saved = saved["frame"] if rows.offers and rows.loss is None and not offload else 0.0
         self.saved = sum(saved.values()) - self.frame_saved - self.parked
@@ -236,7 +237,8 @@ class FusedLayerMemory:
             self._mlp_backward(work)
             work.drop("middle")
             self._attention_backward(work)
-            work.drop("heads", "turned", "output", "lse")
+            # With several groups heads are gradients now.
+            work.drop("turned", "output", "lse", *(["heads"] if self.groups == 1 else []))
             self._project_back(work)
         self._keep(-1)
 
@@ -274,14 +276,16 @@ class FusedLayerMemory:
     def _mlp_backward(self, work: Scope) -> None:
         e, adapter = self.e, self.sizes.adapter
         chunk = min(self.rows.back, self.chunk_rows)
-        work.add(chunk=chunk * self.width * e)
+        work.add(normed=chunk * self.width * e)
         if self.level != "none":
             work.add(chunk=chunk * self.ways * self.ffn * e)
-        low = chunk * (2 * sum(adapter.gates)) * e
-        work.add(chunk=chunk * self.ffn * e)
+        if not any(adapter.gates):
+            work.drop("normed")
+        work.add(act=chunk * self.ffn * e)
         work.touch(2 * chunk * adapter.down * e)
-        work.add(chunk=chunk * self.width * e + low)
-        work.drop("chunk")
+        work.drop("act")
+        work.add(chunk=chunk * (self.width + 2 * sum(adapter.gates)) * e)
+        work.drop("normed", "chunk")
 
     def _attention_backward(self, work: Scope) -> None:
         rows, sizes, e = self.rows, self.sizes, self.e
@@ -289,7 +293,10 @@ class FusedLayerMemory:
         work.touch(2 * rows.back * sizes.adapter.output * e)
         if rows.offers:
             work.drop("grad")  # back into the stream's
-        self.attention.backward(work)
+        if self.groups == 1:
+            self.attention.backward(work)
+        else:
+            self.attention.backward_by_groups(self.groups)
         if sizes.head_norms:
             work.touch(rows.back * (sizes.query * e + sizes.shape.heads * self.wide))
         work.drop("grad_output")

@@ -27,6 +27,29 @@ from lemo.runtime.rows import PartedRows
 
 State = dict[str, Tensor]
 
+PART_BYTES = 2**30  # of a piece of attention's backward, where heads are spent; pieces that fill a GPU all the same
+QUERY_BYTES = 8  # of a number of a query: its gradient in fp32 twice, ours and that of the vendor's kernel
+
+
+def head_groups(kv_heads: int, pair_bytes: int, query_numbers: int) -> int:
+    """Pieces of whole key heads that attention's backward takes by themselves, where heads are spent.
+
+    Args:
+        kv_heads: key heads, of which every piece has as many.
+        pair_bytes: of the gradients of all keys and values.
+        query_numbers: of all query heads of all queries.
+    """
+    needed = max(1, -(-(pair_bytes + QUERY_BYTES * query_numbers) // PART_BYTES))
+    return next((n for n in range(needed, kv_heads) if kv_heads % n == 0), kv_heads)
+
+
+def spent_groups(call: FusedCall, heads: State) -> int:
+    """`head_groups` where nobody needs heads behind attention's backward: they were made again for it alone."""
+    if call.keeps != "layer" or call.takes_keys:
+        return 1
+    key = heads["key"]
+    return head_groups(len(key), 2 * key.numel() * key.element_size(), heads["query"].numel())
+
 
 def make_heads(parts: LayerParts, call: FusedCall, normed_nM: Tensor) -> State:
     """Projections of a frame: `query`, `key`, `value` (rows, heads · D), before head norms and RoPE.
@@ -177,6 +200,8 @@ class AttentionBackward:
         far: the far keys that count; None for all.
         parted: the queries, when some of them attend locally.
         start: gradients (G, K, D) of keys and values to which these are added, in place; None for none.
+        groups: pieces of as many heads that are done one after the other, a divisor of G; not with `own` or `start`.
+            With more than one, gradients are written over `heads`.
     """
 
     heads: State
@@ -186,9 +211,12 @@ class AttentionBackward:
     far: FarKeys | None = None
     parted: PartedRows | None = None
     start: tuple[Tensor, Tensor] | None = None
+    groups: int = 1
 
     def run(self, parts: LayerParts, grad_nO: Tensor, output_nO: Tensor, lse_HN: Tensor) -> State:
         """Gradients of `query`, `key`, `value`: (rows, heads, D)."""
+        if self.groups > 1:
+            return self._run_groups(parts, (grad_nO, output_nO), lse_HN)
         if self.parted is not None:
             return self._run_parted(self.parted, parts, (grad_nO, output_nO), lse_HN)
         shape = (-1, parts.head_dim)
@@ -208,6 +236,18 @@ class AttentionBackward:
             start=self.start,
         )
         return {name: g.transpose(0, 1) for name, g in zip(("query", "key", "value"), grads, strict=True)}
+
+    def _run_groups(self, parts: LayerParts, rows: tuple[Tensor, Tensor], lse_HN: Tensor) -> State:
+        """Gradients of some heads at a time, in the memory of these heads."""
+        assert self.own is None and self.start is None
+        pieces = zip(*(heads.chunk(self.groups) for heads in self.heads.values()), strict=True)
+        columns = (t.chunk(self.groups, 1) for t in rows)
+        for cut, grad, output, lse in zip(pieces, *columns, lse_HN.chunk(self.groups), strict=True):
+            heads = dict(zip(self.heads, cut, strict=True))
+            grads = replace(self, heads=heads, groups=1).run(parts, grad, output, lse)
+            for name in heads:
+                heads[name].transpose(0, 1).copy_(grads.pop(name))
+        return {name: heads.transpose(0, 1) for name, heads in self.heads.items()}
 
     def _run_parted(self, parted: PartedRows, parts: LayerParts, rows: tuple[Tensor, Tensor], lse_HN: Tensor) -> State:
         """Gradients from local loss rows, to whose sums those from far rows are added.

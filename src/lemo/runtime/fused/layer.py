@@ -19,6 +19,7 @@ from lemo.runtime.fused.attention import (
     make_heads,
     project_back,
     remake_heads,
+    spent_groups,
     turn_heads,
     unturn_heads,
 )
@@ -349,7 +350,8 @@ class _Backward:
         """Gradients of the projections to queries, keys and values."""
         parts, call = self.parts, self.call
         if call.exact is None:
-            work = AttentionBackward(heads, call.queries, call.keys, far=call.far, parted=call.parted)
+            groups = spent_groups(call, heads)
+            work = AttentionBackward(heads, call.queries, call.keys, far=call.far, parted=call.parted, groups=groups)
         elif call.exact.pairs:
             work = AttentionBackward(heads, call.exact.range, call.exact.range)
         else:

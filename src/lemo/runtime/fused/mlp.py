@@ -143,6 +143,8 @@ def _chunk_backward(
         normed, _, rstd, mean = norm_forward(parts, 1, middle_nM)
     else:
         wide, normed, rstd, mean = _wide(parts, middle_nM, rows_n)
+    input_nM = normed if parts.gates.needs_input(gradients) else None
+    del normed
     update = grad_nM if parts.multiplier == 1.0 else grad_nM * parts.multiplier
     want_act = parts.down.needs_input(gradients)
     grad_act = parts.down.backward(None, {0: update}, NOTHING, rows_N=rows_n)
@@ -151,10 +153,12 @@ def _chunk_backward(
     found = gated_act_backward(
         grad_act, wide[0], wide[1] if parts.gated else None, parts.act, want_act=want_act, reuse=True
     )
+    del grad_act
     if want_act or any(gradients.wants(p) for p in parts.down.maps[0].places):
         parts.down.backward(found[2], {0: update}, gradients, want_input=False, rows_N=rows_n)
     grads = {0: found[0]} if found[1] is None else {0: found[0], 1: found[1]}
-    grad_normed = parts.gates.backward(normed, grads, gradients, rows_N=rows_n)
+    del found  # and with it the activation
+    grad_normed = parts.gates.backward(input_nM, grads, gradients, rows_N=rows_n)
     assert grad_normed is not None
     norm_backward(parts, 1, grad_normed, middle_nM, (rstd, mean), gradients, residual_nM=grad_nM, out_NM=grad_nM)
 
