@@ -110,8 +110,16 @@ INSTRUCT = {
             _answers("the default, and loss on rows of the prompt", 0.15, scorer="recent", context_window=1024),
             prompt_rows=(share, weight),
         )
-        for share, weight in ((0.08, 0.1), (0.08, 0.3), (0.08, 1.0))
+        for share, weight in ((0.08, 0.1), (0.08, 0.3), (0.08, 1.0), (0.1, 1.0))
     },
+    "instruct_attended": _answers(
+        "15 % of the rows, the answers and what they attend to most, found by looking",
+        0.15,
+        scorer="predictor",
+        oracle="mass_loss_rows",
+        context_window=1024,
+    ),
+    "instruct_recent_30": _answers("the default with 30 % of the rows", 0.3, scorer="recent", context_window=1024),
     "instruct_dense_prompt": Method("dense LoRA, and loss on rows of the prompt", prompt_rows=(0.08, 0.3)),
     "instruct_warm": replace(
         _answers("the default, from dense within a fifth of the steps", 0.12, scorer="recent", context_window=1024),

@@ -51,6 +51,13 @@ METHODS = {
     "balanced": Method(
         "the default: the same, context rows see the last 1024 to 2048", replace(_EXACT, context_window=1024)
     ),
+    "balanced_30": Method(
+        "the default with 30 % of the rows", replace(_EXACT, backward_ratio=0.3, context_window=1024)
+    ),
+    "attended": Method(
+        "the default with the rows that answers attend to most, found by looking",
+        replace(_EXACT, scorer="predictor", oracle="mass_loss_rows", context_window=1024),
+    ),
     "recent_40": Method("40 % of rows, those before the answers, others offer nothing", _RECENT),
     "recent_40_all": Method("40 % of rows, those before the answers", replace(_RECENT, kv="all")),
     "random": Method("15 % of rows, drawn at random", replace(_SPARSE, scorer="random")),
