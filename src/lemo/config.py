@@ -75,7 +75,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class LossRowsConfig:
-    """Which rows of plain text carry loss.
+    """Which rows carry loss: of plain text some, drawn anew in each epoch; of `data.answer_only` samples the answers.
 
     Attributes:
         share: share of blocks of plain text drawn as loss rows; 1.0 for all. `data.answer_only` samples are not
@@ -89,6 +89,10 @@ class LossRowsConfig:
         span: rows of a run of drawn blocks under placement `random` and `spread`; None draws single blocks, as `tail`
             and `hardest` always do.
         reweight: weigh drawn rows so that their loss estimates that of all; `hardest` then draws in proportion to loss.
+        prompt_share: of `data.answer_only` samples, share of blocks, drawn among those without answers in runs of
+            `span`, that carry loss beside the answers, so that reading prompts is learned, too; evaluation leaves them
+            out.
+        prompt_weight: of a row of these in the loss, which is a weighted mean; an answer's is 1.
     """
 
     share: float = 0.12
@@ -97,6 +101,8 @@ class LossRowsConfig:
     placement: Literal["random", "spread", "tail", "hardest"] = "random"
     span: int | None = 1024
     reweight: bool = False
+    prompt_share: float = 0.0
+    prompt_weight: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from lemo.core.predictor import pool_rows
 from lemo.runtime.batch import read_layout, supervised_rows
 from lemo.runtime.head import row_losses
 from lemo.runtime.model import causal_model
-from lemo.train.loss_rows import sample_name
+from lemo.train.row_draw import sample_name
 
 
 class BlockLosses:

@@ -15,22 +15,22 @@ from transformers import TrainerCallback
 from lemo.errors import ConfigError
 from lemo.measure.memory import GIB, Peak, resident_bytes, track_peak
 from lemo.runtime.attach import Handle
-from lemo.train.loss_rows import LossRows
+from lemo.train.row_draw import RowDraw
 
 STATE_FILE = "lemo.json"
 _COUNTS = ("sparse_batches", "dense_batches")
 
 
 class LemoCallback(TrainerCallback):
-    """Logs tokens per second, memory and row ratios; keeps a `LossRows` collator at the right epoch.
+    """Logs tokens per second, memory and row ratios; keeps `LossRows` or `PromptRows` at the right epoch.
 
     Each of the Trainer's log entries becomes one line on the terminal and, with `metrics_path`, one JSON line. On a
     terminal a live line beneath says where training stands between entries. Tokens are those of the batches as the
     model gets them, padding included, of all processes; time is that of training, evaluation left out.
 
-    With `loss_rows`, labels are masked while training only: evaluation sees all labels. A plain Trainer evaluates with
-    the training collator, so this callback opens it when the Trainer is about to evaluate and closes it afterwards.
-    Several evaluation sets at once need `LemoTrainer`, which does it around `evaluate` itself.
+    With `loss_rows`, labels change while training only: evaluation sees the samples' own. A plain Trainer evaluates
+    with the training collator, so this callback opens it when the Trainer is about to evaluate and closes it
+    afterwards. Several evaluation sets at once need `LemoTrainer`, which does it around `evaluate` itself.
 
     Attributes:
         peak: peak memory of the training so far.
@@ -42,7 +42,7 @@ class LemoCallback(TrainerCallback):
         self,
         handle: Handle | None = None,
         *,
-        loss_rows: LossRows | None = None,
+        loss_rows: RowDraw | None = None,
         metrics_path: str | Path | None = None,
         console: Any = None,
         opens_evaluation: bool = True,

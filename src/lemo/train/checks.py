@@ -64,12 +64,25 @@ def _check_loss_rows(run: RunConfig) -> None:
             f"loss_rows.span must be a multiple of sparsity.block_size ({block}) or null for single blocks, got {span}"
         )
     _check_local_rows(run)
+    _check_prompt_rows(run)
     if not run.loss_rows.reweight:
         return
     if run.loss_rows.placement == "tail":
         raise ConfigError("loss_rows.reweight cannot be had with placement tail: it never draws the blocks before")
     if run.training.loss == "model":
         raise ConfigError("loss_rows.reweight needs training.loss=segmented; the model's own loss knows no weights")
+
+
+def _check_prompt_rows(run: RunConfig) -> None:
+    """Rows of prompts are of samples with answers, and weigh in a loss that knows weights."""
+    if not run.loss_rows.prompt_share:
+        if run.loss_rows.prompt_weight != 1:
+            raise ConfigError("loss_rows.prompt_weight is of rows that loss_rows.prompt_share draws, which is 0")
+        return
+    if not run.data.answer_only:
+        raise ConfigError("loss_rows.prompt_share is of samples whose answers alone carry loss: data.answer_only")
+    if run.training.loss == "model":
+        raise ConfigError("loss_rows.prompt_share needs training.loss=segmented; the model's own loss knows no weights")
 
 
 def _check_local_rows(run: RunConfig) -> None:
@@ -175,9 +188,10 @@ _NOT_NEGATIVE = (
     "training.weight_decay",
     "training.max_grad_norm",
 )
-_PARTS = ("data.held_out_share", "lora.dropout", "loss_rows.local_share")
+_PARTS = ("data.held_out_share", "lora.dropout", "loss_rows.local_share", "loss_rows.prompt_share")
 _SHARES = (
     "loss_rows.share",
+    "loss_rows.prompt_weight",
     "sparsity.forward_ratio",
     "sparsity.backward_ratio",
     "sparsity.mlp_ratio",

@@ -1,4 +1,4 @@
-"""From files to batches: `load_windows` reads, cuts and counts; `WindowCollator` pads; `LossRows` draws loss rows."""
+"""From files to batches: `load_windows` reads, cuts and counts, `WindowCollator` pads, others draw rows with loss."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from lemo.errors import ConfigError
 from lemo.train.collate import WindowCollator, WindowDataset
 from lemo.train.hold_out import split_documents
 from lemo.train.loss_rows import LossRows
+from lemo.train.prompt_rows import PromptRows
 from lemo.train.sources import Document, read_documents, write_npz
 from lemo.train.windows import DataReport, Window, WindowCutter, spread
 
@@ -17,6 +18,7 @@ __all__ = [
     "DataReport",
     "Document",
     "LossRows",
+    "PromptRows",
     "Window",
     "WindowCollator",
     "WindowCutter",

@@ -93,7 +93,7 @@ def forecast(run: RunConfig) -> Forecast:
         notes.append("the fused engine does not know this model; its own layers run on rows")
     share, local = run.loss_rows.share, run.local_share
     if run.data.answer_only:
-        share, local = ANSWER_SHARE, 0.0
+        share, local = min(1.0, ANSWER_SHARE + run.loss_rows.prompt_share), 0.0
         notes.append(f"answers are taken to be {ANSWER_SHARE:.0%} of the rows; --data counts them")
     elif not run.sparsity.enabled:
         share, local = min(1.0, share + local), 0.0  # a dense step tells the two kinds from each other nowhere
@@ -211,6 +211,8 @@ def data_gain(run: RunConfig, found: Forecast, tokenizer: Any, card: Card) -> Da
     vocabulary = found.sizes.shape.vocabulary
     dataset, _ = load_windows(run.data, tokenizer, "train", vocabulary=vocabulary, limit=SAMPLED_WINDOWS)
     shares = [window_shares(dataset[i]["labels"], found.setting.block_size) for i in range(len(dataset))]
+    prompts = run.loss_rows.prompt_share
+    shares = [(tokens, min(1.0, rows + prompts), min(1.0, blocks + prompts)) for tokens, rows, blocks in shares]
     drawn = not run.data.answer_only and run.loss_rows.share < 1
     all_loss = run.loss_rows.share + run.local_share
     cache: dict[tuple[int, float], tuple[float, float]] = {}

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,15 +15,14 @@ from lemo.core.layout import Layout
 from lemo.errors import ConfigError, LabelsError
 from lemo.runtime.batch import LOCAL_ROWS, RunDense, read_layout
 from lemo.train.far_rows import block_scores, choose_far
+from lemo.train.row_draw import IGNORE, WEIGHTS, RowDraw, draw_generator, draw_runs, sample_name, without_name
 
 _LOG = logging.getLogger("lemo")
-IGNORE = -100
 PLACEMENTS = ("random", "spread", "tail", "hardest")
 LEAST_SIZE = 0.25  # of the mean block loss: bounds the weight of easy blocks that are drawn by their loss
-WEIGHTS = "loss_weights"
 
 
-class LossRows:
+class LossRows(RowDraw):
     """A collator that keeps the labels of a share of blocks and masks the others.
 
     Rows that carry loss never skip a layer, so with loss on every token nothing could be skipped. Labels are masked in
@@ -126,22 +123,7 @@ class LossRows:
         self.block_size = block_size
         self.reweight = reweight
         self.block_losses = block_losses
-        self.epoch = 0
-        self.enabled = True
         self._told = False
-
-    def set_epoch(self, epoch: int) -> None:
-        """Makes the following batches draw anew; call it before the epoch's first batch."""
-        self.epoch = int(epoch)
-
-    @contextmanager
-    def all_labels(self) -> Iterator[None]:
-        """Masks nothing inside; for evaluation."""
-        before, self.enabled = self.enabled, False
-        try:
-            yield
-        finally:
-            self.enabled = before
 
     def __call__(self, features: Sequence[Any]) -> Any:
         """A batch of the wrapped collator with labels masked.
@@ -279,12 +261,6 @@ class LossRows:
         return torch.from_numpy(np.sort(generator.permutation(total)[:count]))
 
 
-def draw_generator(seed: int, name: str, epoch: int) -> np.random.Generator:
-    """Of the draws for one sample in one epoch, whatever batch it is in."""
-    digest = hashlib.sha256(f"{seed}|{name}|{epoch}".encode()).digest()
-    return np.random.default_rng(int.from_bytes(digest[:16], "little"))
-
-
 def check_local_share(local_share: float, share: float, placement: str, reweight: bool) -> None:
     """Raises ConfigError unless so many blocks can be local loss rows besides `share`."""
     number = not isinstance(local_share, bool) and isinstance(local_share, int | float)
@@ -298,32 +274,6 @@ def check_local_share(local_share: float, share: float, placement: str, reweight
         raise ConfigError(f"local_share of loss rows goes with placement random or spread, not with {placement!r}")
     if reweight:
         raise ConfigError("local_share of loss rows cannot be reweighted: the two kinds of rows are drawn differently")
-
-
-def draw_runs(total: int, count: int, span: int, spread: bool, generator: np.random.Generator) -> Tensor:
-    """Ascending indices of `count` of `total` blocks on a circle, in runs of `span` and one that is shorter.
-
-    Args:
-        total: blocks.
-        count: of them that are drawn.
-        span: blocks of a run.
-        spread: runs lie at even distances instead of drawn ones.
-        generator: of the draw.
-    """
-    runs = -(-count // span)
-    lengths = np.full(runs, span)
-    lengths[-1] = count - span * (runs - 1)
-    lengths, free = generator.permutation(lengths), total - count
-    if spread:
-        ends = np.floor(np.arange(1, runs + 1) * free / runs).astype(np.int64)
-        gaps = np.diff(ends, prepend=0)
-    else:
-        # Every way to part the free blocks among the runs is equally likely.
-        bars = np.sort(generator.choice(free + runs - 1, runs - 1, replace=False))
-        gaps = np.diff(bars, prepend=-1, append=free + runs - 1) - 1
-    starts = np.cumsum(lengths + gaps) - lengths
-    places = np.concatenate([start + np.arange(length) for start, length in zip(starts, lengths, strict=True)])
-    return torch.from_numpy(np.sort((places + generator.integers(total)) % total))
 
 
 def draw_chances(losses_N: Tensor, count: int) -> Tensor:
@@ -366,18 +316,3 @@ def _from_the_end(document_N: Tensor) -> Tensor:
     place = torch.arange(len(document_N)) - first[size_N]
     distance = (counts[size_N] - 1 - place + 0.5) / counts[size_N]
     return torch.argsort(distance, stable=True)
-
-
-def sample_name(feature: Any) -> str:
-    """The sample's id, or a hash of its tokens."""
-    if isinstance(feature, dict) and feature.get("sample_id") is not None:
-        return str(feature["sample_id"])
-    tokens = feature["input_ids"] if isinstance(feature, dict) and "input_ids" in feature else feature
-    return hashlib.sha256(np.asarray(tokens, dtype=np.int64).tobytes()).hexdigest()
-
-
-def without_name(feature: Any) -> Any:
-    """The sample without its id, which collators of other packages cannot turn into a tensor."""
-    if isinstance(feature, dict) and "sample_id" in feature:
-        return {key: value for key, value in feature.items() if key != "sample_id"}
-    return feature

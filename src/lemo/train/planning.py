@@ -15,7 +15,7 @@ from lemo.runtime.model import causal_model, decoder_layers, dense_only, why_den
 from lemo.train.block_losses import BlockLosses
 from lemo.train.checks import check_local_rows
 from lemo.train.costs import layer_cost
-from lemo.train.data import LossRows, WindowCollator, WindowDataset, load_windows
+from lemo.train.data import LossRows, PromptRows, WindowCollator, WindowDataset, load_windows
 
 
 def dense_plan(model: Any, block_size: int = 64) -> Plan:
@@ -162,7 +162,7 @@ _READ = ("input_ids", "attention_mask", "position_ids")
 
 
 def training_collator(run: RunConfig, tokenizer: Any, model: Any = None, plan: Plan | None = None) -> Any:
-    """The collator of a run. Loss rows are drawn on plain text only: answers always count.
+    """The collator of a run. Loss rows are drawn on plain text only: answers always count, some rows of prompts may.
 
     Args:
         run: the recipe.
@@ -176,6 +176,10 @@ def training_collator(run: RunConfig, tokenizer: Any, model: Any = None, plan: P
     pad = getattr(tokenizer, "pad_token_id", None)
     collator = WindowCollator(pad_id=0 if pad is None else pad)
     rows = run.loss_rows
+    if run.data.answer_only and rows.prompt_share:
+        size = run.sparsity.block_size
+        options = {"seed": run.training.seed, "block_size": size, "span": rows.span or size}
+        return PromptRows(collator, rows.prompt_share, rows.prompt_weight, **options)
     if run.data.answer_only or rows.share == 1:
         return collator
     losses = None
@@ -203,12 +207,12 @@ def validation_batches(
 ) -> Sequence[dict[str, Any]]:
     """Batches of one window each, with all labels, or with labels drawn as in training (`loss_rows`).
 
-    Drawn rows are not weighed, and none of them is local: these batches are for evaluation. `model` is that of
-    `training_collator`.
+    Drawn rows are not weighed, none of them is local, and none is of a prompt: these batches are for evaluation.
+    `model` is that of `training_collator`.
     """
     if not loss_rows:
         run = replace(run, loss_rows=replace(run.loss_rows, share=1.0, local_share=0.0))
-    rows = replace(run.loss_rows, reweight=False, local_share=run.local_share)
+    rows = replace(run.loss_rows, reweight=False, local_share=run.local_share, prompt_share=0.0)
     collator = training_collator(replace(run, loss_rows=rows), tokenizer, model)
     if isinstance(collator, LossRows):
         collator.marks_local = False

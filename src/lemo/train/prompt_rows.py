@@ -15,10 +15,10 @@ from torch import Tensor
 
 from lemo.errors import ConfigError, LabelsError
 from lemo.runtime.batch import RunDense, read_layout
-from lemo.train.loss_rows import IGNORE, WEIGHTS, draw_generator, draw_runs, sample_name, without_name
+from lemo.train.row_draw import IGNORE, WEIGHTS, RowDraw, draw_generator, draw_runs, sample_name, without_name
 
 
-class PromptRows:
+class PromptRows(RowDraw):
     """A collator that gives labels and a small weight to drawn rows of prompts.
 
     Of each sample, runs of blocks without any answer are drawn; their rows predict the next token. Answers weigh 1,
@@ -59,11 +59,6 @@ class PromptRows:
             raise ConfigError(f"span of prompt rows must be a multiple of the block size {block_size}, got {span!r}")
         self.collator, self.share, self.weight = collator, float(share), float(weight)
         self.seed, self.block_size, self.span_blocks = seed, block_size, span // block_size
-        self.epoch, self.enabled = 0, True
-
-    def set_epoch(self, epoch: int) -> None:
-        """Makes the following batches draw anew."""
-        self.epoch = int(epoch)
 
     def __call__(self, features: Sequence[Any]) -> Any:
         """A batch of the wrapped collator with labels and weights of drawn prompt rows.

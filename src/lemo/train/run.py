@@ -284,6 +284,11 @@ class _Session:
 
     def _say_data(self, title: str, report: DataReport) -> None:
         lines = report.lines()
+        if title == "training data" and self.run.loss_rows.prompt_share:
+            share, weight = self.run.loss_rows.prompt_share, self.run.loss_rows.prompt_weight
+            lines.append(
+                f"beside answers, {share:.0%} of blocks, drawn among those of prompts, carry loss of weight {weight:g}"
+            )
         if title == "training data" and not self.run.data.answer_only and self.run.loss_rows.share < 1:
             share = self.run.loss_rows.share
             local = self.run.local_share

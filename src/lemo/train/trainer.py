@@ -12,13 +12,14 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from lemo.runtime.attach import Handle
 from lemo.train.callback import LemoCallback
-from lemo.train.loss_rows import LossRows
+from lemo.train.row_draw import RowDraw
 
 
 class LemoTrainer(Trainer):
     """A Trainer that logs lemo's numbers. Adds logging only; the training loop is Transformers'.
 
-    Evaluation computes its loss in segments without logits, and with all labels when the collator is a `LossRows`.
+    Evaluation computes its loss in segments without logits, and with the samples' own labels when the collator is a
+    `LossRows` or `PromptRows`.
 
     Attributes:
         handle: the attached plan, or None for a dense run.
@@ -44,7 +45,7 @@ class LemoTrainer(Trainer):
         """
         super().__init__(*args, **kwargs)
         self.handle = handle
-        loss_rows = self.data_collator if isinstance(self.data_collator, LossRows) else None
+        loss_rows = self.data_collator if isinstance(self.data_collator, RowDraw) else None
         self.log_callback = LemoCallback(
             handle, loss_rows=loss_rows, metrics_path=metrics_path, console=console, opens_evaluation=False
         )
@@ -64,19 +65,19 @@ class LemoTrainer(Trainer):
             self.log_callback.close()
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As Trainer's, with all labels and no logits."""
+        """As Trainer's, with the samples' own labels and no logits."""
         with self._evaluating():
             return super().evaluate(*args, **kwargs)
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's, with all labels."""
+        """As Trainer's, with the samples' own labels."""
         with self._evaluating(loss_only=False):
             return super().predict(*args, **kwargs)
 
     @contextmanager
     def _evaluating(self, *, loss_only: bool = True) -> Any:
         with ExitStack() as stack:
-            if isinstance(self.data_collator, LossRows):
+            if isinstance(self.data_collator, RowDraw):
                 stack.enter_context(self.data_collator.all_labels())
             if self.handle is not None and loss_only and self.args.prediction_loss_only:
                 stack.enter_context(self.handle.loss_only())
