@@ -57,7 +57,7 @@ class Comparison:
 
 
 # Where selection decides: rows that skip in forward too, at equal ratios.
-CHOSEN, PREDICTOR, RANDOM = "skip_30_all_recent", "skip_30_all_predictor", "skip_30_all_random"
+PREDICTOR, RANDOM = "skip_30_all_predictor", "skip_30_all_random"
 COMPARISONS = (
     Comparison("B.default_gap", "balanced", "dense_rows_balanced"),
     Comparison("B.default_total_gap", "balanced", "dense_all"),
@@ -67,8 +67,8 @@ COMPARISONS = (
     Comparison("B.mha_gap", "balanced", "dense_rows_balanced"),
     Comparison("B.conservative_gap", "quality", "dense_rows_quality"),
     Comparison("B.aggressive_gap", "fast", "dense_rows_fast"),
-    Comparison("B.over_random_nats", CHOSEN, RANDOM, statistic="gain_less_error", pooled=True),
-    Comparison("B.over_random_se", CHOSEN, RANDOM, statistic="gain_in_errors", pooled=True, unit="standard errors"),
+    Comparison("B.over_random_nats", PREDICTOR, RANDOM, statistic="gain_less_error", pooled=True),
+    Comparison("B.over_random_se", PREDICTOR, RANDOM, statistic="gain_in_errors", pooled=True, unit="standard errors"),
     Comparison(
         "B.oracle_share",
         PREDICTOR,

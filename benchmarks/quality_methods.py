@@ -119,8 +119,21 @@ INSTRUCT = {
         oracle="mass_loss_rows",
         context_window=1024,
     ),
+    **{
+        f"instruct_{which}": _answers(
+            "15 % of the rows, those whose dense gradient is largest, found by looking",
+            0.15,
+            scorer="predictor",
+            oracle=which,
+            context_window=1024,
+        )
+        for which in ("gradient", "gradient_same")
+    },
     "instruct_recent_30": _answers("the default with 30 % of the rows", 0.3, scorer="recent", context_window=1024),
-    "instruct_dense_prompt": Method("dense LoRA, and loss on rows of the prompt", prompt_rows=(0.08, 0.3)),
+    **{
+        name: Method("dense LoRA, and loss on rows of the prompt", prompt_rows=rows)
+        for name, rows in (("instruct_dense_prompt", (0.08, 0.3)), ("instruct_dense_prompt_10_weight_1", (0.1, 1.0)))
+    },
     "instruct_warm": replace(
         _answers("the default, from dense within a fifth of the steps", 0.12, scorer="recent", context_window=1024),
         ramp=Ramp(0.2, 0.0),
@@ -141,9 +154,10 @@ METHODS = NULLS | PRESETS | RIVALS | ABLATIONS | TARGETS | PREDICTED | THRESHOLD
 
 def dense_twin(name: str) -> str | None:
     """The dense method on whole windows whose loss rows are drawn alike; None where no such method is defined."""
-    if name in INSTRUCT:
-        return "instruct_dense"
     method = METHODS[name]
+    if name in INSTRUCT:
+        dense = (m for m in INSTRUCT if INSTRUCT[m].plan is None and INSTRUCT[m].documents and m != "instruct_before")
+        return next((m for m in dense if INSTRUCT[m].prompt_rows == method.prompt_rows), None)
     rows = (method.loss_share, method.local_share, method.placement, method.span)
     for other, found in METHODS.items():
         whole = found.plan is None and found.rival is None and found.pieces == 1 and other not in ("before", *INSTRUCT)

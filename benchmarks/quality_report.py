@@ -107,7 +107,7 @@ def twin_of(method: str) -> str | None:
 
 def main_table(group: Group) -> str:
     """One line a method."""
-    everything = "dense_all" if group.protocol["data"] == "text" else "instruct_no_document"
+    everything = "dense_all" if group.protocol["data"] == "text" else "instruct_dense"
     head = ["method", "seeds", "rows run", "ideal gain", "loss", "over dense, same loss rows", f"over {everything}"]
     head += ["last quarter, same loss rows", "sparse over dense forward", "worst domain, same loss rows"]
     rows = []
@@ -231,12 +231,14 @@ def draw_pareto(group: Group, path: Path) -> bool:
 
     Named are presets and what nothing else beats in both.
     """
-    panels = {"nats over dense LoRA, loss on all rows": [], "nats over dense LoRA on the same loss rows": []}
+    everything = "dense_all" if group.protocol["data"] == "text" else "instruct_dense"
+    rows = "loss on all rows" if everything == "dense_all" else "loss on answers alone"
+    panels = {f"nats over dense LoRA, {rows}": [], "nats over dense LoRA on the same loss rows": []}
     for method in group.methods:
         gains = gain_at_64k(METHODS[method])
         if method == "no_context" or not gains:
             continue
-        for points, baseline in zip(panels.values(), ("dense_all", twin_of(method)), strict=True):
+        for points, baseline in zip(panels.values(), (everything, twin_of(method)), strict=True):
             gap = None if baseline is None else group.gap(method, baseline)
             if gap is not None:
                 points.append((method, gains["llama-3-8b"], *gap[:2]))

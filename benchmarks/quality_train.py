@@ -14,6 +14,7 @@ from torch import Tensor
 
 from benchmarks.quality_specs import Method
 from benchmarks.quality_study import QualityStudy
+from benchmarks.rivals.oracle import GRADIENTS, forget_gradient, look_at_gradient
 from lemo.calibrate.collect import Window
 from lemo.calibrate.refit import predictor_recall, refit_bypass
 from lemo.config import CalibrationConfig
@@ -66,6 +67,8 @@ def train(study: QualityStudy, method: Method, seed: int, setting: Mapping[str, 
             labelled = sum(int((part["labels"][:, 1:] != -100).sum()) for part in batch)
             total = 0.0
             for part in batch:
+                if method.plan is not None and method.plan.oracle in GRADIENTS:
+                    look_at_gradient(model, handle, part, method.plan.oracle == "gradient_same")
                 with step_context(handle, method, part):
                     loss = model(**part, num_items_in_batch=labelled).loss
                 loss.backward()
@@ -82,6 +85,7 @@ def train(study: QualityStudy, method: Method, seed: int, setting: Mapping[str, 
             if number % 50 == 0 or number == steps - 1:
                 print(f"{setting['method']} seed {seed} step {number}: loss {losses[-1]:.4f}", flush=True)
     handle.plan = plan
+    forget_gradient(plan)
     shares = handle.ratios() if handle.selections else {}
     seconds = [after - before for before, after in itertools.pairwise(times)]
     return Trained(losses, seconds, peak.peak_gib, [shares[i] for i in sorted(shares)])

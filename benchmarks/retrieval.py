@@ -58,6 +58,19 @@ METHODS = {
         "the default with the rows that answers attend to most, found by looking",
         replace(_EXACT, scorer="predictor", oracle="mass_loss_rows", context_window=1024),
     ),
+    "gradient": Method(
+        "the default with the rows of each layer whose dense gradient is largest, found by looking",
+        replace(_EXACT, scorer="predictor", oracle="gradient", context_window=1024),
+    ),
+    "gradient_same": Method(
+        "the default with the rows whose dense gradient is largest over all layers, found by looking",
+        replace(_EXACT, scorer="predictor", oracle="gradient_same", context_window=1024),
+    ),
+    "prompt": Method(
+        "the default, and loss on 10 % of the rows of prompts",
+        replace(_EXACT, backward_ratio=0.15, context_window=1024),
+        prompt_rows=(0.1, 0.1),
+    ),
     "recent_40": Method("40 % of rows, those before the answers, others offer nothing", _RECENT),
     "recent_40_all": Method("40 % of rows, those before the answers", replace(_RECENT, kv="all")),
     "random": Method("15 % of rows, drawn at random", replace(_SPARSE, scorer="random")),

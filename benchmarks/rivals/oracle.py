@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from lemo.core.layout import Layout
-from lemo.core.plan import Plan
+from lemo.core.plan import LayerPlan, Plan
 from lemo.core.score import ScoreInputs
 from lemo.core.target import target_scores
-from lemo.runtime.model import decoder_layers
+from lemo.runtime.attach import Handle
+from lemo.runtime.model import causal_model, decoder_layers
 
 QUERY_STRIDE = 4
+GRADIENTS = ("gradient", "gradient_same")
 
 
 @dataclass(frozen=True)
@@ -55,9 +58,79 @@ class Oracle:
 
 def with_oracle(plan: Plan, model: Any, target: str) -> Plan:
     """The plan with an oracle in the place of every predictor."""
+    if target in GRADIENTS:
+        return replace(plan, layers=tuple(x if x.is_dense else replace(x, predictor=Remembered()) for x in plan.layers))
     layers = decoder_layers(model)
     changed = [
         x if x.is_dense else replace(x, predictor=Oracle(model, layers[i], target))  # type: ignore[arg-type]
         for i, x in enumerate(plan.layers)
     ]
     return replace(plan, layers=tuple(changed))
+
+
+@dataclass
+class Remembered:
+    """Stands where a plan has a predictor; ranks blocks by the gradient that `look_at_gradient` found.
+
+    Attributes:
+        norms_N: fp32, squared norm of the dense gradient behind the layer, of each row of the batch that comes next.
+    """
+
+    norms_N: Tensor | None = None
+
+    def scores(self, x_NM: Tensor, layout: Layout) -> Tensor:
+        """(K,) fp32 scores of blocks; all alike in evaluation, where no gradient was looked at."""
+        inside_N = layout.block_of_row_N >= 0
+        found_K = torch.zeros(len(layout.block_start_K), device=x_NM.device)
+        if self.norms_N is None or len(self.norms_N) != len(inside_N):
+            return found_K
+        return found_K.index_add_(0, layout.block_of_row_N[inside_N], self.norms_N.to(x_NM.device)[inside_N])
+
+
+def look_at_gradient(model: Any, handle: Handle, batch: Mapping[str, Any], same: bool) -> None:
+    """A dense forward and backward of a batch, for the norms that the plan's layers are to rank blocks by.
+
+    Gradients of parameters stay as they are.
+
+    Args:
+        model: attached, training.
+        handle: of the plan, whose layers have a `Remembered` each.
+        batch: of the model.
+        same: all layers rank by the mean of their shares, so that they keep the same rows.
+    """
+    plan, parameters = handle.plan, [p for p in model.parameters() if p.requires_grad]
+    kept = [p.grad for p in parameters]
+    for parameter in parameters:
+        parameter.grad = None  # else backward adds to what is kept
+    norms: dict[int, Tensor] = {}
+
+    def watch(number: int) -> Any:
+        def hook(module: Any, args: Any, output: Any) -> None:
+            stream = output[0] if isinstance(output, tuple) else output
+            stream.register_hook(lambda grad: norms.__setitem__(number, grad.float().square().sum(-1).flatten()))
+
+        return hook
+
+    layers = decoder_layers(causal_model(model))
+    hooks = [layer.register_forward_hook(watch(number)) for number, layer in enumerate(layers)]
+    try:
+        handle.plan = replace(plan, layers=tuple(LayerPlan() for _ in plan.layers), scorer="random")
+        model(**batch).loss.backward()
+    finally:
+        handle.plan = plan
+        for hook in hooks:
+            hook.remove()
+        for parameter, gradient in zip(parameters, kept, strict=True):
+            parameter.grad = gradient
+    shares = {i: n / n.sum().clamp_min(1e-30) for i, n in norms.items()}
+    mean_N = torch.stack(list(shares.values())).mean(0)
+    for number, layer in enumerate(plan.layers):
+        if isinstance(layer.predictor, Remembered):
+            layer.predictor.norms_N = mean_N if same else shares[number]
+
+
+def forget_gradient(plan: Plan) -> None:
+    """What a look found is of its batch alone."""
+    for layer in plan.layers:
+        if isinstance(layer.predictor, Remembered):
+            layer.predictor.norms_N = None
