@@ -230,6 +230,9 @@ def _compare(
         print(f"{name}, {label}: {gap:+.4f} {unit} over {len(pairs)} seeds{note}", flush=True)
         if len(pairs) < 2:
             continue
+        if item.statistic == "gain_in_errors" and len({c - b for b, c in zip(baseline, candidate, strict=True)}) == 1:
+            print(f"{name}, {label}: all pairs differ alike, which has no error to count in", flush=True)
+            continue
         published = steps == STEPS and domain not in void and protocol["window"] == 16384
         at = f"{domain}/{item.baseline}" if item.bar == "B.over_short_windows" else domain
         bar = None if item.bar is None or not published else item.bar + (f"/{at}" if at else "")

@@ -87,11 +87,13 @@ def method_flops(method: Method, shape: DecoderShape, window: int, lora_rank: in
         return _attention_only_flops(shape, window, spec, lora_rank, share)
     skipping = shape.layers - len(spec.dense_layers)
     rises = [0.0] if method.ramp is None else [method.ramp.progress(i, 100) for i in range(100)]
+    if method.dense_every is not None:
+        rises = [0.0] * (method.dense_every - 1) + [1.0]
     found = []
     for progress in rises:
         work = sparse_work(spec, lora_rank, progress=progress, local_share=local)
         work = replace(work, far_place=far_place(method, window))
-        works = [dense] * len(spec.dense_layers) + [work] * skipping
+        works = [dense] * len(spec.dense_layers) + [dense if progress == 1 else work] * skipping
         found.append(step_flops(shape, window, works, share))
     predictor = 2.0 * shape.width * shape.heads * window * skipping if spec.scorer == "predictor" else 0.0
     return Flops(fmean(f.forward for f in found) + predictor, 0.0, fmean(f.backward for f in found))
@@ -132,7 +134,9 @@ def gain_at_64k(method: Method, recompute: str = "lin") -> dict[str, float]:
     work = sparse_work(at_least(method.plan, loss_share), 16, recompute, local_share=local)
     work = replace(work, far_place=far_place(method, 65536))
     shapes = {"llama-3-8b": LLAMA_3_8B, "llama-2-7b": LLAMA_2_7B}
-    return {name: _full_gain(shape, work, len(method.plan.dense_layers), method) for name, shape in shapes.items()}
+    found = {name: _full_gain(shape, work, len(method.plan.dense_layers), method) for name, shape in shapes.items()}
+    every = method.dense_every
+    return found if every is None else {name: every / ((every - 1) / gain + 1) for name, gain in found.items()}
 
 
 def _full_gain(shape: DecoderShape, work: LayerWork, dense_layers: int, method: Method, tokens: int = 65536) -> float:

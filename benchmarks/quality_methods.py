@@ -129,6 +129,17 @@ INSTRUCT = {
         )
         for which in ("gradient", "gradient_same")
     },
+    "instruct_recent_random": _answers(
+        "15 % of the rows, some before the answers and random ones",
+        0.15,
+        scorer="predictor",
+        oracle="recent_random",
+        context_window=1024,
+    ),
+    "instruct_dense_every_4": replace(
+        _answers("the default, and every fourth step dense", 0.12, scorer="recent", context_window=1024),
+        dense_every=4,
+    ),
     "instruct_recent_30": _answers("the default with 30 % of the rows", 0.3, scorer="recent", context_window=1024),
     **{
         name: Method("dense LoRA, and loss on rows of the prompt", prompt_rows=rows)

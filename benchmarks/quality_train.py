@@ -64,6 +64,8 @@ def train(study: QualityStudy, method: Method, seed: int, setting: Mapping[str, 
         for number, batch in enumerate(study.training_batches(method, seed, steps)):
             if method.ramp is not None:
                 handle.plan = at_progress(plan, method.ramp.progress(number, steps))
+            if method.dense_every is not None:
+                handle.plan = at_progress(plan, float(number % method.dense_every == method.dense_every - 1))
             labelled = sum(int((part["labels"][:, 1:] != -100).sum()) for part in batch)
             total = 0.0
             for part in batch:

@@ -71,6 +71,16 @@ METHODS = {
         replace(_EXACT, backward_ratio=0.15, context_window=1024),
         prompt_rows=(0.1, 0.1),
     ),
+    "balanced_50": Method(
+        "the default with 50 % of the rows", replace(_EXACT, backward_ratio=0.5, context_window=1024)
+    ),
+    "recent_random": Method(
+        "the default with some rows before the answers and random ones",
+        replace(_EXACT, scorer="predictor", oracle="recent_random", context_window=1024),
+    ),
+    "dense_every_4": Method(
+        "the default, and every fourth step dense", replace(_EXACT, context_window=1024), dense_every=4
+    ),
     "recent_40": Method("40 % of rows, those before the answers, others offer nothing", _RECENT),
     "recent_40_all": Method("40 % of rows, those before the answers", replace(_RECENT, kv="all")),
     "random": Method("15 % of rows, drawn at random", replace(_SPARSE, scorer="random")),

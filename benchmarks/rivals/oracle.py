@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from lemo.core.layout import Layout
 from lemo.core.plan import LayerPlan, Plan
-from lemo.core.score import ScoreInputs
+from lemo.core.score import Recent, ScoreInputs
 from lemo.core.target import target_scores
 from lemo.runtime.attach import Handle
 from lemo.runtime.model import causal_model, decoder_layers
 
 QUERY_STRIDE = 4
 GRADIENTS = ("gradient", "gradient_same")
+RECENT_BLOCKS = 8  # before a block with loss, of `recent_random`
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,9 @@ class Oracle:
 
 def with_oracle(plan: Plan, model: Any, target: str) -> Plan:
     """The plan with an oracle in the place of every predictor."""
+    if target == "recent_random":
+        mixed = RecentAndRandom()
+        return replace(plan, layers=tuple(x if x.is_dense else replace(x, predictor=mixed) for x in plan.layers))
     if target in GRADIENTS:
         return replace(plan, layers=tuple(x if x.is_dense else replace(x, predictor=Remembered()) for x in plan.layers))
     layers = decoder_layers(model)
@@ -66,6 +70,19 @@ def with_oracle(plan: Plan, model: Any, target: str) -> Plan:
         for i, x in enumerate(plan.layers)
     ]
     return replace(plan, layers=tuple(changed))
+
+
+class RecentAndRandom:
+    """Stands where a plan has a predictor: a few blocks before those with loss, then random ones, for all layers."""
+
+    def scores(self, x_NM: Tensor, layout: Layout) -> Tensor:
+        """(K,) fp32 scores of blocks, drawn once a batch."""
+
+        def draw() -> Tensor:
+            recent_K = Recent().scores(ScoreInputs(layout))
+            return torch.where(recent_K >= -RECENT_BLOCKS, 2 + recent_K / RECENT_BLOCKS, torch.rand(len(recent_K)))
+
+        return layout.once("recent and random", draw).to(x_NM.device)
 
 
 @dataclass

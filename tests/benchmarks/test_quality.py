@@ -65,7 +65,7 @@ def test_a_grid_runs_resumes_and_compares(inputs: Path, tmp_path: Path, capsys, 
         *(
             Cell(n, s, 2)
             for s in (0, 1)
-            for n in ("dense_rows_balanced", "balanced", "skip_30_all_recent", "skip_30_all_random")
+            for n in ("dense_rows_balanced", "balanced", "skip_30_all_predictor", "skip_30_all_random")
         ),
     ]
     monkeypatch.setitem(GRIDS, "pilot", [*cells, Cell("before", 0, 2)])
@@ -79,7 +79,7 @@ def test_a_grid_runs_resumes_and_compares(inputs: Path, tmp_path: Path, capsys, 
     assert sum(r.name.endswith("/cell_seconds") for r in records) == len(cells) + 1
     for record in (r for r in records if r.name == "quality/balanced/sparse"):
         assert record.setting["window_order"] == ["books"] * 2 + ["code"] * 2 and len(record.samples) == 4
-    pooled = next(r for r in records if r.name == "quality/skip_30_all_recent/gap/skip_30_all_random/dense")
+    pooled = next(r for r in records if r.name == "quality/skip_30_all_predictor/gap/skip_30_all_random/dense")
     assert len(pooled.samples["lemo"]) == 4 and pooled.bar is None, "two steps are no published figure"
     assert check_bars.main([str(out)]) == 0
 

@@ -70,7 +70,7 @@ def test_fit_keeps_the_ratios_where_it_can(sizes):
     tight = find_card(f"l4:{1.001 * offloaded.needed_bytes / GIB}")
     assert not make_estimate(sizes, layer, tight).fits
     assert fit_setting(sizes, setting, tight).setting == replace(layer, offload=True)
-    few = replace(layer, loss_share=0.05, offload=True)
+    few = replace(layer, loss_share=0.05, offload=True, forward_ratio=0.9, backward_ratio=0.9)
     small = find_card(f"l4:{0.995 * make_estimate(sizes, replace(few, segment_rows=512), card).needed_bytes / GIB}")
     less = fit_setting(sizes, replace(few, offload=False), small)
     assert less is not None and less.fits and less.setting.kv == "kept"
