@@ -122,6 +122,13 @@ def equal_steps(method: Method, other: Method, steps: int, shape: DecoderShape, 
     return max(1, round(steps * costs[0] / costs[1]))
 
 
+def _loss_shares(method: Method) -> tuple[float, float]:
+    """Rows with loss, and those of them that attend locally."""
+    prompts = 0.0 if method.prompt_rows is None else method.prompt_rows[0]
+    local = (method.local_share if method.marks_local else 0.0) + (prompts if method.prompt_local else 0.0)
+    return method.loss_share + method.local_share + prompts, local
+
+
 def gain_at_64k(method: Method, recompute: str = "lin") -> dict[str, float]:
     """Ideal gain over dense + recompute with loss on all rows at 64K, for the two shapes that bars name.
 
@@ -129,8 +136,7 @@ def gain_at_64k(method: Method, recompute: str = "lin") -> dict[str, float]:
     """
     if method.plan is None or not method.forced or method.ramp is not None or method.plan.ratios_follow:
         return {}
-    loss_share = method.loss_share + method.local_share
-    local = method.local_share if method.marks_local else 0.0
+    loss_share, local = _loss_shares(method)
     work = sparse_work(at_least(method.plan, loss_share), 16, recompute, local_share=local)
     work = replace(work, far_place=far_place(method, 65536))
     shapes = {"llama-3-8b": LLAMA_3_8B, "llama-2-7b": LLAMA_2_7B}
@@ -144,7 +150,7 @@ def _full_gain(shape: DecoderShape, work: LayerWork, dense_layers: int, method: 
     plain = ideal_gain(shape, tokens, work, dense_layers=dense_layers)
     baseline = step_flops(shape, tokens, [LayerWork(recompute="layer", lora_rank=work.lora_rank)] * shape.layers).total
     ours = baseline / plain
-    ours -= (1 - method.loss_share - method.local_share) * 4.0 * shape.width * shape.vocabulary * tokens
+    ours -= (1 - _loss_shares(method)[0]) * 4.0 * shape.width * shape.vocabulary * tokens
     if method.plan is not None and method.plan.scorer == "predictor":
         ours += 2.0 * shape.width * shape.heads * tokens * (shape.layers - dense_layers)
     return baseline / ours

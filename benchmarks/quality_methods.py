@@ -142,6 +142,14 @@ INSTRUCT = {
     ),
     "instruct_recent_30": _answers("the default with 30 % of the rows", 0.3, scorer="recent", context_window=1024),
     **{
+        f"instruct_prompt_local_{round(100 * share)}": replace(
+            _answers("the default, and loss on local rows of the prompt", 0.12, scorer="recent", context_window=1024),
+            prompt_rows=(share, 1.0),
+            prompt_local=True,
+        )
+        for share in (0.1, 0.25)
+    },
+    **{
         name: Method("dense LoRA, and loss on rows of the prompt", prompt_rows=rows)
         for name, rows in (("instruct_dense_prompt", (0.08, 0.3)), ("instruct_dense_prompt_10_weight_1", (0.1, 1.0)))
     },

@@ -106,6 +106,7 @@ class Method:
         local_share: share of blocks that carry loss besides, and attend within the plan's `context_window`.
         far: which of the drawn loss rows are far, as in `loss_rows.far`: `random` ones, or by `repeats`.
         prompt_rows: share and weight of rows of the prompt that carry loss beside answers; None for no such rows.
+        prompt_local: these rows attend within the plan's `context_window`.
         dense_every: one step of so many is dense; None for no such steps.
         rising_share: share of loss rows in the first and in the last step, on a line between them; `loss_share` is
             its mean.
@@ -128,6 +129,7 @@ class Method:
     local_share: float = 0.0
     far: str = "random"
     prompt_rows: tuple[float, float] | None = None
+    prompt_local: bool = False
     dense_every: int | None = None
 
     @property
@@ -157,7 +159,7 @@ class Method:
         del found["about"]
         # Choices that came later: a cell that does not make them keeps its hash.
         mine = {"reweight": False, "refit_every": None, "span": None, "rising_share": None, "local_share": 0.0}
-        mine |= {"far": "random", "prompt_rows": None, "dense_every": None}
+        mine |= {"far": "random", "prompt_rows": None, "prompt_local": False, "dense_every": None}
         for name, default in mine.items():
             if found[name] == default:
                 del found[name]

@@ -79,6 +79,21 @@ def test_the_draw_is_of_sample_seed_and_epoch_alone():
     assert not draw(features)["labels"].equal(both)
 
 
+def test_local_rows_are_the_drawn_ones_and_train():
+    batch = collator(local=True)([sample("a")])
+    _, drawn = parts(batch, WindowCollator()([dict(sample("a"))]))
+    assert batch["local_rows"].equal(drawn) and "local_rows" not in collator()([sample("a")])
+    model = tiny_model("llama")
+    choices = {"backward_ratio": 0.25, "gradient": "keys", "scorer": "recent", "dense_layers": ()}
+    plan = Plan.uniform(model, block_size=BLOCK, context_window=SPAN, **choices)
+    with attach(model, plan, self_test=False, unsafe_no_bypass=True) as handle:
+        near = model(**batch).loss
+        near.backward()
+        far = model(**{k: v for k, v in batch.items() if k != "local_rows"}).loss
+        assert near.detach() != far.detach(), "drawn rows see less"
+        assert not handle.notes
+
+
 def test_documents_of_a_packed_window_and_padding_stay_apart():
     packed = sample("p", answers=((20, 24), (50, 54)), lengths=(28, 36))
     batch = collator(0.9)([packed, sample("short", tokens=40, answers=((30, 34),))])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lemo.errors import ConfigError, LabelsError
-from lemo.runtime.batch import RunDense, read_layout
+from lemo.runtime.batch import LOCAL_ROWS, RunDense, read_layout
 from lemo.train.row_draw import IGNORE, WEIGHTS, RowDraw, draw_generator, draw_runs, sample_name, without_name
 
 
@@ -38,6 +38,7 @@ class PromptRows(RowDraw):
         seed: int = 0,
         block_size: int = 64,
         span: int = 1024,
+        local: bool = False,
     ) -> None:
         """Wraps a collator.
 
@@ -48,6 +49,7 @@ class PromptRows(RowDraw):
             seed: of the draw.
             block_size: rows per block; the plan's.
             span: rows of a run of drawn blocks, a multiple of `block_size`.
+            local: drawn rows attend within the plan's `context_window`, forward and backward; else to all keys.
 
         Raises:
             ConfigError: a value is out of range.
@@ -58,7 +60,7 @@ class PromptRows(RowDraw):
         if span < 1 or span % block_size:
             raise ConfigError(f"span of prompt rows must be a multiple of the block size {block_size}, got {span!r}")
         self.collator, self.share, self.weight = collator, float(share), float(weight)
-        self.seed, self.block_size, self.span_blocks = seed, block_size, span // block_size
+        self.seed, self.block_size, self.span_blocks, self.local = seed, block_size, span // block_size, local
 
     def __call__(self, features: Sequence[Any]) -> Any:
         """A batch of the wrapped collator with labels and weights of drawn prompt rows.
@@ -78,6 +80,8 @@ class PromptRows(RowDraw):
         learned_BT = answers_BT | drawn_BT
         weight_BT = torch.where(answers_BT, 1.0, self.weight) * learned_BT
         batch[WEIGHTS] = weight_BT * (learned_BT.sum() / weight_BT.sum().clamp_min(1e-9))
+        if self.local:
+            batch[LOCAL_ROWS] = drawn_BT
         batch["labels"] = torch.where(_later(drawn_BT), ids_BT, labels_BT)
         return batch
 
