@@ -23,6 +23,7 @@ _HOMES = {
     "LossRows": "lemo.train.data",
     "Plan": "lemo.core.plan",
     "PlanError": "lemo.errors",
+    "PromptRows": "lemo.train.data",
     "Record": "lemo.measure.record",
     "RunConfig": "lemo.config",
     "Selection": "lemo.core.selection",
@@ -42,6 +43,7 @@ __all__ = [
     "LossRows",
     "Plan",
     "PlanError",
+    "PromptRows",
     "Record",
     "RunConfig",
     "Selection",
@@ -66,7 +68,7 @@ if TYPE_CHECKING:
     )
     from lemo.measure.record import Record
     from lemo.runtime.attach import Handle, attach
-    from lemo.train.data import LossRows
+    from lemo.train.data import LossRows, PromptRows
     from lemo.train.trainer import LemoTrainer
 
 
