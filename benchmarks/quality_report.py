@@ -248,6 +248,7 @@ def draw_pareto(group: Group, path: Path) -> bool:
     pyplot = _pyplot()
     figure, grid = pyplot.subplots(1, len(drawn), figsize=(5.4 * len(drawn), 4.2), layout="constrained", squeeze=False)
     named: list[tuple[Any, str, float, float]] = []
+    lines: list[tuple[Any, float, float, float]] = []
     for axes, (title, points) in zip(grid[0], drawn.items(), strict=True):
         for method, gain, gap, error in points:
             beaten = any(g >= gain and y <= gap and m != method for m, g, y, _ in points)
@@ -256,10 +257,11 @@ def draw_pareto(group: Group, path: Path) -> bool:
             axes.errorbar(gain, gap, yerr=error, fmt="o", color=colour, markersize=4, capsize=2, zorder=2 + front)
             if front:
                 named.append((axes, method, gain, gap))
+                lines.append((axes, gain, gap - error, gap + error))
         axes.axhline(0, color="#6b7280", linewidth=0.8)
         axes.set(xlabel="ideal gain at 64K, Llama-3-8B shape", ylabel=title)
     figure.suptitle(f"{group.steps} steps, {group.protocol['window']:,} tokens", x=0.01, ha="left", fontsize=10)
-    _name_points(figure, named)
+    _name_points(figure, named, lines)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
     return True
@@ -270,8 +272,13 @@ _PLACES = ((6, -3, "left"), (-6, -3, "right"), (6, 6, "left"), (6, -12, "left"),
 _PLACES += ((6, 15, "left"), (6, -21, "left"), (-6, 16, "right"), (-6, -21, "right"))
 
 
-def _name_points(figure: Any, points: Sequence[tuple[Any, str, float, float]]) -> None:
-    """Names beside their points, presets first; one that would lie on another, on a point or outside is left out."""
+def _name_points(
+    figure: Any, points: Sequence[tuple[Any, str, float, float]], lines: Sequence[tuple[Any, float, float, float]]
+) -> None:
+    """Names beside their points, presets first; one that would lie on another, on a point or outside is left out.
+
+    `lines`: axes, place and both ends of error bars, which names keep clear of, too, as they do of the zero line.
+    """
     from matplotlib.transforms import Bbox
 
     figure.draw_without_rendering()
@@ -279,6 +286,11 @@ def _name_points(figure: Any, points: Sequence[tuple[Any, str, float, float]]) -
     taken = [
         Bbox.from_extents(x - 6, y - 6, x + 6, y + 6) for x, y in (a.transData.transform(p) for a, _, *p in points)
     ]
+    for axes, place, low, high in lines:
+        (x, bottom), (_, top) = (axes.transData.transform((place, y)) for y in (low, high))
+        zero = axes.transData.transform((place, 0))[1]
+        taken += [Bbox.from_extents(x - 1, bottom, x + 1, top)]
+        taken += [Bbox.from_extents(axes.bbox.x0, zero - 1, axes.bbox.x1, zero + 1)]
     for axes, method, gain, gap in sorted(points, key=lambda point: point[1] not in _FAMILIES):
         style = {"fontsize": 7, "fontweight": "bold" if method in _FAMILIES else "normal", "zorder": 4}
         for right, up, end in _PLACES:
