@@ -30,11 +30,17 @@ _FAMILIES = {"balanced": "#2563eb", "quality": "#2563eb", "fast": "#2563eb"}
 
 
 class Group:
-    """Cells that may be compared: one protocol, one number of steps asked for, one learning rate."""
+    """Cells that may be compared: one protocol, one number of steps asked for, one learning rate.
+
+    Attributes:
+        methods: those that have run.
+        dense: dense LoRA, which learns from every row, or from every answer.
+    """
 
     def __init__(self, cells: Cells, protocol: Mapping[str, Any], steps: int, rate: float) -> None:
         """Finds which methods have run."""
         self.cells, self.protocol, self.steps, self.rate = cells, dict(protocol), steps, rate
+        self.dense = "dense_all" if protocol["data"] == "text" else "instruct_dense"
         names = {r.name.split("/")[1] for r in cells.records if r.name.endswith("/dense")}
         self.methods = [m for m in METHODS if m in names and self.of(m, "dense")]
 
@@ -107,8 +113,7 @@ def twin_of(method: str) -> str | None:
 
 def main_table(group: Group) -> str:
     """One line a method."""
-    everything = "dense_all" if group.protocol["data"] == "text" else "instruct_dense"
-    head = ["method", "seeds", "rows run", "ideal gain", "loss", "over dense, same loss rows", f"over {everything}"]
+    head = ["method", "seeds", "rows run", "ideal gain", "loss", "over dense, same loss rows", f"over {group.dense}"]
     head += ["last quarter, same loss rows", "sparse over dense forward", "worst domain, same loss rows"]
     rows = []
     for method in group.methods:
@@ -124,7 +129,7 @@ def main_table(group: Group) -> str:
                 number(gains.get("llama-3-8b"), ".2f"),
                 number(group.mean(method, "dense")),
                 with_error(None if twin is None else group.gap(method, twin)),
-                with_error(group.gap(method, everything)),
+                with_error(group.gap(method, group.dense)),
                 with_error(None if twin is None else group.gap(method, twin, "last_quarter")),
                 with_error(group.gap(method, method, "sparse", of="loss_rows")),
                 NOTHING if worst is None else f"{gaps[worst]:+.4f} ({worst})",
@@ -143,8 +148,7 @@ def domain_table(group: Group) -> str:
 
 def void_note(group: Group) -> str:
     """Says which domains bars leave out."""
-    name = "dense_all" if group.protocol["data"] == "text" else "instruct_dense"
-    void = void_domains(group.cells, group.protocol, list(group.of(name, "dense").values()))
+    void = void_domains(group.cells, group.protocol, list(group.of(group.dense, "dense").values()))
     if not void:
         return ""
     listed = ", ".join(f"{d} ({gain:.2f})" for d, gain in void.items())
@@ -231,14 +235,13 @@ def draw_pareto(group: Group, path: Path) -> bool:
 
     Named are presets and what nothing else beats in both.
     """
-    everything = "dense_all" if group.protocol["data"] == "text" else "instruct_dense"
-    rows = "loss on all rows" if everything == "dense_all" else "loss on answers alone"
+    rows = "loss on all rows" if group.dense == "dense_all" else "loss on answers alone"
     panels = {f"nats over dense LoRA, {rows}": [], "nats over dense LoRA on the same loss rows": []}
     for method in group.methods:
         gains = gain_at_64k(METHODS[method])
         if method == "no_context" or not gains:
             continue
-        for points, baseline in zip(panels.values(), (everything, twin_of(method)), strict=True):
+        for points, baseline in zip(panels.values(), (group.dense, twin_of(method)), strict=True):
             gap = None if baseline is None else group.gap(method, baseline)
             if gap is not None:
                 points.append((method, gains["llama-3-8b"], *gap[:2]))

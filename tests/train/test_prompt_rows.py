@@ -127,15 +127,12 @@ def test_the_loss_is_the_weighted_mean():
     plan = Plan.uniform(model, backward_ratio=0.5, gradient="keys", scorer="recent", block_size=BLOCK, dense_layers=())
     batch = collator(weight=0.3)([sample("a")])
     answers, drawn = parts(batch, WindowCollator()([dict(sample("a"))]))
-    handle = attach(model, plan, self_test=False, unsafe_no_bypass=True)
-    handle.detach()
     hidden = model.base_model(input_ids=batch["input_ids"]).last_hidden_state[0]
     losses = row_losses(model, hidden, batch["labels"].roll(-1, 1)[0].clamp_min(0))
     weight = answers[0].double() + 0.3 * drawn[0].double()
     expected = float((losses.detach() * weight).sum() / weight.sum())
-    handle = attach(model, plan, self_test=False, unsafe_no_bypass=True)
-    assert float(model(**batch).loss.detach()) == pytest.approx(expected, rel=1e-5)
-    handle.detach()
+    with attach(model, plan, self_test=False, unsafe_no_bypass=True):
+        assert float(model(**batch).loss.detach()) == pytest.approx(expected, rel=1e-5)
 
 
 def recipe(**rows) -> RunConfig:

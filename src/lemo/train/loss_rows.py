@@ -13,9 +13,19 @@ from torch import Tensor
 from lemo.config import IN_RUNS
 from lemo.core.layout import Layout
 from lemo.errors import ConfigError, LabelsError
-from lemo.runtime.batch import LOCAL_ROWS, RunDense, read_layout
+from lemo.runtime.batch import LOCAL_ROWS
 from lemo.train.far_rows import block_scores, choose_far
-from lemo.train.row_draw import IGNORE, WEIGHTS, RowDraw, draw_generator, draw_runs, sample_name, without_name
+from lemo.train.row_draw import (
+    IGNORE,
+    WEIGHTS,
+    RowDraw,
+    draw_runs,
+    of_rows,
+    predicted,
+    predicting,
+    sample_name,
+    without_name,
+)
 
 _LOG = logging.getLogger("lemo")
 PLACEMENTS = ("random", "spread", "tail", "hardest")
@@ -143,7 +153,7 @@ class LossRows(RowDraw):
         # supervised_BT[b, t]: row t predicts something.
         supervised_BT = labels_BT != IGNORE
         if not shifted:
-            supervised_BT = torch.cat([supervised_BT[:, 1:], torch.zeros_like(supervised_BT[:, :1])], dim=1)
+            supervised_BT = predicting(supervised_BT)
         keep_BT, weight_BT, local_BT = self._draw(batch, supervised_BT, names, features)
         if self.local_share and self.marks_local:
             batch[LOCAL_ROWS] = local_BT
@@ -151,7 +161,7 @@ class LossRows(RowDraw):
             share = keep_BT.sum() / supervised_BT.sum().clamp_min(1)
             batch[WEIGHTS] = torch.where(keep_BT, weight_BT * share, 0.0)
         if not shifted:
-            keep_BT = torch.cat([torch.zeros_like(keep_BT[:, :1]), keep_BT[:, :-1]], dim=1)
+            keep_BT = predicted(keep_BT)
         batch[key] = labels_BT.masked_fill(~keep_BT, IGNORE)
         return batch
 
@@ -160,10 +170,7 @@ class LossRows(RowDraw):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(B, T) bool, supervised rows in drawn blocks; fp32, one over their block's chance; bool, local rows."""
         rows, tokens = supervised_BT.shape
-        try:
-            layout = read_layout(batch, supervised_BT, self.block_size)
-        except RunDense as error:
-            raise LabelsError(f"LossRows cannot cut this batch into blocks: {error}") from error
+        layout = self.layout(batch, supervised_BT)
         candidates = layout.supervised_K.nonzero().squeeze(-1)
         sequence_K = layout.block_start_K // tokens
         drawn_K = torch.zeros(len(layout.block_start_K), dtype=torch.bool)
@@ -171,14 +178,12 @@ class LossRows(RowDraw):
         weight_K, score_K = torch.ones(len(drawn_K)), self._repeats(batch, layout)
         for b in range(rows):
             mine = candidates[sequence_K[candidates] == b]
-            # A padding-free batch is one sequence of several samples: its draw depends on all of their names.
-            alone = len(names) == rows
-            name = names[b] if alone else "+".join(names)
             losses = None
             if self.placement == "hardest" and len(mine):
                 own = (sequence_K == b).nonzero().squeeze(-1)
-                losses = self._losses(features[b : b + 1] if alone else features, len(own))[mine - own[0]]
-            generator = draw_generator(self.seed, name, self.epoch)
+                alone = features[b : b + 1] if len(features) == rows else features
+                losses = self._losses(alone, len(own))[mine - own[0]]
+            generator = self.generator(names, b, rows)
             chosen, chance = self._choose(layout, mine, generator, losses)
             drawn_K[mine[chosen]] = True
             weight_K[mine] = (1 / chance).float()
@@ -191,14 +196,8 @@ class LossRows(RowDraw):
                 far = choose_far(both, score_K, int(drawn_K[both].sum()), self.span_blocks, generator)
                 drawn_K[both], local_K[both] = False, True
                 drawn_K[both[far]], local_K[both[far]] = True, False
-        block_of_row = layout.block_of_row_N.cpu()
-
-        def by_row(value_K: Tensor) -> Tensor:
-            return value_K[block_of_row.clamp(min=0)].reshape(rows, tokens).to(supervised_BT.device)
-
-        supervised_BT = supervised_BT & (block_of_row >= 0).reshape(rows, tokens).to(supervised_BT.device)
-        local_BT = by_row(local_K) & supervised_BT
-        return by_row(drawn_K | local_K) & supervised_BT, by_row(weight_K), local_BT
+        local_BT, loss_BT = (of_rows(x, layout, supervised_BT) & supervised_BT for x in (local_K, drawn_K | local_K))
+        return loss_BT, of_rows(weight_K, layout, supervised_BT), local_BT
 
     def _repeats(self, batch: Any, layout: Layout) -> Tensor | None:
         """(K,) score by which far blocks are chosen among drawn ones; None where they are those drawn first."""

@@ -1,8 +1,8 @@
 """PromptRows: where only answers are learned, some rows of the prompts carry a part of the loss, too.
 
 Rows without gradient learn nothing: of a prompt that a sparse plan passes over, layers are not adapted to read it.
-Dense training does adapt them, through what answers attend to. Rows of the prompt that carry a loss of their own, of
-little weight, take its place (docs/decisions/0019-prompt-rows.md). Others call the weight `prompt_loss_weight`.
+Dense training does adapt them, through what answers attend to. Rows of the prompt that carry a loss of their own take
+its place (docs/decisions/0019-prompt-rows.md). Others call the weight of such a row `prompt_loss_weight`.
 """
 
 from __future__ import annotations
@@ -14,12 +14,22 @@ import torch
 from torch import Tensor
 
 from lemo.errors import ConfigError, LabelsError
-from lemo.runtime.batch import LOCAL_ROWS, RunDense, read_layout
-from lemo.train.row_draw import IGNORE, WEIGHTS, RowDraw, draw_generator, draw_runs, sample_name, without_name
+from lemo.runtime.batch import LOCAL_ROWS
+from lemo.train.row_draw import (
+    IGNORE,
+    WEIGHTS,
+    RowDraw,
+    draw_runs,
+    of_rows,
+    predicted,
+    predicting,
+    sample_name,
+    without_name,
+)
 
 
 class PromptRows(RowDraw):
-    """A collator that gives labels and a small weight to drawn rows of prompts.
+    """A collator that gives labels and a weight to drawn rows of prompts.
 
     Of each sample, runs of blocks without any answer are drawn; their rows predict the next token. Answers weigh 1,
     drawn rows `weight`, all times a factor that makes the weights of a batch add up to its rows with loss: the loss is
@@ -75,23 +85,20 @@ class PromptRows(RowDraw):
         if "labels" not in batch or "input_ids" not in batch:
             raise LabelsError("PromptRows needs batches with labels and input_ids")
         labels_BT, ids_BT = batch["labels"], batch["input_ids"]
-        answers_BT = _earlier(labels_BT != IGNORE)
+        answers_BT = predicting(labels_BT != IGNORE)
         drawn_BT = self._draw(batch, answers_BT, names)
         learned_BT = answers_BT | drawn_BT
         weight_BT = torch.where(answers_BT, 1.0, self.weight) * learned_BT
         batch[WEIGHTS] = weight_BT * (learned_BT.sum() / weight_BT.sum().clamp_min(1e-9))
         if self.local:
             batch[LOCAL_ROWS] = drawn_BT
-        batch["labels"] = torch.where(_later(drawn_BT), ids_BT, labels_BT)
+        batch["labels"] = torch.where(predicted(drawn_BT), ids_BT, labels_BT)
         return batch
 
     def _draw(self, batch: Any, answers_BT: Tensor, names: Sequence[str]) -> Tensor:
         """(B, T) bool: rows of prompts that carry loss; the last row of a document predicts nothing."""
         rows, tokens = answers_BT.shape
-        try:
-            layout = read_layout(batch, answers_BT, self.block_size)
-        except RunDense as error:
-            raise LabelsError(f"PromptRows cannot cut this batch into blocks: {error}") from error
+        layout = self.layout(batch, answers_BT)
         sequence_K = layout.block_start_K // tokens
         drawn_K = torch.zeros(len(sequence_K), dtype=torch.bool)
         for b in range(rows):
@@ -99,23 +106,9 @@ class PromptRows(RowDraw):
             free = mine[~layout.supervised_K[mine]]
             count = min(len(free), max(1, round(self.share * len(mine))))
             if count:
-                name = names[b] if len(names) == rows else "+".join(names)
-                generator = draw_generator(self.seed, name, self.epoch)
+                generator = self.generator(names, b, rows)
                 drawn_K[free[draw_runs(len(free), count, self.span_blocks, False, generator)]] = True
-        block_of_row = layout.block_of_row_N.cpu()
-        inside_BT = (block_of_row >= 0).reshape(rows, tokens)
-        drawn_BT = drawn_K[block_of_row.clamp(min=0)].reshape(rows, tokens) & inside_BT
         document_BT = layout.document_of_row_N.cpu().reshape(rows, tokens)
-        goes_on_BT = torch.zeros_like(drawn_BT)
+        goes_on_BT = torch.zeros_like(document_BT, dtype=torch.bool)
         goes_on_BT[:, :-1] = document_BT[:, 1:] == document_BT[:, :-1]
-        return (drawn_BT & goes_on_BT).to(answers_BT.device) & ~answers_BT
-
-
-def _earlier(label_BT: Tensor) -> Tensor:
-    """(B, T) bool: row t predicts what stands at t + 1."""
-    return torch.cat([label_BT[:, 1:], torch.zeros_like(label_BT[:, :1])], dim=1)
-
-
-def _later(row_BT: Tensor) -> Tensor:
-    """The places that rows predict."""
-    return torch.cat([torch.zeros_like(row_BT[:, :1]), row_BT[:, :-1]], dim=1)
+        return of_rows(drawn_K, layout, answers_BT) & goes_on_BT.to(answers_BT.device)

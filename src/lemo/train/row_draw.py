@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from lemo.core.layout import Layout
+from lemo.errors import LabelsError
+from lemo.runtime.batch import RunDense, read_layout
 
 IGNORE = -100
 WEIGHTS = "loss_weights"
@@ -19,10 +23,14 @@ class RowDraw:
     """A collator that changes which rows carry loss, drawn anew in each epoch, while training only.
 
     Attributes:
+        seed: of the draw.
+        block_size: rows per block; the plan's.
         epoch: of the draw.
         enabled: false leaves labels as the wrapped collator makes them, as evaluation wants them.
     """
 
+    seed: int
+    block_size: int
     epoch: int = 0
     enabled: bool = True
 
@@ -39,11 +47,42 @@ class RowDraw:
         finally:
             self.enabled = before
 
+    def layout(self, batch: Any, supervised_BT: Tensor) -> Layout:
+        """Blocks of a batch.
 
-def draw_generator(seed: int, name: str, epoch: int) -> np.random.Generator:
-    """Of the draws for one sample in one epoch, whatever batch it is in."""
-    digest = hashlib.sha256(f"{seed}|{name}|{epoch}".encode()).digest()
-    return np.random.default_rng(int.from_bytes(digest[:16], "little"))
+        Raises:
+            LabelsError: the batch cannot be cut into blocks.
+        """
+        try:
+            return read_layout(batch, supervised_BT, self.block_size)
+        except RunDense as error:
+            raise LabelsError(f"{type(self).__name__} cannot cut this batch into blocks: {error}") from error
+
+    def generator(self, names: Sequence[str], sequence: int, sequences: int) -> np.random.Generator:
+        """Of the draws for one sequence of a batch: of one sample, the same in whatever batch it is.
+
+        A padding-free batch is one sequence of several samples: its draw depends on all of their names.
+        """
+        name = names[sequence] if len(names) == sequences else "+".join(names)
+        digest = hashlib.sha256(f"{self.seed}|{name}|{self.epoch}".encode()).digest()
+        return np.random.default_rng(int.from_bytes(digest[:16], "little"))
+
+
+def predicting(labelled_BT: Tensor) -> Tensor:
+    """(B, T) bool: rows t that predict a labelled token, which stands at t + 1."""
+    return torch.cat([labelled_BT[:, 1:], torch.zeros_like(labelled_BT[:, :1])], dim=1)
+
+
+def predicted(rows_BT: Tensor) -> Tensor:
+    """(B, T) bool: tokens t + 1 that rows t predict."""
+    return torch.cat([torch.zeros_like(rows_BT[:, :1]), rows_BT[:, :-1]], dim=1)
+
+
+def of_rows(value_K: Tensor, layout: Layout, like_BT: Tensor) -> Tensor:
+    """(B, T) value of each row's block, False or 0 for padding, on the device of `like_BT`."""
+    block_of_row = layout.block_of_row_N.cpu()
+    found_N = value_K[block_of_row.clamp(min=0)] * (block_of_row >= 0)
+    return found_N.reshape(like_BT.shape).to(like_BT.device)
 
 
 def draw_runs(total: int, count: int, span: int, spread: bool, generator: np.random.Generator) -> Tensor:
