@@ -166,11 +166,12 @@ class Grid:
             for note in handle.notes:
                 print(f"note: {note}", flush=True)
         setting |= {"window_order": score.order}
+        sequences = method.sequences or self.protocol.batch
         if self.protocol.data == "text":
             flops = sequence_flops(
                 at_kept(method, trained.shares), self.shape, self.protocol.window, self.protocol.rank
             )
-            setting |= {"flops": flops * setting["steps"] * self.protocol.batch}
+            setting |= {"flops": flops * setting["steps"] * sequences}
         for name, values in score.windows.items():
             self.write(cell, setting, name, "nats", values, "mean")
         for name, by_domain_now in found.items():
@@ -179,7 +180,7 @@ class Grid:
                 self.write(cell, order, name, "share", list(by_domain_now.values()), "mean")
         if trained.losses:
             self.write(cell, setting, "training_loss", "nats", trained.losses, "last")
-            rates = [self.protocol.batch * self.protocol.window / s for s in trained.seconds]
+            rates = [sequences * self.protocol.window / s for s in trained.seconds]
             if not self.options.untimed:
                 self.write(cell, setting, "tokens_per_second", "tokens/s", rates[WARM_STEPS:] or rates, "median")
             self.write(cell, setting, "peak_memory", "GiB", [trained.peak_gib], "max")

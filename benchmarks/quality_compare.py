@@ -62,6 +62,10 @@ COMPARISONS = (
     Comparison("B.default_gap", "balanced", "dense_rows_balanced"),
     Comparison("B.default_total_gap", "balanced", "dense_all"),
     Comparison("B.equal_compute_gain", "balanced", "dense_all", statistic="gain_less_error", equal_flops=True),
+    *(
+        Comparison(None, f"balanced_batch_{n}", "dense_all", statistic="gain_less_error", equal_flops=True)
+        for n in (4, 7)
+    ),
     Comparison("B.over_short_windows", "balanced", "dense_4k", "last_quarter", "gain_less_error"),
     Comparison("B.over_short_windows", "balanced", "dense_8k", "last_quarter", "gain_less_error"),
     Comparison("B.mha_gap", "balanced", "dense_rows_balanced"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from statistics import fmean
 
 from benchmarks.quality_methods import METHODS
 from benchmarks.quality_specs import Method, PlanSpec
@@ -89,6 +88,8 @@ def method_flops(method: Method, shape: DecoderShape, window: int, lora_rank: in
     rises = [0.0] if method.ramp is None else [method.ramp.progress(i, 100) for i in range(100)]
     if method.dense_every is not None:
         rises = [0.0] * (method.dense_every - 1) + [1.0]
+    if method.corrected is not None:
+        rises = [0.0] * method.corrected[0] + [1.0]
     found = []
     for progress in rises:
         work = sparse_work(spec, lora_rank, progress=progress, local_share=local)
@@ -96,7 +97,8 @@ def method_flops(method: Method, shape: DecoderShape, window: int, lora_rank: in
         works = [dense] * len(spec.dense_layers) + [dense if progress == 1 else work] * skipping
         found.append(step_flops(shape, window, works, share))
     predictor = 2.0 * shape.width * shape.heads * window * skipping if spec.scorer == "predictor" else 0.0
-    return Flops(fmean(f.forward for f in found) + predictor, 0.0, fmean(f.backward for f in found))
+    steps = len(found) if method.corrected is None else method.corrected[0]
+    return Flops(sum(f.forward for f in found) / steps + predictor, 0.0, sum(f.backward for f in found) / steps)
 
 
 def _attention_only_flops(shape: DecoderShape, window: int, spec: PlanSpec, rank: int, share: float) -> Flops:
@@ -141,8 +143,10 @@ def gain_at_64k(method: Method, recompute: str = "lin") -> dict[str, float]:
     work = replace(work, far_place=far_place(method, 65536))
     shapes = {"llama-3-8b": LLAMA_3_8B, "llama-2-7b": LLAMA_2_7B}
     found = {name: _full_gain(shape, work, len(method.plan.dense_layers), method) for name, shape in shapes.items()}
-    every = method.dense_every
-    return found if every is None else {name: every / ((every - 1) / gain + 1) for name, gain in found.items()}
+    every, sparse = method.dense_every, (method.dense_every or 1) - 1
+    if method.corrected is not None:
+        every = sparse = method.corrected[0]
+    return found if every is None else {name: every / (sparse / gain + 1) for name, gain in found.items()}
 
 
 def _full_gain(shape: DecoderShape, work: LayerWork, dense_layers: int, method: Method, tokens: int = 65536) -> float:

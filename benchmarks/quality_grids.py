@@ -63,7 +63,8 @@ class Cell:
             return 0
         sizes = (shape, protocol.window, protocol.rank)
         if self.flops_steps is not None:
-            return equal_steps(self.spec, METHODS["dense_all"], self.flops_steps, *sizes)
+            steps = equal_steps(self.spec, METHODS["dense_all"], self.flops_steps, *sizes)
+            return max(1, round(steps * protocol.batch / (self.spec.sequences or protocol.batch)))
         if self.spec.flops_of is not None:
             return equal_steps(self.spec, METHODS[self.spec.flops_of], self.steps, *sizes)
         return self.steps
@@ -108,6 +109,15 @@ GRIDS: dict[str, list[Cell]] = {
         for points in BASELINE_POINTS
         for cell in ([Cell("dense_all", seed, points)] if points != STEPS else [])
         + [Cell("balanced", seed, flops_steps=points)]
+    ],
+    # How to spend the FLOPs of 200 dense steps, and what as many steps do to dense LoRA.
+    "equal_batch": [
+        *(
+            Cell(name, seed, flops_steps=STEPS)
+            for seed in range(3)
+            for name in ("balanced_batch_7", "balanced_batch_4")
+        ),
+        *(Cell("dense_all", seed, 623) for seed in range(3)),
     ],
     "ablations": _cells(list(ABLATIONS), [0]),
     "explore": _cells([*NULLS, *PRESETS, *ABLATIONS], [0], 100),
@@ -157,7 +167,7 @@ def predicted_seconds(cell: Cell, protocol: Protocol, shape: DecoderShape, fitte
     dense = METHODS["dense_all"]
     longer = sequence_flops(dense, shape, window, protocol.rank) / window
     longer /= sequence_flops(dense, shape, 16384, protocol.rank) / 16384
-    tokens = cell.trained_steps(shape, protocol) * protocol.batch * protocol.window
+    tokens = cell.trained_steps(shape, protocol) * (method.sequences or protocol.batch) * protocol.window
     calibration = 0.0 if fitted or method.plan is None or not method.plan.needs_fit else CALIBRATION_SECONDS
     scored = len(protocol.domains) * protocol.validation_windows / 40 * protocol.window / 16384
     return tokens / 1e6 * _SECONDS[kind] * longer + EVALUATION_SECONDS * scored + calibration

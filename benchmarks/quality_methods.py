@@ -34,6 +34,10 @@ def _twin(preset: str) -> Method:
 
 
 NULLS = {
+    **{
+        f"balanced_batch_{n}": replace(PRESETS["balanced"], about=f"the default, {n} sequences a step", sequences=n)
+        for n in (4, 7)
+    },
     "before": Method("the model before any training"),
     "dense_all": Method("dense LoRA, loss on all rows"),
     **{f"dense_rows_{preset}": _twin(preset) for preset in PRESETS},
@@ -140,6 +144,13 @@ INSTRUCT = {
         _answers("the default, and every fourth step dense", 0.12, scorer="recent", context_window=1024),
         dense_every=4,
     ),
+    **{
+        f"instruct_corrected_{every}": replace(
+            _answers("the default, corrected by a dense step now and then", 0.12, scorer="recent", context_window=1024),
+            corrected=(every, decay),
+        )
+        for every, decay in ((4, 0.8), (8, 0.8), (16, 0.7))
+    },
     "instruct_recent_30": _answers("the default with 30 % of the rows", 0.3, scorer="recent", context_window=1024),
     **{
         f"instruct_prompt_local_{round(100 * share)}": replace(

@@ -108,6 +108,9 @@ class Method:
         prompt_rows: share and weight of rows of the prompt that carry loss beside answers; None for no such rows.
         prompt_local: these rows attend within the plan's `context_window`.
         dense_every: one step of so many is dense; None for no such steps.
+        corrected: one step of so many is dense and says what the others' gradients lack, which is added to them as a
+            running mean that keeps this share of itself; None for no such steps.
+        sequences: of the protocol's length in a step, where they are not the protocol's; more of them make fewer steps.
         rising_share: share of loss rows in the first and in the last step, on a line between them; `loss_share` is
             its mean.
     """
@@ -131,6 +134,8 @@ class Method:
     prompt_rows: tuple[float, float] | None = None
     prompt_local: bool = False
     dense_every: int | None = None
+    corrected: tuple[int, float] | None = None
+    sequences: int | None = None
 
     @property
     def loss_block_size(self) -> int:
@@ -160,6 +165,7 @@ class Method:
         # Choices that came later: a cell that does not make them keeps its hash.
         mine = {"reweight": False, "refit_every": None, "span": None, "rising_share": None, "local_share": 0.0}
         mine |= {"far": "random", "prompt_rows": None, "prompt_local": False, "dense_every": None}
+        mine |= {"corrected": None, "sequences": None}
         for name, default in mine.items():
             if found[name] == default:
                 del found[name]

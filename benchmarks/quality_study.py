@@ -165,8 +165,8 @@ class QualityStudy:
 
         A batch is one forward, or one for each sample where lengths differ: padding would need (T, T) masks.
         """
-        protocol = self.protocol
-        tokens, count = protocol.window // method.pieces, protocol.batch * method.pieces
+        protocol, pieces = self.protocol, method.pieces
+        tokens, count = protocol.window // pieces, (method.sequences or protocol.batch) * pieces
         generator = torch.Generator().manual_seed(seed)
         sources = [
             _Endless(self._free(domain, tokens, method.documents), 1000 * seed + number)
@@ -183,7 +183,8 @@ class QualityStudy:
                 if not isinstance(collator, WindowCollator):
                     collator.set_epoch(epoch)
                 parts.append(collator([sample]))
-            yield [{k: v.to(self.device) for k, v in part.items()} for part in _join(parts)]
+            joined = _join(parts, protocol.batch * pieces)
+            yield [{k: v.to(self.device) for k, v in part.items()} for part in joined]
 
     def _free(self, domain: str, tokens: int, documents: bool) -> list[dict[str, Any]]:
         """Samples of a domain that calibration does not read; shorter windows of its windows neither."""
@@ -373,11 +374,11 @@ class _Endless:
         return self.samples[self.left.pop()], self.epoch
 
 
-def _join(made: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-    """Samples of one length in one batch, others each in their own."""
+def _join(made: list[dict[str, Tensor]], most: int) -> list[dict[str, Tensor]]:
+    """Samples of one length in batches of `most`, others each in their own."""
     if len({m["input_ids"].shape for m in made}) > 1:
         return made
-    return [{name: torch.cat([m[name] for m in made]) for name in made[0]}]
+    return [{k: torch.cat([m[k] for m in made[i : i + most]]) for k in made[0]} for i in range(0, len(made), most)]
 
 
 def _supervised(labels_BT: Tensor) -> Tensor:

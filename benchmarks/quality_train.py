@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -58,6 +58,7 @@ def train(study: QualityStudy, method: Method, seed: int, setting: Mapping[str, 
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=setting["learning_rate"], weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, max(1, steps // 20), max(1, steps))
+    correction = None if method.corrected is None else Correction(parameters, *method.corrected)
     losses, times = [], [time.perf_counter()]
     model.train()
     with track_peak(study.device) as peak:
@@ -66,15 +67,9 @@ def train(study: QualityStudy, method: Method, seed: int, setting: Mapping[str, 
                 handle.plan = at_progress(plan, method.ramp.progress(number, steps))
             if method.dense_every is not None:
                 handle.plan = at_progress(plan, float(number % method.dense_every == method.dense_every - 1))
-            labelled = sum(int((part["labels"][:, 1:] != -100).sum()) for part in batch)
-            total = 0.0
-            for part in batch:
-                if method.plan is not None and method.plan.oracle in GRADIENTS:
-                    look_at_gradient(model, handle, part, method.plan.oracle == "gradient_same")
-                with step_context(handle, method, part):
-                    loss = model(**part, num_items_in_batch=labelled).loss
-                loss.backward()
-                total += float(loss.detach())
+            total = backward(model, handle, method, batch)
+            if correction is not None:
+                correction.apply(number, lambda batch=batch: dense_backward(model, handle, method, batch))
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             schedule.step()
@@ -91,6 +86,63 @@ def train(study: QualityStudy, method: Method, seed: int, setting: Mapping[str, 
     shares = handle.ratios() if handle.selections else {}
     seconds = [after - before for before, after in itertools.pairwise(times)]
     return Trained(losses, seconds, peak.peak_gib, [shares[i] for i in sorted(shares)])
+
+
+def backward(model: Any, handle: Handle, method: Method, batch: Sequence[Mapping[str, Tensor]]) -> float:
+    """Adds the gradients of a step to the parameters'; returns its loss."""
+    labelled = sum(int((part["labels"][:, 1:] != -100).sum()) for part in batch)
+    total = 0.0
+    for part in batch:
+        if method.plan is not None and method.plan.oracle in GRADIENTS:
+            look_at_gradient(model, handle, part, method.plan.oracle == "gradient_same")
+        with step_context(handle, method, part):
+            loss = model(**part, num_items_in_batch=labelled).loss
+        loss.backward()
+        total += float(loss.detach())
+    return total
+
+
+def dense_backward(model: Any, handle: Handle, method: Method, batch: Sequence[Mapping[str, Tensor]]) -> None:
+    """The same with every row in every layer."""
+    plan = handle.plan
+    handle.plan = at_progress(plan, 1.0)
+    backward(model, handle, method, batch)
+    handle.plan = plan
+
+
+class Correction:
+    """What gradients through few rows lack, as a running mean over the steps in which it was looked at.
+
+    A control variate: the mean that is missing is the same from step to step as far as the task and the weights are.
+
+    Args:
+        parameters: whose gradients it corrects.
+        every: steps from one look to the next; the first step looks.
+        decay: what the mean keeps of itself at a look.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], every: int, decay: float) -> None:
+        self.parameters, self.every, self.decay = parameters, every, decay
+        self.mean: list[Tensor] = [torch.zeros_like(p) for p in parameters]
+        self.looks = 0
+
+    def apply(self, number: int, look: Callable[[], None]) -> None:
+        """Corrects the gradients of step `number`; `look` adds the dense ones of the same batch to what is there."""
+        sparse = [_gradient(p) for p in self.parameters]
+        if number % self.every:
+            for parameter, gradient, mean in zip(self.parameters, sparse, self.mean, strict=True):
+                parameter.grad = gradient + mean / (1 - self.decay**self.looks)
+            return
+        for parameter in self.parameters:
+            parameter.grad = None
+        look()
+        self.looks += 1
+        for parameter, gradient, mean in zip(self.parameters, sparse, self.mean, strict=True):
+            mean.lerp_(_gradient(parameter) - gradient, 1 - self.decay)
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
 def _window(batch: Mapping[str, Tensor]) -> Window:
