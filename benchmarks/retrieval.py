@@ -81,6 +81,14 @@ METHODS = {
     "dense_every_4": Method(
         "the default, and every fourth step dense", replace(_EXACT, context_window=1024), dense_every=4
     ),
+    **{
+        f"corrected_{every}": Method(
+            "the default, corrected by a dense step now and then",
+            replace(_EXACT, context_window=1024),
+            corrected=(every, 0.8),
+        )
+        for every in (4, 8)
+    },
     "recent_40": Method("40 % of rows, those before the answers, others offer nothing", _RECENT),
     "recent_40_all": Method("40 % of rows, those before the answers", replace(_RECENT, kv="all")),
     "random": Method("15 % of rows, drawn at random", replace(_SPARSE, scorer="random")),
