@@ -161,6 +161,18 @@ INSTRUCT = {
         for share in (0.1, 0.25)
     },
     **{
+        f"instruct_prompt_twice{'' if share == 0.1 else f'_{round(100 * share)}'}": replace(
+            _answers("the default, and loss on local rows of the prompt", 0.12, scorer="recent", context_window=1024),
+            prompt_rows=(share, 2.0),
+            prompt_of="answers",
+            prompt_local=True,
+        )
+        for share in (0.1, 0.2)
+    },
+    "instruct_dense_twice": Method(
+        "dense LoRA, and loss on rows of the prompt", prompt_rows=(0.1, 2.0), prompt_of="answers"
+    ),
+    **{
         name: Method("dense LoRA, and loss on rows of the prompt", prompt_rows=rows)
         for name, rows in (("instruct_dense_prompt", (0.08, 0.3)), ("instruct_dense_prompt_10_weight_1", (0.1, 1.0)))
     },
@@ -187,7 +199,8 @@ def dense_twin(name: str) -> str | None:
     method = METHODS[name]
     if name in INSTRUCT:
         dense = (m for m in INSTRUCT if INSTRUCT[m].plan is None and INSTRUCT[m].documents and m != "instruct_before")
-        return next((m for m in dense if INSTRUCT[m].prompt_rows == method.prompt_rows), None)
+        rows = (method.prompt_rows, method.prompt_of)
+        return next((m for m in dense if (INSTRUCT[m].prompt_rows, INSTRUCT[m].prompt_of) == rows), None)
     rows = (method.loss_share, method.local_share, method.placement, method.span)
     for other, found in METHODS.items():
         whole = found.plan is None and found.rival is None and found.pieces == 1 and other not in ("before", *INSTRUCT)

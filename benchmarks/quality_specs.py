@@ -106,6 +106,7 @@ class Method:
         local_share: share of blocks that carry loss besides, and attend within the plan's `context_window`.
         far: which of the drawn loss rows are far, as in `loss_rows.far`: `random` ones, or by `repeats`.
         prompt_rows: share and weight of rows of the prompt that carry loss beside answers; None for no such rows.
+        prompt_of: what the weight is of: a `row`, or all of a sample's together, where its `answers` are 1.
         prompt_local: these rows attend within the plan's `context_window`.
         dense_every: one step of so many is dense; None for no such steps.
         corrected: one step of so many is dense and says what the others' gradients lack, which is added to them as a
@@ -133,6 +134,7 @@ class Method:
     far: str = "random"
     prompt_rows: tuple[float, float] | None = None
     prompt_local: bool = False
+    prompt_of: str = "row"
     dense_every: int | None = None
     corrected: tuple[int, float] | None = None
     sequences: int | None = None
@@ -165,7 +167,7 @@ class Method:
         # Choices that came later: a cell that does not make them keeps its hash.
         mine = {"reweight": False, "refit_every": None, "span": None, "rising_share": None, "local_share": 0.0}
         mine |= {"far": "random", "prompt_rows": None, "prompt_local": False, "dense_every": None}
-        mine |= {"corrected": None, "sequences": None}
+        mine |= {"corrected": None, "sequences": None, "prompt_of": "row"}
         for name, default in mine.items():
             if found[name] == default:
                 del found[name]

@@ -207,8 +207,8 @@ class QualityStudy:
         """Labels on the method's loss rows; answers keep the labels that they have."""
         plain = WindowCollator()
         if method.prompt_rows is not None:
-            options = {"seed": seed, "block_size": method.loss_block_size, "local": method.prompt_local}
-            return PromptRows(plain, *method.prompt_rows, **options)
+            options = {"local": method.prompt_local, "weight_of": method.prompt_of}
+            return PromptRows(plain, *method.prompt_rows, seed=seed, block_size=method.loss_block_size, **options)
         if self.protocol.data == "answers" or method.loss_share == 1:
             return plain
         size, losses = method.loss_block_size, None

@@ -81,6 +81,13 @@ METHODS = {
     "dense_every_4": Method(
         "the default, and every fourth step dense", replace(_EXACT, context_window=1024), dense_every=4
     ),
+    "prompt_twice": Method(
+        "the default, and loss on local rows of prompts",
+        replace(_EXACT, context_window=1024),
+        prompt_rows=(0.1, 2.0),
+        prompt_of="answers",
+        prompt_local=True,
+    ),
     **{
         f"corrected_{every}": Method(
             "the default, corrected by a dense step now and then",

@@ -17,7 +17,7 @@ from lemo.core.target import target_scores
 from lemo.runtime.attach import Handle
 from lemo.runtime.model import causal_model, decoder_layers
 
-QUERY_STRIDE = 4
+QUERY_STRIDE = 16
 GRADIENTS = ("gradient", "gradient_same")
 RECENT_BLOCKS = 8  # before a block with loss, of `recent_random`
 

@@ -33,7 +33,8 @@ def sample(name: str, tokens: int = 64, answers: tuple[tuple[int, int], ...] = (
 
 
 def collator(share=0.25, weight=1.0, **changes) -> PromptRows:
-    return PromptRows(WindowCollator(), share, weight, **({"block_size": BLOCK, "span": SPAN} | changes))
+    options = {"block_size": BLOCK, "span": SPAN, "weight_of": "row"} | changes
+    return PromptRows(WindowCollator(), share, weight, **options)
 
 
 def parts(batch: dict, plain: dict) -> tuple[torch.Tensor, torch.Tensor]:
@@ -67,6 +68,22 @@ def test_weights_are_those_asked_for_and_add_up_to_the_rows(weight):
     assert (weights > 0).equal(answers | drawn)
     assert float(weights.sum()) == pytest.approx(float((answers | drawn).sum()))
     torch.testing.assert_close(weights[drawn] / weights[answers][0], torch.full((int(drawn.sum()),), weight))
+
+
+@pytest.mark.parametrize(("weight", "most"), [(0.5, 1.0), (2.0, 1.0)])
+def test_weights_of_samples_follow_their_answers(weight, most):
+    """Each sample's drawn rows weigh so much together as its answers do, unless a row would weigh more than theirs."""
+    features = [sample("a", answers=((56, 58),)), sample("bb", answers=((8, 44),))]
+    plain = WindowCollator()([dict(f) for f in features])
+    batch = collator(weight=weight, weight_of="answers")(features)
+    answers, drawn = parts(batch, plain)
+    for own, more, weights in zip(answers, drawn, batch["loss_weights"], strict=True):
+        unit = weights[own][0]
+        assert (weights[own] == unit).all() and (weights[more] == weights[more][0]).all()
+        expected = min(most, weight * int(own.sum()) / int(more.sum()))
+        assert float(weights[more][0] / unit) == pytest.approx(expected)
+    few, many = (int(a.sum()) for a in answers)
+    assert few * weight < int(drawn[0].sum()) and (weight < 2 or many * weight > int(drawn[1].sum()))
 
 
 def test_the_draw_is_of_sample_seed_and_epoch_alone():
@@ -167,7 +184,7 @@ def test_recipes_that_cannot_be_are_refused(change, word):
 
 
 def test_bad_arguments_and_batches_are_refused():
-    for wrong in ({"share": 0.0}, {"share": True}, {"weight": 2.0}, {"weight": 0}, {"span": 6}):
+    for wrong in ({"share": 0.0}, {"share": True}, {"weight": 2.0}, {"weight": 0}, {"span": 6}, {"weight_of": "x"}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             collator(**wrong)
     nothing = PromptRows(lambda features: {"input_ids": torch.zeros(1, 8).long()}, 0.5, 1.0)

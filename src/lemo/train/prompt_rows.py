@@ -2,13 +2,14 @@
 
 Rows without gradient learn nothing: of a prompt that a sparse plan passes over, layers are not adapted to read it.
 Dense training does adapt them, through what answers attend to. Rows of the prompt that carry a loss of their own take
-its place (docs/decisions/0019-prompt-rows.md). Others call the weight of such a row `prompt_loss_weight`.
+its place (docs/decisions/0019-prompt-rows.md). Others call the weight of a single such row `prompt_loss_weight`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -31,9 +32,10 @@ from lemo.train.row_draw import (
 class PromptRows(RowDraw):
     """A collator that gives labels and a weight to drawn rows of prompts.
 
-    Of each sample, runs of blocks without any answer are drawn; their rows predict the next token. Answers weigh 1,
-    drawn rows `weight`, all times a factor that makes the weights of a batch add up to its rows with loss: the loss is
-    the weighted mean. The draw depends on (seed, sample id, epoch) only. During evaluation answers alone count.
+    Of each sample, runs of blocks without any answer are drawn; their rows predict the next token. A row of an answer
+    weighs 1, a drawn row `weight` times the sample's answer rows over its drawn ones, but never more than 1; all times
+    a factor that makes the weights of a batch add up to its rows with loss: the loss is the weighted mean. The draw
+    depends on (seed, sample id, epoch) only. During evaluation answers alone count.
 
     The batch has `loss_weights` (B, T), which only the segmented loss of an attached model knows. Samples whose rows
     all carry loss, as plain text, stay as they are.
@@ -49,28 +51,34 @@ class PromptRows(RowDraw):
         block_size: int = 64,
         span: int = 1024,
         local: bool = False,
+        weight_of: Literal["answers", "row"] = "answers",
     ) -> None:
         """Wraps a collator.
 
         Args:
             collator: makes a batch with `labels` from a list of samples.
             share: of a sample's blocks, those of the prompt that carry loss.
-            weight: of such a row; an answer's is 1.
+            weight: of a sample's drawn rows together; its answers weigh 1 together.
             seed: of the draw.
             block_size: rows per block; the plan's.
             span: rows of a run of drawn blocks, a multiple of `block_size`.
             local: drawn rows attend within the plan's `context_window`, forward and backward; else to all keys.
+            weight_of: `row` gives every drawn row the weight itself, at most 1, however long the answers are.
 
         Raises:
             ConfigError: a value is out of range.
         """
-        for name, value in (("share", share), ("weight", weight)):
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
-                raise ConfigError(f"{name} of prompt rows must lie in (0, 1], got {value!r}")
+        if weight_of not in ("answers", "row"):
+            raise ConfigError(f"weight_of of prompt rows must be 'answers' or 'row', got {weight_of!r}")
+        for name, value, most in (("share", share, 1), ("weight", weight, 1 if weight_of == "row" else math.inf)):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most:
+                wanted = "be above 0" if most == math.inf else f"lie in (0, {most}]"
+                raise ConfigError(f"{name} of prompt rows must {wanted}, got {value!r}")
         if span < 1 or span % block_size:
             raise ConfigError(f"span of prompt rows must be a multiple of the block size {block_size}, got {span!r}")
         self.collator, self.share, self.weight = collator, float(share), float(weight)
         self.seed, self.block_size, self.span_blocks, self.local = seed, block_size, span // block_size, local
+        self.weight_of = weight_of
 
     def __call__(self, features: Sequence[Any]) -> Any:
         """A batch of the wrapped collator with labels and weights of drawn prompt rows.
@@ -88,12 +96,19 @@ class PromptRows(RowDraw):
         answers_BT = predicting(labels_BT != IGNORE)
         drawn_BT = self._draw(batch, answers_BT, names)
         learned_BT = answers_BT | drawn_BT
-        weight_BT = torch.where(answers_BT, 1.0, self.weight) * learned_BT
+        weight_BT = torch.where(answers_BT, 1.0, self._row_weight(answers_BT, drawn_BT)) * learned_BT
         batch[WEIGHTS] = weight_BT * (learned_BT.sum() / weight_BT.sum().clamp_min(1e-9))
         if self.local:
             batch[LOCAL_ROWS] = drawn_BT
         batch["labels"] = torch.where(predicted(drawn_BT), ids_BT, labels_BT)
         return batch
+
+    def _row_weight(self, answers_BT: Tensor, drawn_BT: Tensor) -> Tensor:
+        """(B, 1) weight of a drawn row of each sample."""
+        if self.weight_of == "row":
+            return torch.full((len(answers_BT), 1), self.weight, device=answers_BT.device)
+        per_row_B1 = answers_BT.sum(1, keepdim=True) / drawn_BT.sum(1, keepdim=True).clamp_min(1)
+        return (self.weight * per_row_B1).clamp_max(1.0)
 
     def _draw(self, batch: Any, answers_BT: Tensor, names: Sequence[str]) -> Tensor:
         """(B, T) bool: rows of prompts that carry loss; the last row of a document predicts nothing."""
