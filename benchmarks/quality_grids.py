@@ -110,6 +110,7 @@ GRIDS: dict[str, list[Cell]] = {
         for cell in ([Cell("dense_all", seed, points)] if points != STEPS else [])
         + [Cell("balanced", seed, flops_steps=points)]
     ],
+    "equal_200": [Cell("balanced", seed, flops_steps=STEPS) for seed in range(3)],
     # How to spend the FLOPs of 200 dense steps, and what as many steps do to dense LoRA.
     "equal_batch": [
         *(
