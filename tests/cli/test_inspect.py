@@ -95,6 +95,19 @@ def test_a_conversation_shows_the_assistants_words(base, tmp_path):
     assert re.findall(r"⟦(.*?)⟧", done.stdout, re.S) == ["Jupiter.<end>", "Jupiter. Again <|user|> é<end>"]
 
 
+def test_maps_of_conversations_show_rows_of_prompts_that_carry_loss(base, tmp_path):
+    """Drawn rows bring weights and marks, which a forward that only selects does not need."""
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps({"messages": TALK}) + "\n" for _ in range(4)))
+    options = [f"data.train=[{tmp_path / 'c.jsonl'}]", "data.answer_only=true", "data.window_tokens=256"]
+    found = []
+    for share in (0, 0.5):
+        more = [f"loss_rows.prompt_share={share}", "loss_rows.span=16", "sparsity.context_window=16"]
+        done = lemo(base / "recipe.yaml", *options, *more, "--out", tmp_path / "m.html")
+        assert done.exit_code == 0, done.output
+        found.append((tmp_path / "m.html").read_text())
+    assert found[0] != found[1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [

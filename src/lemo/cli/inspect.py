@@ -138,7 +138,7 @@ def _find_maps(loaded: Any, texts: list[Path]) -> tuple[list[tuple[str, Any, lis
             run = replace(run, data=split)
             vocabulary = model.config.get_text_config().vocab_size
             dataset, _ = load_windows(split, tokenizer, "validation", vocabulary=vocabulary)
-            collator = training_collator(run, tokenizer, model)
+            collator = training_collator(run, tokenizer, model, plan)
             for index in range(1 if texts else len(dataset)):
                 batch = collator([dataset[index]])
                 ids, learned = batch["input_ids"][0].tolist(), (batch["labels"][0] != -100).tolist()

@@ -19,6 +19,7 @@ from lemo.runtime.batch import read_layout, supervised_rows
 from lemo.runtime.head import forward_parameters, row_losses
 from lemo.runtime.model import causal_model
 
+_OF_THE_LOSS = ("labels", "shift_labels", "loss_weights")
 Combine = Callable[[Tensor, Tensor, list[float]], tuple[Tensor, Tensor, list[float]]]
 
 
@@ -216,7 +217,7 @@ def last_hidden(
 
     Args:
         model: in eval mode.
-        inputs: a batch on the model's device; labels in it are not passed on.
+        inputs: a batch on the model's device; labels in it, and their weights, are not passed on.
         mask_BT: (B, T) bool, rows that carry loss.
         handle: the attached plan, if any.
         sparse: select rows; else the forward is dense.
@@ -225,7 +226,7 @@ def last_hidden(
         (B, T, M) in the model's dtype.
     """
     base = causal_model(model)
-    arguments = {key: value for key, value in inputs.items() if key not in ("labels", "shift_labels")}
+    arguments = {key: value for key, value in inputs.items() if key not in _OF_THE_LOSS}
     arguments["use_cache"] = False
     if "logits_to_keep" in forward_parameters(type(base)):
         arguments["logits_to_keep"] = 1
