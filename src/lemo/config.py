@@ -91,8 +91,10 @@ class LossRowsConfig:
         reweight: weigh drawn rows so that their loss estimates that of all; `hardest` then draws in proportion to loss.
         prompt_share: of `data.answer_only` samples, share of blocks, drawn among those without answers in runs of
             `span`, that carry loss beside the answers, so that reading prompts is learned, too; evaluation leaves them
-            out.
-        prompt_weight: of a row of these in the loss, which is a weighted mean; an answer's is 1.
+            out. They are local loss rows where the run has a context window, under exact forward with gradient `keys`,
+            and attend to all keys elsewhere: see `RunConfig.has_local_prompt_rows`.
+        prompt_weight: of a sample's drawn rows of the prompt together in the loss, which is a weighted mean; its
+            answers weigh 1 together, and no drawn row weighs more than an answer's.
     """
 
     share: float = 0.12
@@ -102,7 +104,7 @@ class LossRowsConfig:
     span: int | None = 1024
     reweight: bool = False
     prompt_share: float = 0.0
-    prompt_weight: float = 1.0
+    prompt_weight: float = 2.0
 
 
 @dataclass(frozen=True)
@@ -294,7 +296,7 @@ class RunConfig:
         """`loss_rows.local_share` as it is in force. A dense run draws such rows too, and tells them from no others."""
         rows = self.loss_rows
         if self.data.answer_only:
-            return 0.0  # nothing is drawn: answers are far loss rows
+            return 0.0  # answers are far loss rows; rows of prompts have a share of their own
         if rows.local_share is not None:
             return rows.local_share
         drawn = rows.share < 1 and rows.placement in IN_RUNS and not rows.reweight
@@ -302,9 +304,21 @@ class RunConfig:
         return min(LOCAL_SHARE, 1 - rows.share) if drawn and known else 0.0
 
     @property
+    def has_local_prompt_rows(self) -> bool:
+        """Whether rows that `loss_rows.prompt_share` draws attend and pass gradient only within the context window.
+
+        A plan that `sparsity.plan` names says so by itself. A dense run draws such rows too, and tells them from no
+        others.
+        """
+        drawn = self.data.answer_only and self.loss_rows.prompt_share > 0
+        known = self.sparsity.plan is None and self._gradient_through_all_keys and self.context_window is not None
+        return drawn and known
+
+    @property
     def local_forward(self) -> str | None:
         """`sparsity.local_forward` as it is in force; None where no local loss rows are."""
-        return (self.sparsity.local_forward or "near") if self.local_share else None
+        local = self.local_share or self.has_local_prompt_rows
+        return (self.sparsity.local_forward or "near") if local else None
 
 
 def resolved(run: RunConfig) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -9,16 +11,21 @@ import pytest
 import torch
 
 from lemo import attach
-from lemo.config import RunConfig
-from lemo.core.plan import Plan
+from lemo.config import LoraConfig, RunConfig, TrainingConfig, resolved
+from lemo.core.plan import LayerPlan, Plan
 from lemo.errors import ConfigError, LabelsError
+from lemo.eval.perplexity import evaluate_loss
 from lemo.runtime.head import row_losses
 from lemo.train.checks import check_run
 from lemo.train.collate import WindowDataset
-from lemo.train.data import PromptRows, WindowCollator
-from lemo.train.planning import training_collator, validation_batches
+from lemo.train.data import PromptRows, WindowCollator, load_windows
+from lemo.train.model import load_tokenizer
+from lemo.train.planning import describe_rows, training_collator, validation_batches
+from lemo.train.run import train
+from lemo.train.trainer import LemoTrainer
 from lemo.train.windows import Window
 from tests.runtime.oracle import tiny_model
+from tests.train.tiny import save_tiny_model, words
 
 BLOCK, SPAN = 4, 8
 
@@ -152,19 +159,138 @@ def test_the_loss_is_the_weighted_mean():
         assert float(model(**batch).loss.detach()) == pytest.approx(expected, rel=1e-5)
 
 
-def recipe(**rows) -> RunConfig:
+def recipe(sparsity=(), **rows) -> RunConfig:
     run = RunConfig()
-    data = replace(run.data, answer_only=True, train=("x.jsonl",))
-    model = replace(run.model, path="model")
     return replace(
-        run, output="out", model=model, data=data, loss_rows=replace(run.loss_rows, **({"prompt_share": 0.25} | rows))
+        run,
+        output="out",
+        model=replace(run.model, path="model"),
+        data=replace(run.data, answer_only=True, train=("x.jsonl",)),
+        loss_rows=replace(run.loss_rows, **({"prompt_share": 0.25} | rows)),
+        sparsity=replace(run.sparsity, **dict(sparsity)),
     )
 
 
 def test_a_recipe_makes_the_collator():
     made = training_collator(recipe(prompt_weight=0.3), None)
-    assert isinstance(made, PromptRows) and (made.share, made.weight) == (0.25, 0.3)
+    assert isinstance(made, PromptRows) and (made.share, made.weight, made.weight_of) == (0.25, 0.3, "answers")
+    assert training_collator(recipe(), None).weight == 2
     assert isinstance(training_collator(recipe(prompt_share=0.0), None), WindowCollator)
+
+
+def exact(layers=2, **choices) -> Plan:
+    return Plan((LayerPlan(1.0, 0.12),) * layers, **({"gradient": "keys", "context_window": 128} | choices))
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "plan", "local"),
+    [
+        ({}, None, True),
+        ({"context_window": 128}, None, True),
+        ({"context_window": 0}, None, False),
+        ({"gradient": "rows", "context_window": 128}, None, False),
+        ({"forward_ratio": 0.12}, None, False),
+        ({"enabled": False}, None, False),
+        ({"plan": "folder"}, None, False),
+        ({"context_window": 0}, exact(), True),
+        ({"plan": "folder", "gradient": "rows"}, exact(), True),
+        ({}, exact(context_window=None), False),
+        ({}, exact(gradient="rows"), False),
+        ({}, replace(exact(), layers=(LayerPlan(1.0, 1.0),) * 2), False),
+        ({"enabled": False}, exact(), False),
+    ],
+)
+def test_drawn_rows_of_a_recipe_are_local_where_its_plan_can_have_them(sparsity, plan, local):
+    """The plan at hand decides, or the recipe where there is none; the labels and weights are the same ones."""
+    run = recipe(sparsity, span=64)
+    features = [sample("a", tokens=1024, answers=((900, 940),))]
+    batch = training_collator(run, None, plan=plan)(features)
+    _, drawn = parts(batch, WindowCollator()([dict(f) for f in features]))
+    assert drawn.any() and ("local_rows" in batch) == local
+    assert not local or batch["local_rows"].equal(drawn)
+    other = training_collator(recipe({"enabled": False}, span=64), None)(features)
+    assert all(batch[name].equal(other[name]) for name in ("labels", "loss_weights"))
+
+
+def test_what_local_prompt_rows_attend_to_in_forward_can_be_said():
+    """`local_forward` is of recipes with local rows of either kind; a resolved recipe says it and can be read again."""
+    for given, said in ((None, "near"), ("near", "near"), ("all", "all")):
+        run = recipe({"local_forward": given})
+        check_run(run)
+        assert run.local_forward == resolved(run)["sparsity"]["local_forward"] == said
+        check_run(replace(run, sparsity=replace(run.sparsity, **{"enabled": False})))
+    for far in (recipe({"context_window": 0}), recipe(prompt_share=0.0)):
+        assert far.local_forward is None is resolved(far)["sparsity"]["local_forward"]
+        with pytest.raises(ConfigError, match=r"does not have: leave it null, or set loss_rows\.prompt_share"):
+            check_run(replace(far, sparsity=replace(far.sparsity, local_forward="all")))
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "tokens", "end"),
+    [
+        ({}, 4096, "weight and attend within chunks of 1024"),
+        ({"context_window": 128, "local_forward": "all"}, 4096, "weight and pass gradient within chunks of 128"),
+        ({}, 2048, "weight"),
+        ({"context_window": 0}, 4096, "weight"),
+        ({"enabled": False}, 4096, "weight"),
+        ({"plan": "folder"}, 4096, "weight and are local where the plan allows local loss rows"),
+        ({"plan": "folder", "enabled": False}, 4096, "weight"),
+    ],
+)
+def test_a_run_says_what_drawn_rows_weigh_and_attend_to(sparsity, tokens, end):
+    run = recipe(sparsity)
+    (line,) = describe_rows(replace(run, data=replace(run.data, window_tokens=tokens)))
+    assert line == (
+        "beside answers, 25% of blocks, drawn among those of prompts, carry loss of up to 2x the answers' " + end
+    )
+    assert "up to 0.3x" in describe_rows(recipe(prompt_weight=0.3))[0]
+    assert describe_rows(recipe(prompt_share=0.0)) == []
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_run_trains_on_them(tmp_path, monkeypatch, enabled):
+    """Two steps on documents with answers: the model gets marks where rows skip, and evaluation has answers alone."""
+    from rich.console import Console
+
+    save_tiny_model(tmp_path / "model", layers=3)
+    rows = [{"text": words(20, seed=i), "qas": [{"question": "q", "answers": ["an answer"]}]} for i in range(4)]
+    (tmp_path / "qas.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sparsity = {"enabled": enabled, "context_window": 32, "block_size": 16, "backward_ratio": 0.2}
+    run = recipe(sparsity, span=32)
+    run = replace(
+        run,
+        output=str(tmp_path / "run"),
+        model=replace(run.model, path=str(tmp_path / "model"), dtype="float32"),
+        data=replace(
+            run.data,
+            train=(str(tmp_path / "qas.jsonl"),),
+            validation=(str(tmp_path / "qas.jsonl"),),
+            window_tokens=256,
+        ),
+        lora=LoraConfig(rank=2),
+        training=TrainingConfig(max_steps=2, eval_steps=1),
+    )
+    seen, step = [], LemoTrainer.training_step
+
+    def look(self, model, inputs, *args, **kwargs):
+        seen.append(inputs)
+        return step(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(LemoTrainer, "training_step", look)
+    said = io.StringIO()
+    result = train(run, evaluate_loss, console=Console(file=said))
+    assert result.steps == len(seen) == 2 and result.dense_batches == 0
+    assert ("and attend within chunks of 32" in said.getvalue()) == enabled
+    dataset, _ = load_windows(run.data, load_tokenizer(run.model), "train")
+    (answers,) = {int((dataset[i]["labels"] != -100).sum()) for i in range(len(dataset))}
+    for inputs in seen:
+        drawn = int((inputs["labels"] != -100).sum()) - answers
+        assert drawn > 0 == drawn % 16 and ("local_rows" in inputs) == enabled
+        assert not enabled or int(inputs["local_rows"].sum()) == drawn
+    evaluated = [
+        json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines() if "eval_loss" in x
+    ]
+    assert len(evaluated) == 2 and evaluated[-1]["eval_loss"] == pytest.approx(result.losses["dense after"], rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -174,11 +300,14 @@ def test_a_recipe_makes_the_collator():
         (lambda r: replace(r, training=replace(r.training, loss="model")), "segmented"),
         (lambda r: replace(r, loss_rows=replace(r.loss_rows, prompt_share=1.0)), "prompt_share"),
         (lambda r: replace(r, loss_rows=replace(r.loss_rows, prompt_weight=0.0)), "prompt_weight"),
-        (lambda r: replace(r, loss_rows=replace(r.loss_rows, prompt_share=0.0, prompt_weight=0.5)), "prompt_weight"),
+        (lambda r: replace(r, loss_rows=replace(r.loss_rows, prompt_weight=-2.0)), "prompt_weight must be positive"),
+        (lambda r: replace(r, loss_rows=replace(r.loss_rows, prompt_share=0.0, prompt_weight=1.0)), "prompt_weight"),
     ],
 )
 def test_recipes_that_cannot_be_are_refused(change, word):
     check_run(recipe())
+    check_run(recipe(prompt_weight=5.0))
+    check_run(recipe(prompt_share=0.0, prompt_weight=2.0))
     with pytest.raises(ConfigError, match=word):
         check_run(change(recipe()))
 

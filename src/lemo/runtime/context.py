@@ -70,14 +70,21 @@ def put_wide(wide: WideRows, near_HND: Tensor, far_HnD: Tensor) -> Tensor:
 
 def check_local_rows(plan: Plan) -> None:
     """Raises ConfigError unless local loss rows can run under the plan."""
-    wanted = "a batch has local loss rows (LossRows(local_share=...)), which need"
+    lacking = lacks_for_local_rows(plan)
+    if lacking is not None:
+        raise ConfigError(f"a batch has local loss rows (LossRows(local_share=...)), which need {lacking}")
+
+
+def lacks_for_local_rows(plan: Plan) -> str | None:
+    """What local loss rows need that the plan does not have; None where they can run."""
     if plan.context_window is None:
-        raise ConfigError(f"{wanted} a plan with context_window: it says which keys they see")
+        return "a plan with context_window: it says which keys they see"
     if plan.gradient != "keys":
-        raise ConfigError(f"{wanted} a plan with gradient 'keys', not {plan.gradient!r}")
+        return f"a plan with gradient 'keys', not {plan.gradient!r}"
     sparse = [layer for layer in plan.layers if not layer.is_dense]
     if not sparse or not all(layer.is_exact for layer in sparse):
-        raise ConfigError(f"{wanted} exact forward in every layer that is not dense: backward_ratio < forward_ratio")
+        return "exact forward in every layer that is not dense: backward_ratio < forward_ratio"
+    return None
 
 
 def parts_rows(plan: Plan, layout: Layout, index: int) -> bool:

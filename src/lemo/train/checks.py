@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lemo.config import RunConfig
+from lemo.config import LossRowsConfig, RunConfig
 from lemo.core.plan import check_context_window, check_far_share
 from lemo.errors import ConfigError
 from lemo.train.loss_rows import check_local_share
@@ -76,7 +76,7 @@ def _check_loss_rows(run: RunConfig) -> None:
 def _check_prompt_rows(run: RunConfig) -> None:
     """Rows of prompts are of samples with answers, and weigh in a loss that knows weights."""
     if not run.loss_rows.prompt_share:
-        if run.loss_rows.prompt_weight != 1:
+        if run.loss_rows.prompt_weight != LossRowsConfig.prompt_weight:
             raise ConfigError("loss_rows.prompt_weight is of rows that loss_rows.prompt_share draws, which is 0")
         return
     if not run.data.answer_only:
@@ -89,10 +89,11 @@ def _check_local_rows(run: RunConfig) -> None:
     """Local loss rows are drawn beside others, and are rows of exact forward that attend within a window."""
     rows, sparsity = run.loss_rows, run.sparsity
     if run.local_share == 0:
-        if sparsity.local_forward is not None:
+        if sparsity.local_forward is not None and not run.has_local_prompt_rows:
+            key = "prompt_share" if run.data.answer_only else "local_share"
             raise ConfigError(
                 "sparsity.local_forward is of local loss rows, which this recipe does not have: leave it null, or set "
-                "loss_rows.local_share"
+                f"loss_rows.{key}"
             )
         return
     check_local_share(run.local_share, rows.share, rows.placement, rows.reweight)
@@ -156,6 +157,7 @@ _POSITIVE = (
     "model.context_length",
     "data.max_windows",
     "data.validation_windows",
+    "loss_rows.prompt_weight",
     "sparsity.block_size",
     "calibration.window_tokens",
     "calibration.windows",
@@ -191,7 +193,6 @@ _NOT_NEGATIVE = (
 _PARTS = ("data.held_out_share", "lora.dropout", "loss_rows.local_share", "loss_rows.prompt_share")
 _SHARES = (
     "loss_rows.share",
-    "loss_rows.prompt_weight",
     "sparsity.forward_ratio",
     "sparsity.backward_ratio",
     "sparsity.mlp_ratio",

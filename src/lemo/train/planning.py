@@ -11,6 +11,7 @@ from lemo.config import IN_RUNS, RunConfig
 from lemo.core.plan import Plan
 from lemo.errors import UnsupportedModelError
 from lemo.runtime.batch import supervised_rows
+from lemo.runtime.context import lacks_for_local_rows
 from lemo.runtime.model import causal_model, decoder_layers, dense_only, why_dense
 from lemo.train.block_losses import BlockLosses
 from lemo.train.checks import check_local_rows
@@ -178,8 +179,9 @@ def training_collator(run: RunConfig, tokenizer: Any, model: Any = None, plan: P
     rows = run.loss_rows
     if run.data.answer_only and rows.prompt_share:
         size = run.sparsity.block_size
-        options = {"seed": run.training.seed, "block_size": size, "span": rows.span or size}
-        return PromptRows(collator, rows.prompt_share, rows.prompt_weight, **options)
+        options: dict[str, Any] = {"seed": run.training.seed, "block_size": size, "span": rows.span or size}
+        local = prompt_rows_are_local(run, plan)
+        return PromptRows(collator, rows.prompt_share, rows.prompt_weight, local=local, **options)
     if run.data.answer_only or rows.share == 1:
         return collator
     losses = None
@@ -200,6 +202,35 @@ def training_collator(run: RunConfig, tokenizer: Any, model: Any = None, plan: P
     )
     drawn.marks_local = run.sparsity.enabled
     return drawn
+
+
+def prompt_rows_are_local(run: RunConfig, plan: Plan | None = None) -> bool:
+    """Whether drawn rows of prompts attend within the context window: under `plan`, or the recipe's own without one."""
+    if not run.sparsity.enabled or plan is None:
+        return run.sparsity.enabled and run.has_local_prompt_rows
+    return run.data.answer_only and run.loss_rows.prompt_share > 0 and lacks_for_local_rows(plan) is None
+
+
+def describe_rows(run: RunConfig) -> list[str]:
+    """What a run prints about the rows of its training data that carry loss."""
+    rows, sparsity, window = run.loss_rows, run.sparsity, run.context_window
+    short = window is None or run.data.window_tokens <= 2 * window or not sparsity.enabled
+    does = "attend" if run.local_forward == "near" else "pass gradient"
+    near = "" if short else f" and {does} within chunks of {window}"
+    if run.data.answer_only and rows.prompt_share:
+        how = near if run.has_local_prompt_rows else ""
+        if sparsity.enabled and sparsity.plan is not None:
+            how = " and are local where the plan allows local loss rows"
+        return [
+            f"beside answers, {rows.prompt_share:.0%} of blocks, drawn among those of prompts, carry loss of "
+            f"up to {rows.prompt_weight:g}x the answers' weight{how}"
+        ]
+    if run.data.answer_only or rows.share == 1:
+        return []
+    local = run.local_share
+    more = f", {local:.0%} more carry loss{near}" if local else ""
+    by = f", far ones by {rows.far}" if local and not short else ""
+    return [f"of these rows, {rows.share:.0%} of blocks carry loss{more}, placement {rows.placement}{by}"]
 
 
 def validation_batches(

@@ -23,7 +23,14 @@ from lemo.train.data import DataReport, WindowDataset, load_windows
 from lemo.train.distributed import Processes
 from lemo.train.lora import add_adapter, check_targets, save_adapter, trainable_parameters
 from lemo.train.model import load_model, load_tokenizer, resolve_path
-from lemo.train.planning import describe_plan, make_plan, skeleton_plan, training_collator, validation_batches
+from lemo.train.planning import (
+    describe_plan,
+    describe_rows,
+    make_plan,
+    skeleton_plan,
+    training_collator,
+    validation_batches,
+)
 from lemo.train.refit import refitting
 from lemo.train.sources import list_sources, needs_tokenizer
 from lemo.train.trainer import LemoTrainer
@@ -188,7 +195,9 @@ class _Session:
         for line in describe_plan(plan, self.run.data.window_tokens):
             self._say(line)
         dense = all(layer.is_dense for layer in plan.layers)
-        if not dense and plan.block_size != self.run.sparsity.block_size and self.run.loss_rows.share < 1:
+        rows = self.run.loss_rows
+        draws = rows.share < 1 or rows.prompt_share > 0
+        if not dense and plan.block_size != self.run.sparsity.block_size and draws:
             raise ConfigError(
                 f"sparsity.block_size is {self.run.sparsity.block_size}, but the plan has blocks of {plan.block_size}; "
                 "loss rows would straddle blocks. Set sparsity.block_size to the plan's"
@@ -284,22 +293,8 @@ class _Session:
 
     def _say_data(self, title: str, report: DataReport) -> None:
         lines = report.lines()
-        if title == "training data" and self.run.loss_rows.prompt_share:
-            share, weight = self.run.loss_rows.prompt_share, self.run.loss_rows.prompt_weight
-            lines.append(
-                f"beside answers, {share:.0%} of blocks, drawn among those of prompts, carry loss of weight {weight:g}"
-            )
-        if title == "training data" and not self.run.data.answer_only and self.run.loss_rows.share < 1:
-            share = self.run.loss_rows.share
-            local = self.run.local_share
-            window = self.run.context_window
-            short = window is None or self.run.data.window_tokens <= 2 * window or not self.run.sparsity.enabled
-            does = "attend" if self.run.local_forward == "near" else "pass gradient"
-            how = "" if short else f" and {does} within chunks of {window}"
-            more = f", {local:.0%} more carry loss{how}" if local else ""
-            where = self.run.loss_rows.placement
-            by = f", far ones by {self.run.loss_rows.far}" if local and not short else ""
-            lines.append(f"of these rows, {share:.0%} of blocks carry loss{more}, placement {where}{by}")
+        if title == "training data":
+            lines.extend(describe_rows(self.run))
         self._say(f"{title}: " + "\n  ".join(lines))
 
 
