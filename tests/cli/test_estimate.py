@@ -10,13 +10,18 @@ from typer.testing import CliRunner
 
 from lemo.cli.estimate import describe
 from lemo.cli.main import app
+from lemo.config import RunConfig
+from lemo.core.plan import LayerPlan, Plan
 from lemo.errors import ConfigError
 from lemo.measure.card import CARDS, find_card
 from lemo.measure.estimate import changes, fit_setting, gain, longest_tokens, make_estimate, needed_bytes
 from lemo.measure.memory import GIB
 from lemo.measure.sizes import read_sizes
 from lemo.measure.step_memory import StepSetting, step_memory
-from lemo.train.forecast import window_shares
+from lemo.train import forecast as forecasts
+from lemo.train.data import load_windows
+from lemo.train.forecast import ANSWER_SHARE, data_gain, forecast, window_shares
+from lemo.train.planning import training_collator
 from lemo.train.rehearsal import shape_config
 from tests.train.test_chat import PLAIN, TALK
 from tests.train.tiny import byte_tokenizer, save_tiny_model, words
@@ -172,6 +177,107 @@ def test_a_dense_step_knows_one_kind_of_loss_rows():
     sparse, dense = (x["setting"] for x in found)
     assert sparse["local_share"] > 0 == dense["local_share"] and dense["engine"] == "plain"
     assert dense["loss_share"] == pytest.approx(sparse["loss_share"] + sparse["local_share"])
+
+
+def of_answers(path="llama3-8b", tokens=65536, prompts=0.1, sparsity=(), **data) -> RunConfig:
+    """A recipe whose answers, and a share of prompts, carry loss."""
+    made = RunConfig()
+    return replace(
+        made,
+        model=replace(made.model, path=path),
+        data=replace(made.data, answer_only=True, window_tokens=tokens, **data),
+        loss_rows=replace(made.loss_rows, prompt_share=prompts),
+        sparsity=replace(made.sparsity, **dict(sparsity)),
+    )
+
+
+FAR, DENSE = {"context_window": 0}, {"enabled": False}
+
+
+@pytest.mark.parametrize("tokens", [16384, 65536])
+@pytest.mark.parametrize("prompts", [0.05, 0.1, 0.4])
+def test_local_rows_of_prompts_cost_less_than_far_ones_and_more_than_none(tokens, prompts):
+    """Where answers alone fill the backward ratio: else drawn rows take the place of others that see all keys."""
+    full = {"backward_ratio": 0.05}
+    near, none = (forecast(of_answers(tokens=tokens, prompts=share, sparsity=full)) for share in (prompts, 0.0))
+    far = replace(near.setting, loss_share=ANSWER_SHARE + prompts, local_share=0.0)
+    assert (near.setting.loss_share, near.setting.local_share) == (ANSWER_SHARE, prompts)
+    assert none.setting == replace(near.setting, local_share=0.0)
+    card = CARDS["h100"]
+    steps = [make_estimate(near.sizes, each, card) for each in (none.setting, near.setting, far)]
+    assert steps[0].time.total_s < steps[1].time.total_s < steps[2].time.total_s
+    assert steps[1].time.products_s == pytest.approx(steps[2].time.products_s), "as many rows pass gradient"
+    ratio = near.setting.backward_ratio
+    assert near.setting.kept_rows(ratio) == far.kept_rows(ratio) and near.setting.loss_rows == far.loss_rows
+    assert f"{prompts:.2f} of these and the others attend within chunks of 1024" in describe(steps[1])
+
+
+@pytest.mark.parametrize("sparsity", [FAR, DENSE, {"gradient": "rows"}, {"plan": None}, {"plan": 512}])
+def test_rows_of_prompts_are_estimated_as_the_collator_marks_them(tmp_path, sparsity):
+    """Far where recipe or plan have no window, gradients of rows alone, or no row skips; else local."""
+    plan = None
+    if "plan" in sparsity:
+        plan = Plan((LayerPlan(1.0, 0.12),) * 32, gradient="keys", scorer="recent", context_window=sparsity["plan"])
+        plan.save(tmp_path / "plan")
+        sparsity = {"plan": str(tmp_path / "plan"), "context_window": 0 if plan.context_window else None}
+    made = of_answers(sparsity=sparsity)
+    local = training_collator(made, None, plan=plan).local
+    setting = forecast(made).setting
+    assert local == (plan is not None and plan.context_window == 512)
+    assert (setting.local_share > 0) == local
+    assert setting.loss_share + setting.local_share == pytest.approx(ANSWER_SHARE + 0.1)
+
+
+def test_many_rows_of_prompts_leave_room_for_answers():
+    for sparsity in ({}, FAR, DENSE):
+        setting = forecast(of_answers(prompts=0.99, sparsity=sparsity)).setting
+        assert setting.loss_share + setting.local_share == pytest.approx(1.0)
+
+
+@pytest.fixture
+def documents(tmp_path):
+    """Documents of other lengths with a few answers, and one that is nothing but an answer; and their tokenizer."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = PLAIN
+    ask = [{"question": "q", "answers": [words(30, seed=9)]}]
+    rows = [{"text": words(n, seed=n), "qas": ask} for n in (300, 700, 1500)]
+    rows.append({"text": "t", "qas": [{"question": "q", "answers": [words(900, seed=8)]}]})
+    (tmp_path / "qas.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(tmp_path / "qas.jsonl"), tokenizer
+
+
+@pytest.mark.parametrize("prompts", [0.0, 0.1, 0.5, 0.97])
+@pytest.mark.parametrize("sparsity", [{}, FAR])
+def test_data_are_counted_as_training_draws_them(documents, monkeypatch, prompts, sparsity):
+    """Shares of rows and blocks with loss are those of real batches, and each step has every such block once."""
+    path, tokenizer = documents
+    made = of_answers(tokens=16384, prompts=prompts, sparsity=sparsity, train=(path,))
+    steps, known = {}, forecasts.gain
+    monkeypatch.setattr(forecasts, "gain", lambda *given: steps.setdefault(given[1].tokens, given[1]) and known(*given))
+    found = data_gain(made, forecast(made), tokenizer, CARDS["h100"])
+    dataset, _ = load_windows(made.data, tokenizer, "train")
+    collator = training_collator(made, tokenizer)
+    drawn = [window_shares(collator([dataset[i]])["labels"][0].tolist(), 64) for i in range(len(dataset))]
+    tokens = sum(t for t, _, _ in drawn)
+    assert found.supervised_share == pytest.approx(sum(t * r for t, r, _ in drawn) / tokens, abs=0.01)
+    assert found.forced_share == pytest.approx(sum(t * b for t, _, b in drawn) / tokens, abs=0.01)
+    for length, _, blocks in drawn:
+        step = steps[round(length / 256) * 256]
+        assert step.forced_share + step.local_share == pytest.approx(blocks, abs=0.02)
+        assert (step.local_share > 0) == (sparsity == {} and prompts > 0 and blocks > step.forced_share + 0.01)
+
+
+def test_data_gain_most_from_answers_alone_and_more_from_local_rows_of_prompts_than_from_far_ones(documents):
+    path, tokenizer = documents
+    none, near = (of_answers(tokens=16384, prompts=share, train=(path,)) for share in (0.0, 0.3))
+    found = [forecast(none), forecast(near)]
+    setting = replace(found[1].setting, local_share=0.0)
+    gains = [
+        data_gain(made, each, tokenizer, CARDS["h100"])
+        for made, each in ((none, found[0]), (near, found[1]), (near, replace(found[1], setting=setting)))
+    ]
+    assert gains[0].gain > gains[1].gain > gains[2].gain
+    assert gains[0].forced_share < gains[1].forced_share == gains[2].forced_share
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ from lemo.train.collate import IGNORE
 from lemo.train.data import load_windows
 from lemo.train.lora import add_adapter, check_targets, trainable_parameters
 from lemo.train.model import extend_context, load_settings, resolve_path
+from lemo.train.planning import prompt_rows_are_local
 from lemo.train.rehearsal import SHAPES, random_batch, random_model, random_plan, shape_config
 
 ANSWER_SHARE = 0.1  # of rows, where only answers carry loss and nobody has looked at the data
@@ -91,12 +92,10 @@ def forecast(run: RunConfig) -> Forecast:
     engine = _engine(run, sizes)
     if engine == "generic":
         notes.append("the fused engine does not know this model; its own layers run on rows")
-    share, local = run.loss_rows.share, run.local_share
+    plan = Plan.load(run.sparsity.plan) if run.sparsity.enabled and run.sparsity.plan is not None else None
+    share, local = _loss_shares(run, plan)
     if run.data.answer_only:
-        share, local = min(1.0, ANSWER_SHARE + run.loss_rows.prompt_share), 0.0
         notes.append(f"answers are taken to be {ANSWER_SHARE:.0%} of the rows; --data counts them")
-    elif not run.sparsity.enabled:
-        share, local = min(1.0, share + local), 0.0  # a dense step tells the two kinds from each other nowhere
     if run.training.offload and engine != "fused":
         notes.append("training.offload has no effect without the fused engine")
     checkpoints = run.training.gradient_checkpointing
@@ -115,7 +114,7 @@ def forecast(run: RunConfig) -> Forecast:
         offload=run.training.offload if engine == "fused" else False,
         span=None if run.data.answer_only or run.loss_rows.placement not in IN_RUNS else run.loss_rows.span,
         pooled_features=run.calibration.pooled_features,
-        **_ratios(run, sizes.shape.layers),
+        **_ratios(run, plan, sizes.shape.layers),
     )
     return Forecast(sizes, setting, settings, tuple(notes))
 
@@ -128,7 +127,18 @@ def _engine(run: RunConfig, sizes: ModelSizes) -> str:
     return "fused" if sizes.fused and run.training.engine != "generic" else "generic"
 
 
-def _ratios(run: RunConfig, layers: int) -> dict[str, Any]:
+def _loss_shares(run: RunConfig, plan: Plan | None) -> tuple[float, float]:
+    """Shares of rows that carry loss: those that attend to all keys, and local ones; they are apart."""
+    share, local = run.loss_rows.share, run.local_share
+    if run.data.answer_only:
+        prompts = min(run.loss_rows.prompt_share, 1.0 - ANSWER_SHARE)  # they are drawn beside answers
+        return (ANSWER_SHARE, prompts) if prompt_rows_are_local(run, plan) else (ANSWER_SHARE + prompts, 0.0)
+    if not run.sparsity.enabled:
+        return min(1.0, share + local), 0.0  # a dense step tells the two kinds from each other nowhere
+    return share, local
+
+
+def _ratios(run: RunConfig, plan: Plan | None, layers: int) -> dict[str, Any]:
     """Ratios and choices of the recipe, or of the plan that it names: the mean of the layers that skip."""
     sparsity = run.sparsity
     if not sparsity.enabled:
@@ -139,7 +149,7 @@ def _ratios(run: RunConfig, layers: int) -> dict[str, Any]:
             "predictor": False,
             "bypass_rank": 0,
         }
-    if sparsity.plan is None:
+    if plan is None:
         return {
             "forward_ratio": sparsity.forward_ratio,
             "backward_ratio": sparsity.backward_ratio,
@@ -153,7 +163,6 @@ def _ratios(run: RunConfig, layers: int) -> dict[str, Any]:
             "far_share": sparsity.far_share,
             "local_forward": run.local_forward or "near",
         }
-    plan = Plan.load(sparsity.plan)
     skipping = [layer for layer in plan.layers if not layer.is_dense]
     ranks = [layer.bypass.rank for layer in skipping if layer.bypass is not None]
     return {
@@ -211,20 +220,23 @@ def data_gain(run: RunConfig, found: Forecast, tokenizer: Any, card: Card) -> Da
     vocabulary = found.sizes.shape.vocabulary
     dataset, _ = load_windows(run.data, tokenizer, "train", vocabulary=vocabulary, limit=SAMPLED_WINDOWS)
     shares = [window_shares(dataset[i]["labels"], found.setting.block_size) for i in range(len(dataset))]
-    prompts = run.loss_rows.prompt_share
-    shares = [(tokens, min(1.0, rows + prompts), min(1.0, blocks + prompts)) for tokens, rows, blocks in shares]
+    # Rows of prompts are drawn among the blocks without answers, as long as there are any.
+    prompts = [min(run.loss_rows.prompt_share, 1.0 - blocks) for _, _, blocks in shares]
+    shares = [(t, r + more, b + more) for (t, r, b), more in zip(shares, prompts, strict=True)]
     drawn = not run.data.answer_only and run.loss_rows.share < 1
     all_loss = run.loss_rows.share + run.local_share
     cache: dict[tuple[int, float], tuple[float, float]] = {}
-    gains, seconds = [], []
-    for tokens, rows, blocks in shares:
-        forced = found.setting.loss_share if drawn else blocks
+    near, gains, seconds = found.setting.local_share, [], []
+    for (tokens, rows, blocks), more in zip(shares, prompts, strict=True):
+        local = near if drawn or not near else more
+        forced = found.setting.loss_share if drawn else blocks - local
         # Windows that are alike to a few percent cost alike.
         key = (max(256, round(tokens / 256) * 256), round(forced, 2))
         if key not in cache:
             # Rounded up, a share of nearly all blocks would leave less than the local share.
-            loss = max(0.01, min(1.0 - found.setting.local_share, key[1] if drawn else rows))
-            step = replace(found.setting, tokens=key[0], loss_share=loss, forced_share=key[1], batch=1)
+            loss = max(0.01, min(1.0 - local, key[1] if drawn else rows - local))
+            far = {"loss_share": loss, "forced_share": key[1]}
+            step = replace(found.setting, tokens=key[0], **far, local_share=min(local, 1.0 - loss), batch=1)
             cache[key] = gain(found.sizes, step, card), step_time(found.sizes, step, card).total_s
         gains.append(cache[key][0])
         seconds.append(cache[key][1])
