@@ -261,10 +261,12 @@ def test_data_are_counted_as_training_draws_them(documents, monkeypatch, prompts
     tokens = sum(t for t, _, _ in drawn)
     assert found.supervised_share == pytest.approx(sum(t * r for t, r, _ in drawn) / tokens, abs=0.01)
     assert found.forced_share == pytest.approx(sum(t * b for t, _, b in drawn) / tokens, abs=0.01)
-    for length, _, blocks in drawn:
+    for i, (length, rows, blocks) in enumerate(drawn):
         step = steps[round(length / 256) * 256]
-        assert step.forced_share + step.local_share == pytest.approx(blocks, abs=0.02)
-        assert (step.local_share > 0) == (sparsity == {} and prompts > 0 and blocks > step.forced_share + 0.01)
+        answers, holding = window_shares(dataset[i]["labels"], 64)[1:]
+        far = (answers, holding) if sparsity == {} else (rows, blocks)
+        assert (step.loss_share, step.forced_share) == pytest.approx(far, abs=0.02)
+        assert step.local_share == pytest.approx(blocks - far[1], abs=0.02)
 
 
 def test_data_gain_most_from_answers_alone_and_more_from_local_rows_of_prompts_than_from_far_ones(documents):

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from lemo.cli.main import app
 from lemo.cli.terminal import cut_pieces
+from lemo.core.plan import LayerPlan, Plan
 from lemo.eval.keep_map import KeepMap, never_dropped_places, never_dropped_tokens
 from lemo.report.keep_page import ShownText, keep_page, span
 from tests.report.test_run_page import check_alone
@@ -106,6 +107,10 @@ def test_maps_of_conversations_show_rows_of_prompts_that_carry_loss(base, tmp_pa
         assert done.exit_code == 0, done.output
         found.append((tmp_path / "m.html").read_text())
     assert found[0] != found[1]
+    blind = Plan((LayerPlan(1.0, 0.5),) * 3, block_size=16, scorer="random", gradient="keys")
+    blind.save(tmp_path / "blind")
+    done = lemo(base / "recipe.yaml", *options, *more, "--plan", tmp_path / "blind", "--out", tmp_path / "m.html")
+    assert done.exit_code == 0, "the plan has no window, so that no row is local: " + done.output
 
 
 @pytest.mark.parametrize(

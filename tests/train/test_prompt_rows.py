@@ -287,10 +287,14 @@ def test_a_run_trains_on_them(tmp_path, monkeypatch, enabled):
         drawn = int((inputs["labels"] != -100).sum()) - answers
         assert drawn > 0 == drawn % 16 and ("local_rows" in inputs) == enabled
         assert not enabled or int(inputs["local_rows"].sum()) == drawn
-    evaluated = [
-        json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines() if "eval_loss" in x
-    ]
+    metrics = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    evaluated = [json.loads(line) for line in metrics if "eval_loss" in line]
     assert len(evaluated) == 2 and evaluated[-1]["eval_loss"] == pytest.approx(result.losses["dense after"], rel=1e-4)
+    if enabled:
+        other = replace(run.sparsity, plan=str(tmp_path / "run" / "plan"), block_size=32)
+        straddling = replace(run, sparsity=other, loss_rows=replace(run.loss_rows, share=1.0))
+        with pytest.raises(ConfigError, match="straddle"):
+            train(replace(straddling, output=str(tmp_path / "other")), evaluate_loss, console=Console(file=said))
 
 
 @pytest.mark.parametrize(
