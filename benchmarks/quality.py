@@ -94,7 +94,7 @@ class Grid:
     def setting(self, cell: Cell) -> dict[str, Any]:
         """Setting of a cell."""
         steps = cell.trained_steps(self.shape, self.protocol)
-        return cell.setting(self.protocol, self.study.folder.name, self.rate(cell), steps)
+        return cell.setting(self.protocol, self.study.folder.name, self.study.corpus, self.rate(cell), steps)
 
     def done(self, cell: Cell) -> bool:
         """Whether the cell's last Record is there."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from benchmarks.quality_corpus import corpus_of, is_published
 from benchmarks.quality_costs import gain_at_64k
 from benchmarks.quality_grids import STEPS
 from benchmarks.quality_methods import METHODS
@@ -24,7 +25,7 @@ from lemo.measure.statistics import value_of
 SCRIPT = "benchmarks/quality.py"
 VOID_BELOW_NATS = 0.2
 CLEAR_ERRORS = 5.0
-_PROTOCOL = ("data", "domains", "window", "batch", "rank", "dtype", "model", "validation_windows")
+_PROTOCOL = ("data", "domains", "window", "batch", "rank", "dtype", "model", "validation_windows", "corpus")
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class Cells:
         """Keeps Records that belong to a cell."""
         names = {_text(method.setting()): name for name, method in reversed(METHODS.items())}
         found = [(record, _name_now(record, names)) for record in records if "cell" in record.setting]
-        kept = [dataclasses.replace(r, name=f"quality/{name}/{r.name.split('/', 2)[2]}") for r, name in found if name]
+        kept = [_told(record, name) for record, name in found if name]
         self.records = sorted(kept, key=lambda r: r.time, reverse=True)
 
     def protocols(self) -> list[dict[str, Any]]:
@@ -144,6 +145,12 @@ def _name_now(record: Record, names: dict[str, str]) -> str | None:
     """The method of a cell: that of its name where the name still means its choices, else the first that makes them."""
     name, choices = record.name.split("/")[1], _text(record.setting["choices"])
     return name if name in METHODS and _text(METHODS[name].setting()) == choices else names.get(choices)
+
+
+def _told(record: Record, name: str) -> Record:
+    """The Record under a method's name, with the data that it was measured on."""
+    setting = {**record.setting, "corpus": corpus_of(record.setting)}
+    return dataclasses.replace(record, name=f"quality/{name}/{record.name.split('/', 2)[2]}", setting=setting)
 
 
 def _text(choices: dict[str, Any]) -> str:
@@ -237,7 +244,7 @@ def _compare(
         if item.statistic == "gain_in_errors" and len({c - b for b, c in zip(baseline, candidate, strict=True)}) == 1:
             print(f"{name}, {label}: all pairs differ alike, which has no error to count in", flush=True)
             continue
-        published = steps == STEPS and domain not in void and protocol["window"] == 16384
+        published = steps == STEPS and domain not in void and protocol["window"] == 16384 and is_published(protocol)
         at = f"{domain}/{item.baseline}" if item.bar == "B.over_short_windows" else domain
         bar = None if item.bar is None or not published else item.bar + (f"/{at}" if at else "")
         setting = {**_setting_of(item, protocol, steps, pairs), "domain": domain}
@@ -273,7 +280,7 @@ def _compare_share(
     print(f"{name}, {label}: {share:.3f} over {len(threes)} seeds{note}", flush=True)
     if len(threes) < 2:
         return
-    published = steps == STEPS and clear >= CLEAR_ERRORS and protocol["window"] == 16384
+    published = steps == STEPS and clear >= CLEAR_ERRORS and protocol["window"] == 16384 and is_published(protocol)
     setting = _setting_of(item, protocol, steps, threes) | {"best": item.best, "advantage_in_errors": clear}
     bar = item.bar if published else None
     _append(path, known, name, item.unit, samples, setting, bar, [r for three in threes for r in three])
@@ -284,8 +291,9 @@ def _setting_of(
 ) -> dict[str, Any]:
     """What a comparison was made of. `groups`: Records of one seed each, the baseline's first, then the candidate's."""
     choices = {name: getattr(item, name) for name in ("method", "baseline", "metric", "statistic")}
+    named = {k: v for k, v in protocol.items() if k != "corpus" or not is_published(protocol)}
     return {
-        **protocol,
+        **named,
         **choices,
         "steps": steps,
         "learning_rate": groups[0][1].setting["learning_rate"],

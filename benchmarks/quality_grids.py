@@ -69,11 +69,12 @@ class Cell:
             return equal_steps(self.spec, METHODS[self.spec.flops_of], self.steps, *sizes)
         return self.steps
 
-    def setting(self, protocol: Protocol, model: str, learning_rate: float, steps: int) -> dict[str, Any]:
+    def setting(self, protocol: Protocol, model: str, corpus: str, learning_rate: float, steps: int) -> dict[str, Any]:
         """Everything that decides the cell's numbers but its seed; `cell` is its hash."""
         found = {
             **asdict(protocol),
             "model": model,
+            "corpus": corpus,
             "method": self.method,
             "steps": steps,
             "learning_rate": learning_rate,

@@ -11,9 +11,10 @@ half-way: comparisons at 50 and 100 steps are runs of their own. The learning ra
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ import torch
 from torch import Tensor
 
 import lemo
+from benchmarks.quality_batches import Endless, join
+from benchmarks.quality_corpus import fingerprint
 from benchmarks.quality_specs import Method, PlanSpec
 from lemo.config import CalibrationConfig, DataConfig, LoraConfig, ModelConfig
 from lemo.core.plan import Plan
@@ -102,6 +105,11 @@ class QualityStudy:
         self._block_losses: dict[int, BlockLosses] = {}
         self._validation: dict[tuple, list[tuple[str, dict[str, Tensor], Tensor]]] = {}
 
+    @cached_property
+    def corpus(self) -> str:
+        """Fingerprint of the data."""
+        return fingerprint(self.data, self.protocol.domains)
+
     @property
     def shape(self) -> DecoderShape:
         """Sizes of the model."""
@@ -169,7 +177,7 @@ class QualityStudy:
         tokens, count = protocol.window // pieces, (method.sequences or protocol.batch) * pieces
         generator = torch.Generator().manual_seed(seed)
         sources = [
-            _Endless(self._free(domain, tokens, method.documents), 1000 * seed + number)
+            Endless(self._free(domain, tokens, method.documents), 1000 * seed + number)
             for number, domain in enumerate(protocol.domains)
         ]
         collator = self.collator(method, seed)
@@ -183,7 +191,7 @@ class QualityStudy:
                 if not isinstance(collator, WindowCollator):
                     collator.set_epoch(epoch)
                 parts.append(collator([sample]))
-            joined = _join(parts, protocol.batch * pieces)
+            joined = join(parts, protocol.batch * pieces)
             yield [{k: v.to(self.device) for k, v in part.items()} for part in joined]
 
     def _free(self, domain: str, tokens: int, documents: bool) -> list[dict[str, Any]]:
@@ -358,27 +366,6 @@ def _losses(model: Any, inputs: Mapping[str, Tensor], mask_1T: Tensor, labels_T:
     rows = mask_1T[0]
     losses_T[rows] = row_losses(causal_model(model), hidden_TM[rows], labels_T[rows]).double()
     return losses_T
-
-
-class _Endless:
-    """Samples in a shuffled order, again and again; `draw` says how often they have been through."""
-
-    def __init__(self, samples: Sequence[dict[str, Any]], seed: int) -> None:
-        self.samples, self.epoch, self.left = samples, -1, []
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def draw(self) -> tuple[dict[str, Any], int]:
-        if not self.left:
-            self.epoch += 1
-            self.left = torch.randperm(len(self.samples), generator=self.generator).tolist()
-        return self.samples[self.left.pop()], self.epoch
-
-
-def _join(made: list[dict[str, Tensor]], most: int) -> list[dict[str, Tensor]]:
-    """Samples of one length in batches of `most`, others each in their own."""
-    if len({m["input_ids"].shape for m in made}) > 1:
-        return made
-    return [{k: torch.cat([m[k] for m in made[i : i + most]]) for k in made[0]} for i in range(0, len(made), most)]
 
 
 def _supervised(labels_BT: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import pytest
 from benchmarks import check_bars, quality_report
 from benchmarks.quality import swept_rate
 from benchmarks.quality_compare import write_comparisons
+from benchmarks.quality_corpus import PUBLISHED
 from benchmarks.quality_grids import RATES, Cell
 from benchmarks.quality_study import Protocol
 from lemo.measure.record import Record, read_records
@@ -22,7 +23,10 @@ def _cell(path: Path, method: str, seed: int, losses: list[float], metric: str =
     rate, asked = changes.get("rate", 1e-3), changes.get("asked", 200)
     cell = Cell(method, seed, asked, flops_steps=changes.get("flops_steps"))
     steps = changes.get("steps", asked)
-    setting = {**cell.setting(PROTOCOL, "smol", rate, steps), "window_order": ORDER, "statistic": "mean"}
+    corpus = changes.get("corpus", PUBLISHED["text"])
+    setting = {**cell.setting(PROTOCOL, "smol", corpus, rate, steps), "window_order": ORDER, "statistic": "mean"}
+    if corpus is None:
+        del setting["corpus"]  # as cells had it before they carried one
     Record.measure(f"quality/{method}/{metric}", "nats", losses, setting, script="s.py", seeds=[seed]).append(path)
 
 
@@ -96,6 +100,23 @@ def test_one_seed_is_no_bar(tmp_path: Path):
         _cell(path, method, 0, [2.0] * 4)
     write_comparisons(path)
     assert not [r for r in read_records(path) if r.bar and "gap" in r.bar]
+
+
+def test_other_data_is_compared_by_itself_and_answers_no_bar(tmp_path: Path):
+    path = tmp_path / "r.jsonl"
+    for seed, corpus in ((0, None), (1, PUBLISHED["text"]), (0, "other"), (1, "other"), (2, "other")):
+        far = 0.5 if corpus == "other" else 0.0
+        _cell(path, "dense_rows_balanced", seed, [2.0 + far] * 4, corpus=corpus)
+        _cell(path, "balanced", seed, [2.01 + 0.001 * seed + far] * 4, corpus=corpus)
+    write_comparisons(path)
+    gaps = [r for r in read_records(path) if r.name.endswith("/gap/dense_rows_balanced/dense/books")]
+    bars = ["B.default_gap/books", "B.mha_gap/books"]
+    assert [(len(r.seeds), r.bar) for r in gaps] == [*((2, bar) for bar in bars), (3, None)]
+    assert gaps[0].samples["baseline"] == [2.0, 2.0], "a cell without a fingerprint is of the published data"
+    assert "corpus" not in gaps[0].setting and gaps[2].setting["corpus"] == "other"
+    page = quality_report.write_page(read_records(path), tmp_path / "docs").read_text()
+    assert page.count("| balanced") == 4 and "other data (other)" in page
+    assert len({f.name for f in (tmp_path / "docs").glob("*.png")}) == page.count("![")
 
 
 def test_the_page_shows_every_method_and_its_figures(records: Path, tmp_path: Path):

@@ -1,0 +1,129 @@
+"""Figures of the quality benchmark: gaps against ideal gains, and by domain."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.quality_costs import gain_at_64k
+from benchmarks.quality_groups import Group, twin_of
+from benchmarks.quality_methods import METHODS
+
+_FAMILIES = {"balanced": "#2563eb", "quality": "#2563eb", "fast": "#2563eb"}
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    pyplot.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    return pyplot
+
+
+def draw_pareto(group: Group, path: Path) -> bool:
+    """Gaps against ideal gain: over dense LoRA on all rows, and on the method's own; false with nothing to draw.
+
+    Named are presets and what nothing else beats in both.
+    """
+    rows = "loss on all rows" if group.dense == "dense_all" else "loss on answers alone"
+    panels = {f"nats over dense LoRA, {rows}": [], "nats over dense LoRA on the same loss rows": []}
+    for method in group.methods:
+        gains = gain_at_64k(METHODS[method])
+        if method == "no_context" or not gains:
+            continue
+        for points, baseline in zip(panels.values(), (group.dense, twin_of(method)), strict=True):
+            gap = None if baseline is None else group.gap(method, baseline)
+            if gap is not None:
+                points.append((method, gains["llama-3-8b"], *gap[:2]))
+    drawn = {title: points for title, points in panels.items() if points}
+    if not drawn:
+        return False
+    pyplot = _pyplot()
+    figure, grid = pyplot.subplots(1, len(drawn), figsize=(5.4 * len(drawn), 4.2), layout="constrained", squeeze=False)
+    named: list[tuple[Any, str, float, float]] = []
+    lines: list[tuple[Any, float, float, float]] = []
+    for axes, (title, points) in zip(grid[0], drawn.items(), strict=True):
+        for method, gain, gap, error in points:
+            beaten = any(g >= gain and y <= gap and m != method for m, g, y, _ in points)
+            colour = _FAMILIES.get(method, "#d1d5db" if beaten else "#6b7280")
+            front = colour != "#d1d5db"
+            axes.errorbar(gain, gap, yerr=error, fmt="o", color=colour, markersize=4, capsize=2, zorder=2 + front)
+            if front:
+                named.append((axes, method, gain, gap))
+                lines.append((axes, gain, gap - error, gap + error))
+        axes.axhline(0, color="#6b7280", linewidth=0.8)
+        axes.set(xlabel="ideal gain at 64K, Llama-3-8B shape", ylabel=title)
+    figure.suptitle(f"{group.steps} steps, {group.protocol['window']:,} tokens", x=0.01, ha="left", fontsize=10)
+    _name_points(figure, named, lines)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+    return True
+
+
+# Where a point's name may stand: points right and up from it, and which end of the text is there.
+_PLACES = ((6, -3, "left"), (-6, -3, "right"), (6, 6, "left"), (6, -12, "left"), (-6, 7, "right"), (-6, -12, "right"))
+_PLACES += ((6, 15, "left"), (6, -21, "left"), (-6, 16, "right"), (-6, -21, "right"))
+
+
+def _name_points(
+    figure: Any, points: Sequence[tuple[Any, str, float, float]], lines: Sequence[tuple[Any, float, float, float]]
+) -> None:
+    """Names beside their points, presets first; one that would lie on another, on a point or outside is left out.
+
+    `lines`: axes, place and both ends of error bars, which names keep clear of, too, as they do of the zero line.
+    """
+    from matplotlib.transforms import Bbox
+
+    figure.draw_without_rendering()
+    # Around each named point too.
+    taken = [
+        Bbox.from_extents(x - 6, y - 6, x + 6, y + 6) for x, y in (a.transData.transform(p) for a, _, *p in points)
+    ]
+    for axes, place, low, high in lines:
+        (x, bottom), (_, top) = (axes.transData.transform((place, y)) for y in (low, high))
+        zero = axes.transData.transform((place, 0))[1]
+        taken += [Bbox.from_extents(x - 1, bottom, x + 1, top)]
+        taken += [Bbox.from_extents(axes.bbox.x0, zero - 1, axes.bbox.x1, zero + 1)]
+    for axes, method, gain, gap in sorted(points, key=lambda point: point[1] not in _FAMILIES):
+        style = {"fontsize": 7, "fontweight": "bold" if method in _FAMILIES else "normal", "zorder": 4}
+        for right, up, end in _PLACES:
+            place = {"xytext": (right, up), "textcoords": "offset points", "ha": end, "annotation_clip": False}
+            text = axes.annotate(method.replace("_", " "), (gain, gap), **place, **style)
+            text.set_in_layout(False)
+            box = text.get_window_extent()
+            inside = axes.bbox.containsx(box.x0) and axes.bbox.containsx(box.x1)
+            if inside and not box.count_overlaps(taken):
+                taken.append(box)
+                break
+            text.remove()
+
+
+def draw_domains(group: Group, path: Path) -> bool:
+    """Gaps of presets, nulls and rivals by domain."""
+    twins = {m: twin for m in group.methods if (twin := twin_of(m)) is not None}
+    gaps = {m: group.domain_gaps(m, twin) for m, twin in twins.items()}
+    gaps = {m: found for m, found in gaps.items() if found and m != "before"}
+    if not gaps:
+        return False
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(figsize=(7.5, 0.28 * len(gaps) + 1.4), layout="constrained")
+    domains = list(next(iter(gaps.values())))
+    for place, found in enumerate(gaps.values()):
+        axes.plot([min(found.values()), max(found.values())], [place, place], color="#d1d5db", zorder=1)
+    for index, domain in enumerate(domains):
+        values = [found[domain] for found in gaps.values()]
+        axes.scatter(values, range(len(gaps)), label=domain, s=16, color=f"C{index}", zorder=2)
+    axes.set_yticks(range(len(gaps)), [m.replace("_", " ") for m in gaps])
+    axes.invert_yaxis()
+    axes.axvline(0, color="#6b7280", linewidth=0.8)
+    wide = max(max(map(abs, found.values())) for found in gaps.values()) > 0.05
+    if wide:
+        axes.set_xscale("symlog", linthresh=0.05)
+    axes.set(xlabel="nats over dense LoRA on the same loss rows" + (" (linear up to 0.05)" if wide else ""))
+    axes.legend(frameon=False, fontsize=8, ncols=len(domains), loc="lower left", bbox_to_anchor=(0, 1))
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+    return True
