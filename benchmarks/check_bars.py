@@ -95,7 +95,7 @@ BARS = (
     Bar("B.conservative_gap", "`quality` over dense, same loss rows", "<=", 0.005, "nats", compares=True),
     Bar("B.aggressive_ideal_gain", "`fast`, ideal gain", ">=", 5.0, "times"),
     Bar("B.aggressive_gap", "`fast` over dense, same loss rows", None, None, "nats", compares=True),
-    Bar("B.instruct_gap", "15 % of rows over dense, answers", "<=", 0.01, "nats", compares=True),
+    Bar("B.instruct_gap", "`lemo init`'s choice over dense, answers", "<=", 0.01, "nats", compares=True),
     Bar("B.instruct_context_value", "documents' worth to dense, answers", ">=", 0.1, "nats", compares=True),
     Bar("B.over_random_se", "predictors below random rows", ">=", 3.0, "standard errors", compares=True),
     Bar("B.over_random_nats", "predictors below random rows", ">=", 0.01, "nats", compares=True),

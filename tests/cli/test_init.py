@@ -118,6 +118,17 @@ def test_a_single_sample_is_not_held_out(model):
     assert draft(model, DataFacts("messages", "messages", (90, 80), 90, 0.2)).data.held_out_share == 0.1
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+def test_documents_with_questions_have_a_loss_on_some_of_their_rows(model, preset):
+    fields = {"qas": "text", "messages": "messages"}
+    facts = {kind: DataFacts(kind, field, (400, 300), 400, 0.1) for kind, field in fields.items()}
+    shares = {kind: draft(model, found, preset=preset).loss_rows.prompt_share for kind, found in facts.items()}
+    assert shares == {"qas": 0.0 if preset == "quality" else 0.1, "messages": 0.0}
+    text = draft_recipe(Wish(("d.jsonl",), preset=preset), survey_model(str(model)), facts["messages"], GPU)
+    assert ("0.1 where prompts are documents" in text) == (preset != "quality")
+    assert "of answers carry loss" in text and "three of eight" not in text
+
+
 def test_short_data_is_refused(model):
     with pytest.raises(ConfigError, match="about 100 tokens, too few"):
         draft(model, text_facts(100))

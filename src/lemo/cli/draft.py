@@ -12,7 +12,7 @@ from lemo.cli.recipe import dump_value
 from lemo.errors import ConfigError
 from lemo.train.survey import DataFacts, MachineFacts, ModelFacts
 
-HELD_OUT = 0.1
+HELD_OUT, PROMPT_SHARE = 0.1, 0.1
 STEP_TOKENS = 32_768
 CPU_TOKENS, CPU_STEP_TOKENS, CPU_STEPS = 1024, 4096, 20
 _SHORTEST, _COMMENT_COLUMN = 128, 36
@@ -145,13 +145,20 @@ def draft_recipe(wish: Wish, model: ModelFacts, data: DataFacts, machine: Machin
     parts = [
         "# Every key can be replaced on the command line: lemo train RECIPE training.learning_rate=1e-4",
         f"{about}; preset {wish.preset}:",
-        f"# {preset.about}. Keys that are not here keep their defaults; lemo schema lists all.",
+        f"# {_about(data, preset)}. Keys that are not here keep their defaults; lemo schema lists all.",
         *_render([("output", wish.output, "receives adapter, plan, metrics and the resolved recipe")], ""),
     ]
     for name, lines in sections.items():
         if lines:
             parts += ["", f"{name}:", *_render(lines, "  ")]
     return "\n".join(parts) + "\n"
+
+
+def _about(data: DataFacts, preset: Preset) -> str:
+    """What the preset does with such data."""
+    if not data.answers:
+        return preset.about
+    return f"every row runs forward, those of answers carry loss, {preset.loss_share:.0%} of all pass gradient"
 
 
 def _kind(data: DataFacts) -> str:
@@ -204,7 +211,7 @@ def _data(wish: Wish, data: DataFacts, shape: Shape, machine: MachineFacts) -> l
 
 def _loss_rows(data: DataFacts, shape: Shape, preset: Preset) -> list[Line]:
     if data.answers:
-        return []
+        return _prompt_rows(data, preset)
     lines: list[Line] = [
         ("share", preset.loss_share, "of the blocks are far loss rows, which attend to all rows; drawn anew each epoch")
     ]
@@ -213,6 +220,20 @@ def _loss_rows(data: DataFacts, shape: Shape, preset: Preset) -> list[Line]:
     lines.append(("local_share", preset.local_share, about))
     lines.append(("span", preset.span, "rows of a run of them, so that most of what they read carries loss too"))
     return lines
+
+
+def _prompt_rows(data: DataFacts, preset: Preset) -> list[Line]:
+    """Loss on rows of documents that are asked about; whether conversations have such documents nobody knows here.
+
+    Where half of the rows pass gradient there is less to make up for (docs/decisions/0019-prompt-rows.md).
+    """
+    if not preset.local_share:
+        return []
+    if data.kind == "qas":
+        return [
+            ("prompt_share", PROMPT_SHARE, "of the blocks carry loss beside answers: documents are learned to be read")
+        ]
+    return [("prompt_share", 0.0, f"{PROMPT_SHARE} where prompts are documents to understand; harm where filler")]
 
 
 def _within(shape: Shape, preset: Preset) -> bool:
