@@ -45,6 +45,7 @@ RUN_BY = {
 # `shell` blocks: what cannot be run in a test as it stands, with the reason.
 NOT_RUN = {
     "first-run.md": "installs from a registry; the test builds the wheel without one",
+    "measuring.md": "needs a corpus and a GPU; tests/benchmarks runs each script at a small size",
     "cookbook/context-extension.md": "retrieval at real lengths; tests/cli/test_retrieval.py runs it at small ones",
 }
 
