@@ -16,6 +16,7 @@ from typing import Any
 
 from benchmarks.check_bars import BARS, Bar
 from benchmarks.peers.peer import parse_method
+from benchmarks.saved_figures import draw_saved, saved_section
 from lemo.measure.record import Record, read_records
 from lemo.measure.statistics import value_of
 from lemo.report.method_names import name_method
@@ -185,6 +186,7 @@ def page(records: Sequence[Record], figures: Sequence[str]) -> str:
         parts += [f"## {scene.shape}{layers}, LoRA on {linears}", method_table(methods), gain_table(methods)]
         parts += [f"{newest.device}, torch {torch}, transformers {transformers}, {newest.time[:10]}."]
         parts += [f"![{name}]({name})" for name in figures if name.startswith(f"performance-{_stem(scene)}-")]
+    parts += saved_section(records, figures)
     named = {name_method(m): m for methods in scenes.values() for m in methods.found}
     if named:
         rows = [[words, f"`{method}`"] for words, method in named.items()]
@@ -325,7 +327,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     files = options.files or default_files()
     records = read_records(files)
-    figures = draw(read_scenes(records), options.docs)
+    figures = draw(read_scenes(records), options.docs) + draw_saved(records, options.docs)
     (options.docs / "performance.md").write_text(page(records, figures), encoding="utf-8")
     print(f"{len(records)} Records, {len(figures)} figures: {options.docs / 'performance.md'}")
     return 0
