@@ -320,6 +320,9 @@ def test_bad_arguments_and_batches_are_refused():
     for wrong in ({"share": 0.0}, {"share": True}, {"weight": 2.0}, {"weight": 0}, {"span": 6}, {"weight_of": "x"}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             collator(**wrong)
+    for wrong in (float("inf"), float("nan"), True, -1.0):
+        with pytest.raises(ConfigError, match="weight of prompt rows must be a number above 0"):
+            collator(weight=wrong, weight_of="answers")
     nothing = PromptRows(lambda features: {"input_ids": torch.zeros(1, 8).long()}, 0.5, 1.0)
     with pytest.raises(LabelsError, match="labels"):
         nothing([sample("a")])

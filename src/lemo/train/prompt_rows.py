@@ -71,8 +71,9 @@ class PromptRows(RowDraw):
         if weight_of not in ("answers", "row"):
             raise ConfigError(f"weight_of of prompt rows must be 'answers' or 'row', got {weight_of!r}")
         for name, value, most in (("share", share, 1), ("weight", weight, 1 if weight_of == "row" else math.inf)):
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most:
-                wanted = "be above 0" if most == math.inf else f"lie in (0, {most}]"
+            number = not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
+            if not number or not 0 < value <= most:
+                wanted = "be a number above 0" if most == math.inf else f"lie in (0, {most}]"
                 raise ConfigError(f"{name} of prompt rows must {wanted}, got {value!r}")
         if span < 1 or span % block_size:
             raise ConfigError(f"span of prompt rows must be a multiple of the block size {block_size}, got {span!r}")
