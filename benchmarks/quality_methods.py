@@ -133,6 +133,13 @@ INSTRUCT = {
         )
         for which in ("gradient", "gradient_same")
     },
+    "instruct_words": _answers(
+        "12 % of the rows, those whose words the questions and answers have, rare ones first",
+        0.12,
+        scorer="predictor",
+        oracle="words",
+        context_window=1024,
+    ),
     "instruct_recent_random": _answers(
         "15 % of the rows, some before the answers and random ones",
         0.15,

@@ -66,6 +66,10 @@ METHODS = {
         "the default with the rows whose dense gradient is largest over all layers, found by looking",
         replace(_EXACT, scorer="predictor", oracle="gradient_same", context_window=1024),
     ),
+    "words": Method(
+        "the default with the rows whose words the questions and answers have, rare ones first",
+        replace(_EXACT, scorer="predictor", oracle="words", context_window=1024),
+    ),
     "prompt": Method(
         "the default, and loss on 10 % of the rows of prompts",
         replace(_EXACT, backward_ratio=0.15, context_window=1024),
