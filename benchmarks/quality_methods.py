@@ -136,8 +136,7 @@ INSTRUCT = {
     "instruct_words": _answers(
         "12 % of the rows, those whose words the questions and answers have, rare ones first",
         0.12,
-        scorer="predictor",
-        oracle="words",
+        scorer="words",
         context_window=1024,
     ),
     "instruct_recent_random": _answers(

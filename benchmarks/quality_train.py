@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.quality_specs import Method
 from benchmarks.quality_study import QualityStudy
-from benchmarks.rivals.oracle import GRADIENTS, WORDS, forget_gradient, look_at_gradient, look_at_words
+from benchmarks.rivals.oracle import GRADIENTS, forget_gradient, look_at_gradient
 from lemo.calibrate.collect import Window
 from lemo.calibrate.refit import predictor_recall, refit_bypass
 from lemo.config import CalibrationConfig
@@ -95,8 +95,6 @@ def backward(model: Any, handle: Handle, method: Method, batch: Sequence[Mapping
     for part in batch:
         if method.plan is not None and method.plan.oracle in GRADIENTS:
             look_at_gradient(model, handle, part, method.plan.oracle == "gradient_same")
-        if method.plan is not None and method.plan.oracle == WORDS:
-            look_at_words(handle.plan, part)
         with step_context(handle, method, part):
             loss = model(**part, num_items_in_batch=labelled).loss
         loss.backward()

@@ -68,7 +68,7 @@ METHODS = {
     ),
     "words": Method(
         "the default with the rows whose words the questions and answers have, rare ones first",
-        replace(_EXACT, scorer="predictor", oracle="words", context_window=1024),
+        replace(_EXACT, scorer="words", context_window=1024),
     ),
     "prompt": Method(
         "the default, and loss on 10 % of the rows of prompts",

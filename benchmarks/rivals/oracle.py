@@ -19,8 +19,6 @@ from lemo.runtime.model import causal_model, decoder_layers
 
 QUERY_STRIDE = 16
 GRADIENTS = ("gradient", "gradient_same")
-WORDS = "words"
-ASKED_ROWS = 64  # before the first row with loss, where a question is looked for
 RECENT_BLOCKS = 8  # before a block with loss, of `recent_random`
 
 
@@ -64,7 +62,7 @@ def with_oracle(plan: Plan, model: Any, target: str) -> Plan:
     if target == "recent_random":
         mixed = RecentAndRandom()
         return replace(plan, layers=tuple(x if x.is_dense else replace(x, predictor=mixed) for x in plan.layers))
-    if target in (*GRADIENTS, WORDS):
+    if target in GRADIENTS:
         return replace(plan, layers=tuple(x if x.is_dense else replace(x, predictor=Remembered()) for x in plan.layers))
     layers = decoder_layers(model)
     changed = [
@@ -89,11 +87,10 @@ class RecentAndRandom:
 
 @dataclass
 class Remembered:
-    """Stands where a plan has a predictor; ranks blocks by what `look_at_gradient` or `look_at_words` found.
+    """Stands where a plan has a predictor; ranks blocks by the gradient that `look_at_gradient` found.
 
     Attributes:
-        norms_N: fp32, squared norm of the dense gradient behind the layer, or another weight, of each row of the batch
-            that comes next.
+        norms_N: fp32, squared norm of the dense gradient behind the layer, of each row of the batch that comes next.
     """
 
     norms_N: Tensor | None = None
@@ -147,27 +144,6 @@ def look_at_gradient(model: Any, handle: Handle, batch: Mapping[str, Any], same:
     for number, layer in enumerate(plan.layers):
         if isinstance(layer.predictor, Remembered):
             layer.predictor.norms_N = mean_N if same else shares[number]
-
-
-def look_at_words(plan: Plan, batch: Mapping[str, Any]) -> None:
-    """Rows whose token stands in the question or the answers, by how rare it is before these, for the plan's layers.
-
-    Args:
-        plan: whose layers have a `Remembered` each.
-        batch: of the model: `input_ids` and `labels`, (B, T).
-    """
-    found = []
-    for ids_T, labels_T in zip(batch["input_ids"], batch["labels"], strict=True):
-        learned = (labels_T != -100).nonzero()
-        first = max(0, int(learned[0]) - ASKED_ROWS) if len(learned) else len(ids_T)
-        asked_T = torch.isin(ids_T, ids_T[first:].unique())
-        often_T = torch.bincount(ids_T[:first], minlength=int(ids_T.max()) + 1)[ids_T]
-        weight_T = asked_T / often_T.clamp_min(1)
-        weight_T[first:] = 1.0
-        found.append(weight_T)
-    for layer in plan.layers:
-        if isinstance(layer.predictor, Remembered):
-            layer.predictor.norms_N = torch.cat(found).float()
 
 
 def forget_gradient(plan: Plan) -> None:

@@ -7,8 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.rivals import oracle
-from benchmarks.rivals.oracle import forget_gradient, look_at_gradient, look_at_words, with_oracle
+from benchmarks.rivals.oracle import forget_gradient, look_at_gradient, with_oracle
 from lemo import attach
 from lemo.core.plan import Plan
 from lemo.runtime.model import decoder_layers
@@ -55,28 +54,3 @@ def test_a_look_finds_the_gradient_of_every_layer(engine):
         assert all(n.equal(norms[0]) for n in norms)
         forget_gradient(replace(plan))
         assert all(x.predictor.norms_N is None for x in plan.layers)
-
-
-def test_rows_that_share_rare_words_with_the_question_rank_first(monkeypatch):
-    monkeypatch.setattr(oracle, "ASKED_ROWS", 4)
-    model = tiny_model("llama")
-    choices = {"backward_ratio": 0.25, "gradient": "keys", "scorer": "predictor", "block_size": 4}
-    plan = with_oracle(Plan.uniform(model, dense_layers=(), **choices), model, "words")
-    ids = torch.arange(64).remainder(7).add(10)[None]  # filler
-    ids[0, [9, 21]], ids[0, 40] = 50, 51  # a rare word twice, another once
-    ids[0, 56:] = torch.tensor([10, 50, 51, 52, 53, 10, 54, 55])
-    labels = torch.full_like(ids, -100)
-    labels[0, 60:] = ids[0, 60:]
-    look_at_words(plan, {"input_ids": ids, "labels": labels})
-    weight_N = plan.layers[0].predictor.norms_N
-    assert weight_N[56:].eq(1).all() and weight_N[40] == 1 and weight_N[9] == weight_N[21] == 0.5
-    filler = torch.ones(56, dtype=torch.bool)
-    filler[[9, 21, 40]] = False
-    assert weight_N[:56][filler].max() < 0.2, "a word of the question that is everywhere says little"
-    with attach(model.train(), plan, self_test=False, unsafe_no_bypass=True) as handle:
-        model(input_ids=ids, labels=labels).loss.backward()
-        kept = {tuple(sorted(set((s.backward.rows_N.cpu() // 4).tolist()))) for s in handle.selections.values()}
-    assert len(kept) == 1 and 10 in next(iter(kept)), "all layers keep the same blocks, that of the rarest word first"
-    unanswered = {"input_ids": ids, "labels": torch.full_like(ids, -100)}
-    look_at_words(plan, unanswered)
-    assert not plan.layers[0].predictor.norms_N.any()

@@ -1,5 +1,7 @@
 """Laws of scorers: each equals its definition written out, and packing changes nothing."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -13,6 +15,7 @@ from lemo.core.score import (
     Recent,
     ScoreInputs,
     UpdateNorm,
+    Words,
     mlp_scores,
     scorer_named,
 )
@@ -161,3 +164,61 @@ def test_recent_counts_blocks_to_the_next_loss_of_the_same_document():
     assert scores_K[4] < -2, "nothing with loss follows: last"
     assert scores_K[5:].diff().gt(0).all(), "without loss later blocks come first"
     assert scorer_named("recent") == Recent()
+
+
+def _asking(ids_BT, labelled, *, documents=None, local=None, block_size=4):
+    """Layout of token ids with labelled tokens, whose rows are those before them."""
+    documents = torch.zeros_like(ids_BT) if documents is None else documents
+    supervised = torch.zeros_like(ids_BT, dtype=torch.bool)
+    supervised[0, [t - 1 for t in labelled]] = True
+    local_BT = None
+    if local is not None:
+        local_BT = torch.zeros_like(supervised)
+        local_BT[0, local], supervised[0, local] = True, True
+    layout = Layout.build(documents, supervised, block_size=block_size, local_BT=local_BT)
+    return replace(layout, ids_BT=ids_BT)
+
+
+def _filler(tokens=64):
+    return torch.arange(tokens).remainder(5).add(10)[None]
+
+
+def test_words_rank_blocks_by_how_rare_their_share_in_question_and_answer_is():
+    ids = _filler()
+    ids[0, [9, 21]], ids[0, 40], ids[0, 30] = 50, 51, 52
+    ids[0, 56:] = torch.tensor([10, 50, 53, 54, 55, 51, 56, 57])  # asks for 50; 51 is answered; 52 by nobody
+    scores_K = Words(asked_rows=4).scores(ScoreInputs(_asking(ids, [60, 61, 62, 63])))
+    best = scores_K.argsort(descending=True).tolist()
+    # Rows 55 to 63 are asked or answered; then comes the only 51, then both 50 in the order of Recent.
+    assert set(best[:2]) == {14, 15} and best[2:6] == [13, 10, 5, 2]
+    assert scores_K[7] < scores_K[2] / 2, "rare, but nobody asks"
+    assert scorer_named("words") == Words()
+
+
+def test_words_fall_back_on_recent_and_need_token_ids():
+    silent = _asking(_filler(), [])
+    ranks = [s.scores(ScoreInputs(silent)).argsort() for s in (Words(), Recent())]
+    assert ranks[0].equal(ranks[1]), "nothing is asked"
+    strange = _asking(torch.arange(64)[None] + 10, [63])
+    ranks = [s.scores(ScoreInputs(strange)).argsort()[:-1] for s in (Words(1), Recent())]
+    assert ranks[0].equal(ranks[1]), "no word of the question occurs before it"
+    with pytest.raises(ConfigError, match=r"'words' needs input_ids"):
+        Words().scores(ScoreInputs(replace(silent, ids_BT=None)))
+
+
+def test_words_of_a_document_are_not_asked_by_its_neighbour():
+    ids, documents = _filler(), torch.zeros(1, 64, dtype=torch.int64)
+    documents[0, 32:] = 1
+    ids[0, 5], ids[0, 40], ids[0, 62] = 50, 50, 50
+    apart = Words(2).scores(ScoreInputs(_asking(ids, [62, 63], documents=documents)))
+    alone = Words(2).scores(ScoreInputs(_asking(ids[:, 32:], [30, 31])))
+    torch.testing.assert_close(apart[8:], alone, atol=1e-3, rtol=0)
+    assert apart[1] < 1e-3 and apart[10] > 0.9
+
+
+def test_local_rows_of_prompts_ask_nothing():
+    ids = _filler()
+    ids[0, [9, 25]], ids[0, 61] = 50, 51
+    plain = Words(2).scores(ScoreInputs(_asking(ids, [62, 63])))
+    local = Words(2).scores(ScoreInputs(_asking(ids, [62, 63], local=list(range(8, 12)))))
+    torch.testing.assert_close(local, plain, atol=1e-3, rtol=0)

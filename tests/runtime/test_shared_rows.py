@@ -47,8 +47,10 @@ def selected(plan, **options):
 
 def test_scorers_say_whether_layers_differ():
     """Only scorers that look at nothing but positions and loss; a scorer that does not say is one that may differ."""
-    by_layer = {name: scores_by_layer(scorer_named(name)) for name in ("recent", "position", "random", "interaction")}
-    assert by_layer == {"recent": False, "position": False, "random": True, "interaction": True}
+    by_layer = {
+        name: scores_by_layer(scorer_named(name)) for name in ("recent", "words", "position", "random", "interaction")
+    }
+    assert by_layer == {"recent": False, "words": False, "position": False, "random": True, "interaction": True}
     assert scores_by_layer(Predicted(PatternPredictor(8)))
     assert scores_by_layer(object())
 

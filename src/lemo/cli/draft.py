@@ -248,7 +248,7 @@ def _sparsity(shape: Shape, preset: Preset) -> list[Line]:
     about = {
         "forward_ratio": "share of rows that run a layer",
         "backward_ratio": "share of rows that pass gradient; all rows with loss do",
-        "scorer": "beside rows with loss those shortly before them; predictor and random are the others",
+        "scorer": "beside rows with loss those shortly before them; or words, predictor, random",
         "dense_layers": "layers that leave nothing out",
         "gradient": "keys and values of all rows pass gradient as well",
         "context_window": "of no effect in windows of up to twice as many rows" if _within(shape, preset) else window,

@@ -45,6 +45,7 @@ class Layout:
         supervised_row_S: (S,) int64 ascending flat rows that carry loss, on the CPU.
         local_K: supervised blocks whose supervised rows all attend locally; None where there is no such block.
         twin: the same with its per-row tensors on the CPU, where the batch is on another device.
+        ids_BT: (B, T) token ids, on whatever device they came; None where the batch has none.
     """
 
     batch: int
@@ -63,6 +64,7 @@ class Layout:
     supervised_row_S: Tensor
     local_K: Tensor | None = None
     twin: Layout | None = field(default=None, repr=False)
+    ids_BT: Tensor | None = field(default=None, repr=False)
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """What `make` returns, made once per batch: every layer asks for the same host-side arithmetic and copies."""

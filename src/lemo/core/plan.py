@@ -14,6 +14,7 @@ from torch import Tensor
 from lemo.core.bypass import Bypass
 from lemo.core.policy import POLICIES, RATIOS_OF, check_ratios
 from lemo.core.predictor import PatternPredictor
+from lemo.core.score import TRAINING_SCORERS
 from lemo.errors import ConfigError, PlanError
 
 FORMAT = 1
@@ -21,7 +22,7 @@ LOCAL_FORWARDS = ("near", "all")
 _JSON, _TENSORS = "plan.json", "plan.safetensors"
 _CHOICES = {
     "policy": POLICIES,
-    "scorer": ("predictor", "random", "recent"),
+    "scorer": TRAINING_SCORERS,
     "kv": ("kept", "all"),
     "gradient": ("rows", "pairs", "keys"),
     "mlp": ("shared", "own"),
@@ -82,7 +83,7 @@ class Plan:
         layers: one entry per decoder layer.
         block_size: rows per block.
         policy: `topk` or `threshold`; the other's numbers in `layers` are informative.
-        scorer: `predictor`, `random` or `recent`.
+        scorer: `predictor`, `random`, `recent` or `words`.
         kv: whether rows that skip a layer still offer keys and values (`all`) or not (`kept`).
         gradient: gradient of exact forward, `rows`, `pairs` or `keys`.
         mlp: whether the MLP shares the layer's rows or has its `own`.

@@ -209,6 +209,60 @@ def _recent(layout: Layout) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Words:
+    """Blocks that share rare words with what is asked and answered first, those before blocks with loss next.
+
+    Asked is what stands within `asked_rows` rows before a run of rows that carry loss and attend to all keys, answered
+    is what these predict. A row that is neither scores one over how often its token occurs among such rows of its
+    document, if the token is asked or answered, else nothing; a row that is, 1. A block scores the sum. Token ids are
+    copied to the host once a batch.
+
+    Attributes:
+        asked_rows: rows before a run of rows with loss in which a question is looked for.
+    """
+
+    asked_rows: int = 64
+    by_layer: ClassVar[bool] = False
+
+    def scores(self, inputs: ScoreInputs) -> Tensor:
+        """(K,) fp32, on the host, made once per batch from token ids alone.
+
+        Raises:
+            ConfigError: the batch has no token ids.
+        """
+        return inputs.layout.once(("words", self.asked_rows), lambda: _words(inputs.layout, self.asked_rows))
+
+
+def _words(layout: Layout, asked_rows: int) -> Tensor:
+    ids_N = given(layout.ids_BT, "input_ids", "words").detach().cpu().reshape(-1)
+    host = layout.on_host or layout
+    block_N, document_N = host.block_of_row_N.cpu(), host.document_of_row_N.cpu()
+    learned_S = layout.supervised_row_S
+    if layout.local_K is not None:
+        learned_S = learned_S[~layout.local_K[block_N[learned_S]]]
+    weight_N = torch.zeros(len(ids_N))
+    for document in document_N[learned_S].unique().tolist():
+        start, length = (int(x[document]) for x in (layout.document_start_D, layout.document_length_D))
+        asked = torch.zeros(length, dtype=torch.bool)
+        rows = learned_S[document_N[learned_S] == document] - start
+        asked[rows] = True
+        asked[(rows + 1).clamp_max(length - 1)] = True
+        begins = torch.ones_like(rows, dtype=torch.bool)
+        begins[1:] = rows[1:] > rows[:-1] + 1
+        for first in rows[begins].tolist():
+            asked[max(0, first - asked_rows) : first] = True
+        _, word = ids_N[start : start + length].unique(return_inverse=True)
+        often = torch.bincount(word[~asked], minlength=int(word.max()) + 1)
+        wanted = torch.zeros_like(often, dtype=torch.bool)
+        wanted[word[asked]] = True
+        weight_N[start : start + length] = torch.where(asked, 1.0, wanted[word] / often[word].clamp_min(1))
+    inside = block_N >= 0
+    found_K = torch.zeros(len(layout.block_start_K)).index_add_(0, block_N[inside], weight_N[inside])
+    # Equal ones as `Recent` has them: its scores are whole numbers, at most as many as there are blocks.
+    return found_K + _recent(layout) * (1e-4 / max(1, len(found_K)))
+
+
+@dataclass(frozen=True)
 class Fixed:
     """Scores given beforehand, for oracle runs."""
 
@@ -219,7 +273,7 @@ class Fixed:
         return self.scores_K
 
 
-TRAINING_SCORERS = ("predictor", "random", "recent")
+TRAINING_SCORERS = ("predictor", "random", "recent", "words")
 STUDY_SCORERS: dict[str, Callable[[], Scorer]] = {
     "interaction": Interaction,
     "attention_mass": AttentionMass,
@@ -242,6 +296,8 @@ def scorer_named(name: str, *, predictor: PatternPredictor | None = None, seed: 
         return Random(seed)
     if name == "recent":
         return Recent()
+    if name == "words":
+        return Words()
     if name in STUDY_SCORERS:
         return STUDY_SCORERS[name]()
     raise ConfigError(f"scorer must be one of {', '.join((*TRAINING_SCORERS, *STUDY_SCORERS))}, got {name!r}")

@@ -181,7 +181,8 @@ def read_layout(
     if local_BT is not None and tuple(local_BT.shape) != (batch, tokens):
         raise ConfigError(f"{LOCAL_ROWS} must be ({batch}, {tokens}) as the tokens are, got {tuple(local_BT.shape)}")
     sizes = {"block_size": block_size, "device": source.device}
-    return Layout.build(document_BT, supervised_BT, local_BT=local_BT, **sizes)
+    layout = Layout.build(document_BT, supervised_BT, local_BT=local_BT, **sizes)
+    return replace(layout, ids_BT=inputs.get("input_ids"))
 
 
 def supervised_rows(inputs: Mapping[str, Any]) -> Tensor | None:
