@@ -118,7 +118,7 @@ def _scores(plan: Plan, index: int, x_NM: Tensor, stream: LayerStream) -> Tensor
     """What ranks blocks under the plan; a draw of its own for `random`."""
     layout, predictor = stream.layout, plan.layers[index].predictor
     name = "random" if plan.scorer == "predictor" and predictor is None else plan.scorer
-    keys = document_keys(layout, stream.input_ids_BT) if name == "random" else None
+    keys = document_keys(layout) if name == "random" else None
     inputs = ScoreInputs(layout, x_NM=x_NM, layer=index, document_keys_D=keys)
     scores_K = scorer_named(name, predictor=predictor, seed=plan.seed).scores(inputs)
     return scores_K.to(x_NM.device, torch.float32)

@@ -258,7 +258,7 @@ def _words(layout: Layout, asked_rows: int) -> Tensor:
         weight_N[start : start + length] = torch.where(asked, 1.0, wanted[word] / often[word].clamp_min(1))
     inside = block_N >= 0
     found_K = torch.zeros(len(layout.block_start_K)).index_add_(0, block_N[inside], weight_N[inside])
-    # Equal ones as `Recent` has them: its scores are whole numbers, at most as many as there are blocks.
+    # Most blocks score nothing: these fall as `Recent` has them.
     return found_K + _recent(layout) * (1e-4 / max(1, len(found_K)))
 
 

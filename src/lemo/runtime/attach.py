@@ -254,7 +254,7 @@ class Handle:
             step=self.sparse_batches,
             in_place=self.in_place,
             maskless=self._wants_no_mask(layout),
-            document_keys_D=document_keys(layout, arguments.get("input_ids")) if draws else None,
+            document_keys_D=document_keys(layout) if draws else None,
             fused=fused,
             recompute=self._fused.recompute(),
             offload=self._fused.offload(),

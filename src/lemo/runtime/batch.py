@@ -137,11 +137,11 @@ def _once_more(rows: RowSet) -> RowSet:
     return replace(rows, twin=None if rows.twin is None else replace(rows.twin))
 
 
-def document_keys(layout: Layout, input_ids_BT: Tensor | None) -> Tensor | None:
+def document_keys(layout: Layout) -> Tensor | None:
     """(D,) int64 numbers made of the documents' own tokens, so that a document is drawn alike wherever it is packed."""
-    if input_ids_BT is None:
+    if layout.ids_BT is None:
         return None
-    tokens_N = input_ids_BT.detach().reshape(-1).cpu()
+    tokens_N = layout.ids_BT.detach().reshape(-1).cpu()
     host = layout.on_host or layout
     document_N, position_N = host.document_of_row_N.cpu(), host.position_of_row_N.cpu()
     real = document_N >= 0

@@ -61,14 +61,12 @@ class LayerStream:
         layout: documents, blocks and forced blocks of the batch.
         hidden_BTM: input of layer 0.
         keywords: keywords that the model passes to each layer.
-        input_ids_BT: the batch's tokens.
     """
 
     model: Any
     layout: Layout
     hidden_BTM: Tensor
     keywords: list[dict[str, Any]] = field(repr=False)
-    input_ids_BT: Tensor | None = None
 
     @property
     def layers(self) -> int:
@@ -126,7 +124,7 @@ class LayerStream:
                     stack.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
             base.base_model(**inputs, use_cache=False)
         keywords = [calls[i] for i in range(len(calls))]
-        return cls(base, layout, hidden[0].detach().clone(), keywords, inputs["input_ids"])
+        return cls(base, layout, hidden[0].detach().clone(), keywords)
 
     @torch.no_grad()
     def dense(self, layer: int, x_BTM: Tensor, record: tuple[str, ...] = ()) -> LayerTrace:
@@ -160,7 +158,7 @@ class LayerStream:
     @torch.no_grad()
     def sparse(self, layer: int, x_BTM: Tensor, plan: Plan) -> Tensor:
         """Runs a layer as a training forward under `plan` would; returns a new tensor."""
-        keys = document_keys(self.layout, self.input_ids_BT) if plan.scorer == "random" else None
+        keys = document_keys(self.layout) if plan.scorer == "random" else None
         return self.under(BatchContext(plan, self.layout, in_place=False, document_keys_D=keys), layer, x_BTM)
 
     @torch.no_grad()
