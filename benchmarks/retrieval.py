@@ -70,6 +70,9 @@ METHODS = {
         "the default with the rows whose words the questions and answers have, rare ones first",
         replace(_EXACT, scorer="words", context_window=1024),
     ),
+    "words_30": Method(
+        "the same with 30 % of the rows", replace(_EXACT, scorer="words", backward_ratio=0.3, context_window=1024)
+    ),
     "prompt": Method(
         "the default, and loss on 10 % of the rows of prompts",
         replace(_EXACT, backward_ratio=0.15, context_window=1024),
