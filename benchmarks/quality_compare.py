@@ -123,9 +123,9 @@ class Cells:
         self.records = sorted(kept, key=lambda r: r.time, reverse=True)
 
     def protocols(self) -> list[dict[str, Any]]:
-        """Protocols that occur."""
+        """Protocols that occur, those on the published data first."""
         found = {str({k: r.setting[k] for k in _PROTOCOL}): {k: r.setting[k] for k in _PROTOCOL} for r in self.records}
-        return list(found.values())
+        return sorted(found.values(), key=lambda protocol: not is_published(protocol))
 
     def of(self, method: str, metric: str, protocol: dict[str, Any], **wanted: Any) -> list[Record]:
         """Newest Record of each seed, at each number of steps and rate, of a method that agrees with what is wanted.

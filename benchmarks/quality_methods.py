@@ -134,11 +134,18 @@ INSTRUCT = {
         for which in ("gradient", "gradient_same")
     },
     "instruct_words": _answers(
-        "12 % of the rows, those whose words the questions and answers have, rare ones first",
+        "12 % of the rows, those whose words the questions have, rare ones first",
         0.12,
         scorer="words",
         context_window=1024,
     ),
+    **{
+        f"instruct_{oracle}": _answers(about, 0.12, scorer="predictor", oracle=oracle, context_window=1024)
+        for oracle, about in (
+            ("words_answered", "the same, and words of the answers"),
+            ("words_random", "12 % of the rows, half of them by words of the questions, half random ones"),
+        )
+    },
     "instruct_recent_random": _answers(
         "15 % of the rows, some before the answers and random ones",
         0.15,
@@ -167,7 +174,12 @@ INSTRUCT = {
         for share in (0.1, 0.25)
     },
     "instruct_words_prompt_twice": replace(
-        _answers("words in common, and loss on local rows of the prompt", 0.12, scorer="words", context_window=1024),
+        _answers(
+            "rows by words of the questions, and loss on local rows of the prompt",
+            0.12,
+            scorer="words",
+            context_window=1024,
+        ),
         prompt_rows=(0.1, 2.0),
         prompt_of="answers",
         prompt_local=True,

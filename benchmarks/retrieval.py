@@ -67,12 +67,17 @@ METHODS = {
         replace(_EXACT, scorer="predictor", oracle="gradient_same", context_window=1024),
     ),
     "words": Method(
-        "the default with the rows whose words the questions and answers have, rare ones first",
+        "the default with the rows whose words the questions have, rare ones first",
         replace(_EXACT, scorer="words", context_window=1024),
     ),
-    "words_30": Method(
-        "the same with 30 % of the rows", replace(_EXACT, scorer="words", backward_ratio=0.3, context_window=1024)
-    ),
+    **{
+        name: Method(about, replace(_EXACT, scorer="predictor", oracle=oracle, context_window=1024, **more))
+        for name, about, oracle, more in (
+            ("words_answered", "the same, and words of the answers", "words_answered", {}),
+            ("words_answered_30", "the same with 30 % of the rows", "words_answered", {"backward_ratio": 0.3}),
+            ("words_random", "half of the rows by words of the questions, half random ones", "words_random", {}),
+        )
+    },
     "prompt": Method(
         "the default, and loss on 10 % of the rows of prompts",
         replace(_EXACT, backward_ratio=0.15, context_window=1024),
@@ -203,6 +208,7 @@ class Runner:
                     self.write(name, setting, seed, "forward_share", [f for f, _ in trained.shares], "share", "mean")
             spec = method.plan
             sparse = spec is not None and (spec.forward_ratio < 1 or spec.context_window is not None)
+            sparse = sparse and not self.options.dense_forward
             for task in self.options.asked or study.protocol.domains:
                 prompts = study.prompts(task, self.options.prompts, self.options.depths)
                 self.ask(name, setting, seed, f"{task}/dense", exact_matches(model, prompts))
@@ -307,6 +313,7 @@ def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--out", type=Path, default=Path(__file__).parent / "results" / "retrieval.jsonl")
     add("--tasks", type=lambda text: text.split(","), default=list(TASKS))
     add("--asked", type=lambda text: text.split(","), help="of the tasks trained on, those asked; all when not given")
+    add("--dense-forward", action="store_true", help="ask the dense forward alone, not also the one under the plan")
     add("--methods", type=lambda text: text.split(","), default=["untrained", "dense", "balanced", "recent_40"])
     add("--seeds", type=lambda text: [int(s) for s in text.split(",")], default=[0])
     add("--length", type=int, default=8192)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lemo.core.layout import Layout
 from lemo.core.plan import LayerPlan, Plan
-from lemo.core.score import Recent, ScoreInputs
+from lemo.core.score import Recent, ScoreInputs, Words
 from lemo.core.target import target_scores
 from lemo.runtime.attach import Handle
 from lemo.runtime.model import causal_model, decoder_layers
@@ -20,6 +20,7 @@ from lemo.runtime.model import causal_model, decoder_layers
 QUERY_STRIDE = 16
 GRADIENTS = ("gradient", "gradient_same")
 RECENT_BLOCKS = 8  # before a block with loss, of `recent_random`
+ASKED_SHARE = 0.06  # of the blocks, of `words_random`
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,9 @@ class Oracle:
 
 def with_oracle(plan: Plan, model: Any, target: str) -> Plan:
     """The plan with an oracle in the place of every predictor."""
-    if target == "recent_random":
-        mixed = RecentAndRandom()
-        return replace(plan, layers=tuple(x if x.is_dense else replace(x, predictor=mixed) for x in plan.layers))
+    if target in WITHOUT_MODEL:
+        shared = WITHOUT_MODEL[target]()
+        return replace(plan, layers=tuple(x if x.is_dense else replace(x, predictor=shared) for x in plan.layers))
     if target in GRADIENTS:
         return replace(plan, layers=tuple(x if x.is_dense else replace(x, predictor=Remembered()) for x in plan.layers))
     layers = decoder_layers(model)
@@ -83,6 +84,36 @@ class RecentAndRandom:
             return torch.where(recent_K >= -RECENT_BLOCKS, 2 + recent_K / RECENT_BLOCKS, torch.rand(len(recent_K)))
 
         return layout.once("recent and random", draw).to(x_NM.device)
+
+
+class WordsAndRandom:
+    """Stands where a plan has a predictor: questions and what they ask for, then random blocks, for all layers."""
+
+    def scores(self, x_NM: Tensor, layout: Layout) -> Tensor:
+        """(K,) fp32 scores of blocks, drawn once a batch: a share of `ASKED_SHARE` is ranked, the others are drawn."""
+
+        def draw() -> Tensor:
+            drawn_K = torch.rand(len(layout.block_start_K))
+            first = Words().scores(ScoreInputs(layout)).argsort(descending=True)[: round(ASKED_SHARE * len(drawn_K))]
+            drawn_K[first] = 2 - torch.arange(len(first)) / len(drawn_K)
+            return drawn_K
+
+        return layout.once("words and random", draw).to(x_NM.device)
+
+
+class WordsAnswered:
+    """Stands where a plan has a predictor: blocks that share rare words with the question or its answer."""
+
+    def scores(self, x_NM: Tensor, layout: Layout) -> Tensor:
+        """(K,) fp32 scores of blocks."""
+        return Words(answered=True).scores(ScoreInputs(layout)).to(x_NM.device)
+
+
+WITHOUT_MODEL = {
+    "recent_random": RecentAndRandom,
+    "words_random": WordsAndRandom,
+    "words_answered": WordsAnswered,
+}
 
 
 @dataclass

@@ -125,7 +125,7 @@ class SparsityConfig:
         mlp_ratio: share of rows that run the MLP when it has rows of its own.
         policy: what turns scores into rows.
         scorer: what ranks blocks while training; `recent` prefers those that a block with loss follows closely, `words`
-            those that share rare words with the question and the answers.
+            those that share rare words with the question.
         dense_layers: layers that never skip; negative numbers count from the end.
         context_window: rows that run forward but pass no gradient attend to their chunk of so many rows of the
             document, the chunk before and the document's first block; a multiple of block_size. 0 for all rows; None

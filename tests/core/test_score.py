@@ -183,16 +183,31 @@ def _filler(tokens=64):
     return torch.arange(tokens).remainder(5).add(10)[None]
 
 
-def test_words_rank_blocks_by_how_rare_their_share_in_question_and_answer_is():
+def test_words_rank_blocks_by_how_rare_their_share_in_the_question_is():
     ids = _filler()
     ids[0, [9, 21]], ids[0, 40], ids[0, 30] = 50, 51, 52
-    ids[0, 56:] = torch.tensor([10, 50, 53, 54, 55, 51, 56, 57])  # asks for 50; 51 is answered; 52 by nobody
-    scores_K = Words(asked_rows=4).scores(ScoreInputs(_asking(ids, [60, 61, 62, 63])))
+    ids[0, 56:] = torch.tensor([53, 50, 53, 54, 55, 51, 56, 57])  # asks for 50; 51 is answered; 52 by nobody
+    asking = ScoreInputs(_asking(ids, [60, 61, 62, 63]))
+    scores_K = Words(4, beside_rows=0).scores(asking)
     best = scores_K.argsort(descending=True).tolist()
-    # Rows 55 to 63 are asked or answered; then comes the only 51, then both 50 in the order of Recent.
-    assert set(best[:2]) == {14, 15} and best[2:6] == [13, 10, 5, 2]
-    assert scores_K[7] < scores_K[2] / 2, "rare, but nobody asks"
+    # Rows 56 to 63 are asked or answered; then come both 50 in the order of Recent.
+    assert set(best[:2]) == {14, 15} and best[2:4] == [5, 2]
+    assert scores_K[10] < 1e-3, "what is answered chooses no rows"
+    assert scores_K[7] < 1e-3, "rare, but nobody asks"
+    assert Words(4, beside_rows=0, answered=True).scores(asking).argsort(descending=True)[:5].tolist()[2:] == [10, 5, 2]
     assert scorer_named("words") == Words()
+
+
+def test_a_block_answers_for_what_stands_right_beside_it():
+    ids = _filler()
+    ids[0, 23], ids[0, 62] = 50, 50  # the last row of block 5; the question
+    asking = ScoreInputs(_asking(ids, [63]))
+    alone_K, beside_K = (Words(1, beside_rows=rows).scores(asking) for rows in (0, 2))
+    assert alone_K[4:8].tolist() == pytest.approx([0, 1, 0, 0], abs=1e-3)
+    assert beside_K[4:8].tolist() == pytest.approx([0, 1, 0.5, 0], abs=1e-3)
+    documents = (torch.arange(64) >= 24).long()[None]
+    other_K = Words(1, beside_rows=2).scores(ScoreInputs(_asking(ids, [63], documents=documents)))
+    assert other_K[5:7].abs().max() < 1e-2, "what stands in another document"
 
 
 def test_words_fall_back_on_recent_and_need_token_ids():
@@ -200,7 +215,7 @@ def test_words_fall_back_on_recent_and_need_token_ids():
     ranks = [s.scores(ScoreInputs(silent)).argsort() for s in (Words(), Recent())]
     assert ranks[0].equal(ranks[1]), "nothing is asked"
     strange = _asking(torch.arange(64)[None] + 10, [63])
-    ranks = [s.scores(ScoreInputs(strange)).argsort()[:-1] for s in (Words(1), Recent())]
+    ranks = [s.scores(ScoreInputs(strange)).argsort()[:-1] for s in (Words(1, beside_rows=0), Recent())]
     assert ranks[0].equal(ranks[1]), "no word of the question occurs before it"
     with pytest.raises(ConfigError, match=r"'words' needs input_ids"):
         Words().scores(ScoreInputs(replace(silent, ids_BT=None)))
@@ -209,9 +224,9 @@ def test_words_fall_back_on_recent_and_need_token_ids():
 def test_words_of_a_document_are_not_asked_by_its_neighbour():
     ids, documents = _filler(), torch.zeros(1, 64, dtype=torch.int64)
     documents[0, 32:] = 1
-    ids[0, 5], ids[0, 40], ids[0, 62] = 50, 50, 50
-    apart = Words(2).scores(ScoreInputs(_asking(ids, [62, 63], documents=documents)))
-    alone = Words(2).scores(ScoreInputs(_asking(ids[:, 32:], [30, 31])))
+    ids[0, 5], ids[0, 40], ids[0, 61] = 50, 50, 50
+    apart = Words(2, beside_rows=0).scores(ScoreInputs(_asking(ids, [62, 63], documents=documents)))
+    alone = Words(2, beside_rows=0).scores(ScoreInputs(_asking(ids[:, 32:], [30, 31])))
     torch.testing.assert_close(apart[8:], alone, atol=1e-3, rtol=0)
     assert apart[1] < 1e-3 and apart[10] > 0.9
 
@@ -219,6 +234,6 @@ def test_words_of_a_document_are_not_asked_by_its_neighbour():
 def test_local_rows_of_prompts_ask_nothing():
     ids = _filler()
     ids[0, [9, 25]], ids[0, 61] = 50, 51
-    plain = Words(2).scores(ScoreInputs(_asking(ids, [62, 63])))
-    local = Words(2).scores(ScoreInputs(_asking(ids, [62, 63], local=list(range(8, 12)))))
+    plain = Words(2, beside_rows=0).scores(ScoreInputs(_asking(ids, [62, 63])))
+    local = Words(2, beside_rows=0).scores(ScoreInputs(_asking(ids, [62, 63], local=list(range(8, 12)))))
     torch.testing.assert_close(local, plain, atol=1e-3, rtol=0)
