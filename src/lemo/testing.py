@@ -220,7 +220,10 @@ def poison_(tensor: Tensor) -> Tensor:
 
 
 def _cast(value: Any, dtype: torch.dtype, device: torch.device | str) -> Any:
-    """Floating tensors in `dtype` with their strides; other tensors moved; anything else unchanged."""
+    """Floating tensors in `dtype` with their strides, in tuples as well; other tensors moved; the rest unchanged."""
+    if isinstance(value, tuple):
+        items = [_cast(item, dtype, device) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
     if not isinstance(value, Tensor):
         return value
     if not value.is_floating_point():

@@ -21,7 +21,7 @@ from lemo.ops import (
     scatter_rows,
     write_rows_,
 )
-from lemo.ops.gated_act.reference import ACTS, gated_act_reference
+from lemo.ops.gated_act.reference import ACTS, LowRank, gated_act_reference
 from lemo.ops.norm_rows.reference import norm_rows_reference
 from lemo.ops.rope_rows.reference import rope_rows_reference
 
@@ -240,6 +240,10 @@ UNFIT = [
     ("gated_act", {"act": "swish"}, "act must"),
     ("gated_act", {"up_nF": torch.zeros(4, 6, dtype=WIDE)}, "up_nF"),
     ("gated_act", {"gate_nF": torch.zeros(6, 4).mT}, "inside rows"),
+    ("gated_act", {"adapters": (LowRank(torch.zeros(4, 2), torch.zeros(5, 2)), None)}, "second_FR of gate"),
+    ("gated_act", {"adapters": (None, LowRank(torch.zeros(4, 2), torch.zeros(6, 2).mT))}, "second_FR of up"),
+    ("gated_act", {"adapters": (None, LowRank(torch.zeros(4, 65), torch.zeros(6, 65)))}, "rank 64 and less"),
+    ("gated_act", {"up_nF": None, "adapters": (None, LowRank(torch.zeros(4, 2), torch.zeros(6, 2)))}, "needs up_nF"),
     ("gated_act_backward", {"grad_nF": torch.zeros(4, 5)}, "grad_nF"),
     ("write_rows_", {"values_nM": torch.zeros(3, 6)}, "values_nM"),
     ("write_rows_", {"valid_n": torch.zeros(2)}, "bool"),

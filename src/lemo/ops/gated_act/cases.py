@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lemo.ops.gated_act.op import gated_act, gated_act_backward
-from lemo.ops.gated_act.reference import gated_act_backward_reference, gated_act_reference
+from lemo.ops.gated_act.reference import Adapters, LowRank, gated_act_backward_reference, gated_act_reference
 from lemo.testing import Case, Inputs, OpSpec, draw_normal
 
 
@@ -26,6 +26,7 @@ class Shape:
         want_act: the gradient also returns the activation.
         reuse: the gradient writes into its arguments.
         scale: of the gate; large values reach the ends of exp.
+        ranks: of what adapters add to gate and up; 0 for one without, None for no adapters at all.
     """
 
     shape: tuple[int, int] = (9, 40)
@@ -35,6 +36,7 @@ class Shape:
     want_act: bool = True
     reuse: bool = False
     scale: float = 1.5
+    ranks: tuple[int, int] | None = None
 
     def forward(self, generator: torch.Generator) -> Inputs:
         """Arguments of gated_act."""
@@ -44,7 +46,16 @@ class Shape:
         else:
             gate, up = (draw_normal(rows, width, generator=generator) for _ in range(2))
             gate = self.scale * gate
-        return {"gate_nF": gate, "up_nF": up if self.gated else None, "act": self.act}
+        made = {"gate_nF": gate, "up_nF": up if self.gated else None, "act": self.act}
+        return made if self.ranks is None else {**made, "adapters": self._adapters(generator, self.ranks)}
+
+    def _adapters(self, generator: torch.Generator, ranks: tuple[int, int]) -> Adapters:
+        """Their first products are halves of one tensor, as a layer makes them."""
+        rows, width = self.shape
+        lows = draw_normal(rows, sum(ranks), generator=generator).split(ranks, dim=1)
+        seconds = [0.2 * draw_normal(width, rank, generator=generator) for rank in ranks]
+        gate, up = (LowRank(low, second) if low.shape[1] else None for low, second in zip(lows, seconds, strict=True))
+        return gate, up
 
     def backward(self, generator: torch.Generator) -> Inputs:
         """Arguments of gated_act_backward."""
@@ -55,24 +66,33 @@ class Shape:
 
 def _backward_reference(**inputs: Any) -> tuple:
     names = ("grad_nF", "gate_nF", "up_nF", "act")
-    d_gate, d_up, value = gated_act_backward_reference(*(inputs[name] for name in names))
+    d_gate, d_up, value = gated_act_backward_reference(
+        *(inputs[name] for name in names), inputs.get("adapters", (None, None))
+    )
     return d_gate, d_up, value if inputs["want_act"] else None
 
 
-def _naive_forward(gate_nF: Tensor, up_nF: Tensor, act: str) -> Tensor:
-    return F.silu(gate_nF) * up_nF
+def _naive_forward(gate_nF: Tensor, up_nF: Tensor, act: str, adapters: Adapters = (None, None)) -> Tensor:
+    gate, up = (_added(x, adapter) for x, adapter in zip((gate_nF, up_nF), adapters, strict=True))
+    return F.silu(gate) * up
+
+
+def _added(x: Tensor, adapter: LowRank | None) -> Tensor:
+    return x if adapter is None else x.addmm(adapter.low_nR, adapter.second_FR.T)
 
 
 def _naive_backward(**inputs: Any) -> tuple:
     """What autograd of silu and a product launches, and the activation again."""
     grad, gate, up = (inputs[name] for name in ("grad_nF", "gate_nF", "up_nF"))
+    gate, up = (_added(x, a) for x, a in zip((gate, up), inputs.get("adapters", (None, None)), strict=True))
     value = F.silu(gate)
     return torch.ops.aten.silu_backward(grad * up, gate), grad * value, value * up
 
 
 def _moved(inputs: Inputs, gated: int, plain: int) -> int:
     gate = inputs["gate_nF"]
-    return (plain if inputs["up_nF"] is None else gated) * gate.numel() * gate.element_size()
+    factors = [t.numel() for adapter in inputs.get("adapters", ()) if adapter for t in adapter]
+    return ((plain if inputs["up_nF"] is None else gated) * gate.numel() + sum(factors)) * gate.element_size()
 
 
 def _forward_bytes(inputs: Inputs) -> int:
@@ -99,6 +119,12 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "large numbers": {"scale": 60.0},
     "large numbers, tanh form": {"scale": 60.0, "act": "gelu_tanh"},
     "odd width": {"shape": (5, 77)},
+    "adapters": {"ranks": (8, 8), "shape": (37, 72)},
+    "adapters of different ranks, odd width": {"ranks": (3, 20), "shape": (5, 77)},
+    "adapter of up alone, tanh form": {"ranks": (0, 16), "act": "gelu_tanh"},
+    "plain relu, adapter": {"ranks": (4, 0), "act": "relu", "gated": False},
+    "halves of one tensor, adapters": {"ranks": (8, 8), "fused": True},
+    "no rows, adapters": {"shape": (0, 16), "ranks": (8, 8)},
     "no rows": {"shape": (0, 16)},
 }
 
@@ -122,7 +148,10 @@ SPECS = (
         run=gated_act,
         reference=gated_act_reference,
         cases=_cases("forward"),
-        benchmark_shapes=(Case("silu, 16384x11008", Shape(**LARGE).forward),),
+        benchmark_shapes=(
+            Case("silu, 16384x11008", Shape(**LARGE).forward),
+            Case("silu, 16384x11008, adapters of rank 8", Shape(**LARGE, ranks=(8, 8)).forward),
+        ),
         flops=_flops,
         bytes_moved=_forward_bytes,
         naive=_naive_forward,
@@ -133,7 +162,10 @@ SPECS = (
         run=gated_act_backward,
         reference=_backward_reference,
         cases=_cases("backward"),
-        benchmark_shapes=(Case("silu, 16384x11008", Shape(**LARGE).backward),),
+        benchmark_shapes=(
+            Case("silu, 16384x11008", Shape(**LARGE).backward),
+            Case("silu, 16384x11008, adapters of rank 8", Shape(**LARGE, ranks=(8, 8)).backward),
+        ),
         flops=_flops,
         bytes_moved=_backward_bytes,
         naive=_naive_backward,

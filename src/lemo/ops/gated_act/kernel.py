@@ -1,4 +1,8 @@
-"""Triton kernels of gated_act and its gradient: one pass over memory. Contiguous tensors are one long row."""
+"""Triton kernels of gated_act and its gradient: one pass over memory.
+
+Without adapters contiguous tensors are one long row. With them a program has a tile of rows and columns, to which it
+adds the product of both factors.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lemo.ops.backend import interpreting, on_device_of, why_no_kernel
-from lemo.ops.gated_act.reference import ACTS
+from lemo.ops.backend import interpreting, on_device_of, padded, why_no_kernel
+from lemo.ops.gated_act.reference import ACTS, Adapters
 
 
 def why_not(gate: Tensor) -> str | None:
@@ -15,16 +19,27 @@ def why_not(gate: Tensor) -> str | None:
     return why_no_kernel(gate)
 
 
-def forward(gate: Tensor, up: Tensor | None, act: str, out: Tensor) -> None:
+def forward(gate: Tensor, up: Tensor | None, act: str, adapters: Adapters, out: Tensor) -> None:
     """As gated_act, into `out`."""
-    _launch(_forward_kernel, (gate, up, out), ACTS.index(act))
+    if adapters == (None, None):
+        _launch(_forward_kernel, (gate, up, out), ACTS.index(act))
+    else:
+        _launch_adapted(_adapted_forward_kernel, (gate, up, out), adapters, ACTS.index(act))
 
 
 def backward(
-    grad: Tensor, gate: Tensor, up: Tensor | None, act: str, out: tuple[Tensor, Tensor | None, Tensor | None]
+    grad: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    act: str,
+    adapters: Adapters,
+    out: tuple[Tensor, Tensor | None, Tensor | None],
 ) -> None:
     """As gated_act_backward, into `out` = (gradient of gate, of up, activation)."""
-    _launch(_backward_kernel, (grad, gate, up, *out), ACTS.index(act))
+    if adapters == (None, None):
+        _launch(_backward_kernel, (grad, gate, up, *out), ACTS.index(act))
+    else:
+        _launch_adapted(_adapted_backward_kernel, (grad, gate, up, *out), adapters, ACTS.index(act))
 
 
 def _launch(kernel: triton.JITFunction, tensors: tuple[Tensor | None, ...], act: int) -> None:
@@ -39,6 +54,23 @@ def _launch(kernel: triton.JITFunction, tensors: tuple[Tensor | None, ...], act:
     tiles = triton.cdiv(width, block)
     with on_device_of(given[0]):
         kernel[(rows * tiles,)](*tensors, *strides, width, tiles, ACT=act, BLOCK=block, num_warps=4)
+
+
+def _launch_adapted(
+    kernel: triton.JITFunction, tensors: tuple[Tensor | None, ...], adapters: Adapters, act: int
+) -> None:
+    first = next(t for t in tensors if t is not None)
+    rows, width = first.shape
+    if rows == 0 or width == 0:
+        return
+    factors = [t for adapter in adapters for t in (adapter or (None, None))]
+    ranks = [0 if adapter is None else adapter.low_nR.shape[1] for adapter in adapters]
+    strides = [0 if t is None else t.stride(0) for t in (*tensors, *factors)]
+    block_rows, block = (16, 32) if interpreting() else (32, 128)
+    grid = (triton.cdiv(width, block) * triton.cdiv(rows, block_rows),)
+    sizes = {"ROWS": block_rows, "BLOCK": block, "PADDED": padded(max(ranks))}
+    with on_device_of(first):
+        kernel[grid](*tensors, *factors, *strides, rows, width, *ranks, ACT=act, **sizes, num_warps=4)
 
 
 @triton.jit
@@ -132,3 +164,191 @@ def _backward_kernel(
     tl.store(d_gate_ptr + row * d_gate_stride + column, d_gate.to(d_gate_ptr.dtype.element_ty), mask=mask)
     if value_ptr is not None:
         tl.store(value_ptr + row * value_stride + column, value.to(value_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _tile(width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows and columns of a program: tiles of the same rows run side by side."""
+    tiles = tl.cdiv(width, BLOCK)
+    row = (tl.program_id(0) // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = (tl.program_id(0) % tiles) * BLOCK + tl.arange(0, BLOCK)
+    return row, column
+
+
+@triton.jit
+def _read(ptr, stride, row, column, mask):
+    """A tile in fp32."""
+    return tl.load(ptr + row[:, None] * stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _write(ptr, stride, row, column, mask, value):
+    """A tile, rounded once."""
+    tl.store(ptr + row[:, None] * stride + column[None, :], value.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _adapted(
+    ptr,
+    low_ptr,
+    second_ptr,
+    stride,
+    low_stride,
+    second_stride,
+    row,
+    column,
+    rows,
+    width,
+    rank,
+    PADDED: tl.constexpr,
+):
+    """A tile in fp32, with what its adapter adds."""
+    found = _read(ptr, stride, row, column, (row < rows)[:, None] & (column < width)[None, :])
+    if low_ptr is not None:
+        place = tl.arange(0, PADDED)
+        inside = (place < rank)[None, :]
+        low = tl.load(
+            low_ptr + row[:, None] * low_stride + place[None, :], mask=(row < rows)[:, None] & inside, other=0.0
+        )
+        second = tl.load(
+            second_ptr + column[:, None] * second_stride + place[None, :],
+            mask=(column < width)[:, None] & inside,
+            other=0.0,
+        )
+        found += tl.dot(low, tl.trans(second), input_precision="ieee")
+    return found
+
+
+@triton.jit
+def _adapted_forward_kernel(
+    gate_ptr,
+    up_ptr,
+    out_ptr,
+    gate_low_ptr,
+    gate_second_ptr,
+    up_low_ptr,
+    up_second_ptr,
+    gate_stride,
+    up_stride,
+    out_stride,
+    gate_low_stride,
+    gate_second_stride,
+    up_low_stride,
+    up_second_stride,
+    rows,
+    width,
+    gate_rank,
+    up_rank,
+    ACT: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PADDED: tl.constexpr,
+):
+    row, column = _tile(width, ROWS, BLOCK)
+    mask = (row < rows)[:, None] & (column < width)[None, :]
+    gate = _adapted(
+        gate_ptr,
+        gate_low_ptr,
+        gate_second_ptr,
+        gate_stride,
+        gate_low_stride,
+        gate_second_stride,
+        row,
+        column,
+        rows,
+        width,
+        gate_rank,
+        PADDED,
+    )
+    value, _ = _value_and_slope(gate, ACT)
+    if up_ptr is not None:
+        value *= _adapted(
+            up_ptr,
+            up_low_ptr,
+            up_second_ptr,
+            up_stride,
+            up_low_stride,
+            up_second_stride,
+            row,
+            column,
+            rows,
+            width,
+            up_rank,
+            PADDED,
+        )
+    _write(out_ptr, out_stride, row, column, mask, value)
+
+
+@triton.jit
+def _adapted_backward_kernel(
+    grad_ptr,
+    gate_ptr,
+    up_ptr,
+    d_gate_ptr,
+    d_up_ptr,
+    value_ptr,
+    gate_low_ptr,
+    gate_second_ptr,
+    up_low_ptr,
+    up_second_ptr,
+    grad_stride,
+    gate_stride,
+    up_stride,
+    d_gate_stride,
+    d_up_stride,
+    value_stride,
+    gate_low_stride,
+    gate_second_stride,
+    up_low_stride,
+    up_second_stride,
+    rows,
+    width,
+    gate_rank,
+    up_rank,
+    ACT: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PADDED: tl.constexpr,
+):
+    row, column = _tile(width, ROWS, BLOCK)
+    mask = (row < rows)[:, None] & (column < width)[None, :]
+    # Everything is read before anything is written: results may take the place of arguments.
+    grad = _read(grad_ptr, grad_stride, row, column, mask)
+    gate = _adapted(
+        gate_ptr,
+        gate_low_ptr,
+        gate_second_ptr,
+        gate_stride,
+        gate_low_stride,
+        gate_second_stride,
+        row,
+        column,
+        rows,
+        width,
+        gate_rank,
+        PADDED,
+    )
+    value, slope = _value_and_slope(gate, ACT)
+    d_gate = grad * slope
+    if up_ptr is not None:
+        up = _adapted(
+            up_ptr,
+            up_low_ptr,
+            up_second_ptr,
+            up_stride,
+            up_low_stride,
+            up_second_stride,
+            row,
+            column,
+            rows,
+            width,
+            up_rank,
+            PADDED,
+        )
+        d_gate *= up
+        d_up = grad * value
+        value *= up
+        _write(d_up_ptr, d_up_stride, row, column, mask, d_up)
+    _write(d_gate_ptr, d_gate_stride, row, column, mask, d_gate)
+    if value_ptr is not None:
+        _write(value_ptr, value_stride, row, column, mask, value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,28 +12,50 @@ from torch.nn import functional as F
 ACTS = ("silu", "gelu", "gelu_tanh", "relu")
 
 
-def gated_act_reference(gate_nF: Tensor, up_nF: Tensor | None, act: str) -> Tensor:
+class LowRank(NamedTuple):
+    """What an adapter adds to a linear map's output, as two factors: low·secondᵀ.
+
+    Attributes:
+        low_nR: (n, R) rows behind the first factor, contiguous inside rows.
+        second_FR: (F, R) second factor with its scale, contiguous inside rows.
+    """
+
+    low_nR: Tensor
+    second_FR: Tensor
+
+
+Adapters = tuple[LowRank | None, LowRank | None]
+
+
+def with_adapter(x_nF: Tensor, adapter: LowRank | None) -> Tensor:
+    """x, or x + low·secondᵀ, in at least fp32."""
+    wide = x_nF.to(torch.promote_types(x_nF.dtype, torch.float32))
+    return wide if adapter is None else torch.addmm(wide, adapter.low_nR.to(wide), adapter.second_FR.to(wide).T)
+
+
+def gated_act_reference(gate_nF: Tensor, up_nF: Tensor | None, act: str, adapters: Adapters = (None, None)) -> Tensor:
     """Differentiable gated_act; see `lemo.ops.gated_act` for the contract."""
-    gate = gate_nF.to(torch.promote_types(gate_nF.dtype, torch.float32))
+    gate = with_adapter(gate_nF, adapters[0])
     value = {
         "silu": lambda: F.silu(gate),
         "gelu": lambda: F.gelu(gate),
         "gelu_tanh": lambda: F.gelu(gate, approximate="tanh"),
         "relu": lambda: F.relu(gate),
     }[act]()
-    return (value if up_nF is None else value * up_nF).to(gate_nF.dtype)
+    return (value if up_nF is None else value * with_adapter(up_nF, adapters[1])).to(gate_nF.dtype)
 
 
 def gated_act_backward_reference(
-    grad_nF: Tensor, gate_nF: Tensor, up_nF: Tensor | None, act: str
+    grad_nF: Tensor, gate_nF: Tensor, up_nF: Tensor | None, act: str, adapters: Adapters = (None, None)
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Gradients of gate and up, and the activation again; see `gated_act_backward`."""
-    wide = torch.promote_types(gate_nF.dtype, torch.float32)
-    grad, gate = grad_nF.to(wide), gate_nF.to(wide)
+    gate = with_adapter(gate_nF, adapters[0])
+    grad = grad_nF.to(gate.dtype)
     value, slope = _value_and_slope(gate, act)
     if up_nF is None:
         return (grad * slope).to(gate_nF.dtype), None, value.to(gate_nF.dtype)
-    d_gate, d_up, out = grad * up_nF * slope, grad * value, value * up_nF
+    up = with_adapter(up_nF, adapters[1])
+    d_gate, d_up, out = grad * up * slope, grad * value, value * up
     return d_gate.to(gate_nF.dtype), d_up.to(gate_nF.dtype), out.to(gate_nF.dtype)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lemo.ops import dropout_rows
+from lemo.ops.gated_act.reference import LowRank
 
 
 class Gradients:
@@ -152,18 +153,31 @@ class MapGroup:
         low = self._low(x_NI, which, rows_N)
         outputs = []
         for i in which:
-            number, cut = self.parts[i]
-            item = self.maps[number]
-            weight, bias = item.weight_OI, item.bias_O
-            if cut is not None:
-                weight, bias = weight[cut], None if bias is None else bias[cut]
-            if item.a_RI is None:
+            weight, bias = self._base(i)
+            if self.ranks[self.parts[i].number] == 0:
                 outputs.append(F.linear(x_NI, weight, bias))
                 continue
-            output = torch.mm(low[number], self.seconds[i].T)  # type: ignore[union-attr]
+            output = torch.mm(low[self.parts[i].number], self.seconds[i].T)  # type: ignore[union-attr]
             output.addmm_(x_NI, weight.T)
             outputs.append(output if bias is None else output.add_(bias))
         return outputs
+
+    def bases(self, x_NI: Tensor) -> list[Tensor]:
+        """What all parts give without their adapters, (N, outputs) each; x_NI as in `forward`."""
+        return [F.linear(x_NI, *self._base(i)) for i in range(len(self.parts))]
+
+    def adapters(self, x_NI: Tensor, rows_N: Tensor | None) -> list[LowRank | None]:
+        """What adapters add to `bases`, as factors; arguments as in `forward`."""
+        low = self._low(x_NI, tuple(range(len(self.parts))), rows_N)
+        pairs = ((low.get(part.number), second) for part, second in zip(self.parts, self.seconds, strict=False))
+        found = [None if first is None or second is None else LowRank(first, second) for first, second in pairs]
+        return found or [None] * len(self.parts)
+
+    def _base(self, i: int) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of a part."""
+        number, cut = self.parts[i]
+        weight, bias = self.maps[number].weight_OI, self.maps[number].bias_O
+        return (weight, bias) if cut is None else (weight[cut], None if bias is None else bias[cut])
 
     def add(self, x_NI: Tensor, into_NO: Tensor, rows_N: Tensor | None, multiplier: float) -> Tensor:
         """The only part, times `multiplier`, added to `into_NO` in place.

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from lemo.core.bypass import Bypass
 from lemo.ops import gated_act, gated_act_backward, norm_rows, norm_rows_backward, write_rows_
+from lemo.ops.gated_act.op import MOST_RANK
+from lemo.ops.gated_act.reference import Adapters
 from lemo.runtime.fused.maps import NOTHING, Gradients
 from lemo.runtime.fused.parts import LayerParts
 from lemo.runtime.rows import MlpRows
@@ -43,15 +45,19 @@ def run_mlp(
         only_m: places of the rows for which they are returned; None for all.
 
     Returns:
-        `gate` and, for a gated MLP, `up`: (n, F), or (m, F) with `only_m`; empty unless `keep`.
+        `gate` and, for a gated MLP, `up`: (n, F), or (m, F) with `only_m`, without what adapters of a low rank add,
+        which is made again for backward; empty unless `keep`.
     """
     kept: dict[str, Tensor] = {}
     few = _Few(only_m, len(middle_nM)) if keep and only_m is not None else None
     # What is kept of all rows exists whole anyway.
     for rows in (slice(0, len(middle_nM)),) if keep and few is None else chunks(len(middle_nM)):
         numbers = _numbers(parts, rows_n, rows, middle_nM)
-        wide = _wide(parts, middle_nM[rows], numbers)[0]
-        act = gated_act(wide[0], wide[1] if parts.gated else None, parts.act)
+        normed = norm_forward(parts, 1, middle_nM[rows])[0]
+        adapters = _adapters(parts, normed, numbers)
+        wide = _wide(parts, normed, numbers)
+        del normed
+        act = gated_act(wide[0], wide[1] if parts.gated else None, parts.act, adapters=adapters)
         if few is not None:
             few.take(rows, wide)
         elif keep:
@@ -98,12 +104,21 @@ def _numbers(parts: LayerParts, rows_n: Tensor | None, part: slice, like: Tensor
     return torch.arange(part.start, part.stop, device=like.device)
 
 
-def _wide(
-    parts: LayerParts, middle_nM: Tensor, rows_n: Tensor | None
-) -> tuple[list[Tensor], Tensor, Tensor, Tensor | None]:
-    """Maps into the MLP, and the normed rows, 1/rms and means that they were made from."""
-    normed, _, rstd, mean = norm_forward(parts, 1, middle_nM)
-    return parts.gates.forward(normed, tuple(range(len(parts.gates.parts))), rows_n), normed, rstd, mean
+def _wide(parts: LayerParts, normed_nM: Tensor, rows_n: Tensor | None) -> list[Tensor]:
+    """Maps into the MLP, but for what `_adapters` says."""
+    gates = parts.gates
+    return gates.bases(normed_nM) if _adds(parts) else gates.forward(normed_nM, tuple(range(len(gates.parts))), rows_n)
+
+
+def _adapters(parts: LayerParts, normed_nM: Tensor, rows_n: Tensor | None) -> Adapters:
+    """What adapters add to the maps into the MLP while their activation is made: it is never written."""
+    found = parts.gates.adapters(normed_nM, rows_n) if _adds(parts) else [None]
+    return found[0], found[1] if parts.gated and len(found) > 1 else None
+
+
+def _adds(parts: LayerParts) -> bool:
+    """Whether adapters are added by `gated_act`."""
+    return 0 < max(parts.gates.ranks) <= MOST_RANK
 
 
 def mlp_backward(
@@ -138,11 +153,9 @@ def _chunk_backward(
     gradients: Gradients,
     rows_n: Tensor | None,
 ) -> None:
-    if saved:
-        wide = list(saved.values())
-        normed, _, rstd, mean = norm_forward(parts, 1, middle_nM)
-    else:
-        wide, normed, rstd, mean = _wide(parts, middle_nM, rows_n)
+    normed, _, rstd, mean = norm_forward(parts, 1, middle_nM)
+    adapters = _adapters(parts, normed, rows_n)
+    wide = list(saved.values()) if saved else _wide(parts, normed, rows_n)
     input_nM = normed if parts.gates.needs_input(gradients) else None
     del normed
     update = grad_nM if parts.multiplier == 1.0 else grad_nM * parts.multiplier
@@ -150,9 +163,10 @@ def _chunk_backward(
     grad_act = parts.down.backward(None, {0: update}, NOTHING, rows_N=rows_n)
     assert grad_act is not None
     # The gradients of gate and up take the memory of gate and up, the activation that of its own gradient.
-    found = gated_act_backward(
-        grad_act, wide[0], wide[1] if parts.gated else None, parts.act, want_act=want_act, reuse=True
-    )
+    up = wide[1] if parts.gated else None
+    options = {"adapters": adapters, "want_act": want_act, "reuse": True}
+    found = gated_act_backward(grad_act, wide[0], up, parts.act, **options)
+    del up, adapters
     del grad_act
     if want_act or any(gradients.wants(p) for p in parts.down.maps[0].places):
         parts.down.backward(found[2], {0: update}, gradients, want_input=False, rows_N=rows_n)
