@@ -188,35 +188,14 @@ def _write(ptr, stride, row, column, mask, value):
 
 
 @triton.jit
-def _adapted(
-    ptr,
-    low_ptr,
-    second_ptr,
-    stride,
-    low_stride,
-    second_stride,
-    row,
-    column,
-    rows,
-    width,
-    rank,
-    PADDED: tl.constexpr,
-):
-    """A tile in fp32, with what its adapter adds."""
-    found = _read(ptr, stride, row, column, (row < rows)[:, None] & (column < width)[None, :])
-    if low_ptr is not None:
-        place = tl.arange(0, PADDED)
-        inside = (place < rank)[None, :]
-        low = tl.load(
-            low_ptr + row[:, None] * low_stride + place[None, :], mask=(row < rows)[:, None] & inside, other=0.0
-        )
-        second = tl.load(
-            second_ptr + column[:, None] * second_stride + place[None, :],
-            mask=(column < width)[:, None] & inside,
-            other=0.0,
-        )
-        found += tl.dot(low, tl.trans(second), input_precision="ieee")
-    return found
+def _factors(low_ptr, second_ptr, low_stride, second_stride, row, column, in_r, in_w, rank, PADDED: tl.constexpr):
+    """Both factors of what an adapter adds to a tile: (rows, rank) and (rank, columns)."""
+    place = tl.arange(0, PADDED)
+    inside = (place < rank)[None, :]
+    low = tl.load(low_ptr + row[:, None] * low_stride + place[None, :], mask=in_r[:, None] & inside, other=0.0)
+    second_ptrs = second_ptr + column[:, None] * second_stride + place[None, :]
+    second = tl.load(second_ptrs, mask=in_w[:, None] & inside, other=0.0)
+    return low, tl.trans(second)
 
 
 @triton.jit
@@ -224,17 +203,17 @@ def _adapted_forward_kernel(
     gate_ptr,
     up_ptr,
     out_ptr,
-    gate_low_ptr,
-    gate_second_ptr,
-    up_low_ptr,
-    up_second_ptr,
+    gate_low,
+    gate_second,
+    up_low,
+    up_second,
     gate_stride,
     up_stride,
     out_stride,
-    gate_low_stride,
-    gate_second_stride,
-    up_low_stride,
-    up_second_stride,
+    gate_ls,
+    gate_ss,
+    up_ls,
+    up_ss,
     rows,
     width,
     gate_rank,
@@ -245,37 +224,19 @@ def _adapted_forward_kernel(
     PADDED: tl.constexpr,
 ):
     row, column = _tile(width, ROWS, BLOCK)
-    mask = (row < rows)[:, None] & (column < width)[None, :]
-    gate = _adapted(
-        gate_ptr,
-        gate_low_ptr,
-        gate_second_ptr,
-        gate_stride,
-        gate_low_stride,
-        gate_second_stride,
-        row,
-        column,
-        rows,
-        width,
-        gate_rank,
-        PADDED,
-    )
+    in_r, in_w = row < rows, column < width
+    mask = in_r[:, None] & in_w[None, :]
+    gate = _read(gate_ptr, gate_stride, row, column, mask)
+    if gate_low is not None:
+        low, second = _factors(gate_low, gate_second, gate_ls, gate_ss, row, column, in_r, in_w, gate_rank, PADDED)
+        gate += tl.dot(low, second, input_precision="ieee")
     value, _ = _value_and_slope(gate, ACT)
     if up_ptr is not None:
-        value *= _adapted(
-            up_ptr,
-            up_low_ptr,
-            up_second_ptr,
-            up_stride,
-            up_low_stride,
-            up_second_stride,
-            row,
-            column,
-            rows,
-            width,
-            up_rank,
-            PADDED,
-        )
+        up = _read(up_ptr, up_stride, row, column, mask)
+        if up_low is not None:
+            low, second = _factors(up_low, up_second, up_ls, up_ss, row, column, in_r, in_w, up_rank, PADDED)
+            up += tl.dot(low, second, input_precision="ieee")
+        value *= up
     _write(out_ptr, out_stride, row, column, mask, value)
 
 
@@ -287,20 +248,20 @@ def _adapted_backward_kernel(
     d_gate_ptr,
     d_up_ptr,
     value_ptr,
-    gate_low_ptr,
-    gate_second_ptr,
-    up_low_ptr,
-    up_second_ptr,
+    gate_low,
+    gate_second,
+    up_low,
+    up_second,
     grad_stride,
     gate_stride,
     up_stride,
     d_gate_stride,
     d_up_stride,
     value_stride,
-    gate_low_stride,
-    gate_second_stride,
-    up_low_stride,
-    up_second_stride,
+    gate_ls,
+    gate_ss,
+    up_ls,
+    up_ss,
     rows,
     width,
     gate_rank,
@@ -311,44 +272,24 @@ def _adapted_backward_kernel(
     PADDED: tl.constexpr,
 ):
     row, column = _tile(width, ROWS, BLOCK)
-    mask = (row < rows)[:, None] & (column < width)[None, :]
+    in_r, in_w = row < rows, column < width
+    mask = in_r[:, None] & in_w[None, :]
     # Everything is read before anything is written: results may take the place of arguments.
     grad = _read(grad_ptr, grad_stride, row, column, mask)
-    gate = _adapted(
-        gate_ptr,
-        gate_low_ptr,
-        gate_second_ptr,
-        gate_stride,
-        gate_low_stride,
-        gate_second_stride,
-        row,
-        column,
-        rows,
-        width,
-        gate_rank,
-        PADDED,
-    )
+    gate = _read(gate_ptr, gate_stride, row, column, mask)
+    if gate_low is not None:
+        low, second = _factors(gate_low, gate_second, gate_ls, gate_ss, row, column, in_r, in_w, gate_rank, PADDED)
+        gate += tl.dot(low, second, input_precision="ieee")
     value, slope = _value_and_slope(gate, ACT)
     d_gate = grad * slope
     if up_ptr is not None:
-        up = _adapted(
-            up_ptr,
-            up_low_ptr,
-            up_second_ptr,
-            up_stride,
-            up_low_stride,
-            up_second_stride,
-            row,
-            column,
-            rows,
-            width,
-            up_rank,
-            PADDED,
-        )
+        up = _read(up_ptr, up_stride, row, column, mask)
+        if up_low is not None:
+            low, second = _factors(up_low, up_second, up_ls, up_ss, row, column, in_r, in_w, up_rank, PADDED)
+            up += tl.dot(low, second, input_precision="ieee")
         d_gate *= up
-        d_up = grad * value
+        _write(d_up_ptr, d_up_stride, row, column, mask, grad * value)
         value *= up
-        _write(d_up_ptr, d_up_stride, row, column, mask, d_up)
     _write(d_gate_ptr, d_gate_stride, row, column, mask, d_gate)
     if value_ptr is not None:
         _write(value_ptr, value_stride, row, column, mask, value)
