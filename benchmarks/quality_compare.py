@@ -95,9 +95,12 @@ COMPARISONS = (
     ),
     Comparison("B.sparse_gap", "balanced", "balanced", "sparse", baseline_metric="loss_rows"),
     # What `lemo init` writes for documents with questions; the default without rows of prompts beside it.
-    Comparison("B.instruct_gap", "instruct_prompt_twice", "instruct_dense"),
-    Comparison(None, "instruct_default", "instruct_dense"),
-    Comparison(None, "instruct_prompt_twice", "instruct_dense_twice"),
+    Comparison("B.instruct_gap", "instruct_words_prompt_twice", "instruct_dense"),
+    *(
+        Comparison(None, f"instruct_{name}", "instruct_dense")
+        for name in ("prompt_twice", "default", "words", "words_answered")
+    ),
+    Comparison(None, "instruct_words_prompt_twice", "instruct_dense_twice"),
     Comparison("B.instruct_context_value", "instruct_dense", "instruct_no_document", statistic="gain_less_error"),
 )
 GAINS = (

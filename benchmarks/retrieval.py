@@ -38,6 +38,7 @@ SCRIPT = "benchmarks/retrieval.py"
 TRAIN_SEED, PAIRED_SEED = 1, 2
 DENSE_REACHES, BLIND_AT_MOST = 0.7, 0.2
 _SPARSE = PlanSpec(0.15, 0.15)
+DEFAULT = "words"  # what a recipe with answers does
 _EXACT = PlanSpec(1.0, 0.12, gradient="keys", scorer="recent", dense_layers=())
 _RECENT = PlanSpec(0.4, 0.4, kv="kept", scorer="recent", fitted_scorer="recent")
 METHODS = {
@@ -292,9 +293,7 @@ def _compare(
     setting |= {"method": name, "mode": mode, "tasks": list(tasks), "statistic": "gap_plus_error"}
     setting["cells"] = sorted({r.setting["cell"] for r in sources})
     seeds = sorted({r.seeds[0] for r in sources})
-    bar = (
-        f"B.retrieval_gap/{newest.setting['window']}-{mode}" if name == "balanced" and len(candidate) >= 2000 else None
-    )
+    bar = f"B.retrieval_gap/{newest.setting['window']}-{mode}" if name == DEFAULT and len(candidate) >= 2000 else None
     title = f"retrieval/{name}/gap/{mode}"
     record = Record.measure(title, "points", samples, setting, script=SCRIPT, seeds=seeds, bar=bar)
     record = dataclasses.replace(record, device=newest.device, versions=newest.versions, commit=newest.commit)

@@ -125,7 +125,8 @@ class SparsityConfig:
         mlp_ratio: share of rows that run the MLP when it has rows of its own.
         policy: what turns scores into rows.
         scorer: what ranks blocks while training; `recent` prefers those that a block with loss follows closely, `words`
-            those that share rare words with the question.
+            those that share rare words with the question. None for `words` where answers alone are learned
+            (`data.answer_only`) and every row runs forward, else for `recent`: see `RunConfig.scorer`.
         dense_layers: layers that never skip; negative numbers count from the end.
         context_window: rows that run forward but pass no gradient attend to their chunk of so many rows of the
             document, the chunk before and the document's first block; a multiple of block_size. 0 for all rows; None
@@ -147,7 +148,7 @@ class SparsityConfig:
     mlp: Literal["shared", "own"] = "shared"
     mlp_ratio: float | None = None
     policy: Literal["topk", "threshold"] = "topk"
-    scorer: Literal["predictor", "random", "recent", "words"] = "recent"
+    scorer: Literal["predictor", "random", "recent", "words"] | None = None
     dense_layers: tuple[int, ...] = ()
     context_window: int | None = None
     far_share: float = 1.0
@@ -293,6 +294,12 @@ class RunConfig:
         return CONTEXT_WINDOW if fits else None
 
     @property
+    def scorer(self) -> str:
+        """`sparsity.scorer` as it is in force."""
+        asks = self.data.answer_only and self.sparsity.forward_ratio == 1
+        return self.sparsity.scorer or ("words" if asks else "recent")
+
+    @property
     def local_share(self) -> float:
         """`loss_rows.local_share` as it is in force. A dense run draws such rows too, and tells them from no others."""
         rows = self.loss_rows
@@ -329,7 +336,7 @@ def resolved(run: RunConfig) -> dict[str, Any]:
     """
     values = asdict(run)
     values["sparsity"]["context_window"] = run.context_window or 0
-    values["sparsity"]["local_forward"] = run.local_forward
+    values["sparsity"] |= {"local_forward": run.local_forward, "scorer": run.scorer}
     values["loss_rows"]["local_share"] = run.local_share
     if run.sparsity.plan:
         values["sparsity"] = {name: values["sparsity"][name] for name in ("enabled", "plan")}

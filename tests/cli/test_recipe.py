@@ -245,6 +245,17 @@ def test_answers_are_no_local_rows(tmp_path):
     assert run.context_window is None, "check_run names the key"
 
 
+def test_answers_are_learned_with_what_their_questions_name(tmp_path):
+    """A recipe without a scorer: `words` where there are questions and no row skips forward; a named one stays."""
+    found = []
+    for text in ("{}", "{forward_ratio: 0.5, backward_ratio: 0.5}", "{scorer: random}"):
+        for answers in ("true", "false"):
+            run = load_recipe(recipe(tmp_path, f"{GOOD}sparsity: {text}\n"), [f"data.answer_only={answers}"])
+            assert run.scorer == resolved(run)["sparsity"]["scorer"]
+            found.append(run.scorer)
+    assert found == ["words", "recent", "recent", "recent", "random", "random"]
+
+
 def test_the_saved_recipe_of_a_run_with_a_plan_loads(tmp_path):
     """A plan brings its own choices; the recipe stored beside a run's output leaves out what it overrides."""
     run = load_recipe(recipe(tmp_path, GOOD))

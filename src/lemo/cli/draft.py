@@ -137,7 +137,7 @@ def draft_recipe(wish: Wish, model: ModelFacts, data: DataFacts, machine: Machin
         "model": _model(model, shape, machine),
         "data": _data(wish, data, shape, machine),
         "loss_rows": _loss_rows(data, shape, preset),
-        "sparsity": _sparsity(shape, preset),
+        "sparsity": _sparsity(data, shape, preset),
         "lora": _lora(),
         "training": _training(shape, machine),
     }
@@ -241,7 +241,7 @@ def _within(shape: Shape, preset: Preset) -> bool:
     return shape.window_tokens <= 2 * preset.context_window
 
 
-def _sparsity(shape: Shape, preset: Preset) -> list[Line]:
+def _sparsity(data: DataFacts, shape: Shape, preset: Preset) -> list[Line]:
     block = 64 if shape.window_tokens >= 2048 else 32 if shape.window_tokens >= 512 else 16
     local = " and local ones" if preset.local_share else ""
     window = f"rows of a chunk; rows without loss{local} see theirs, the one before, the first block"
@@ -253,8 +253,12 @@ def _sparsity(shape: Shape, preset: Preset) -> list[Line]:
         "gradient": "keys and values of all rows pass gradient as well",
         "context_window": "of no effect in windows of up to twice as many rows" if _within(shape, preset) else window,
     }
+    chosen = preset.sparsity
+    if data.answers:
+        chosen["scorer"] = "words"
+        about["scorer"] = "beside answers what shares rare words with their questions; or recent, predictor, random"
     lines: list[Line] = [("block_size", block, "rows are chosen by blocks of this many tokens")]
-    return lines + [(key, value, about[key]) for key, value in preset.sparsity.items()]
+    return lines + [(key, value, about[key]) for key, value in chosen.items()]
 
 
 def _lora() -> list[Line]:

@@ -48,7 +48,7 @@ def check_run(run: RunConfig) -> None:
         raise ConfigError(
             f"data.window_tokens ({run.data.window_tokens}) exceeds model.context_length ({run.model.context_length})"
         )
-    if run.calibration.scorer == "random" and run.sparsity.scorer != "random":
+    if run.calibration.scorer == "random" and run.scorer != "random":
         raise ConfigError("calibration.scorer is random, but sparsity.scorer is not; a run has one scorer")
     if run.calibration.allocate == "budget" and (run.sparsity.policy == "threshold" or run.calibration.tune_steps):
         raise ConfigError("calibration.allocate gives layers ratios, thresholds do too: drop tune_steps and threshold")

@@ -157,7 +157,7 @@ def _ratios(run: RunConfig, plan: Plan | None, layers: int) -> dict[str, Any]:
             "gradient": sparsity.gradient,
             "block_size": sparsity.block_size,
             "dense_layers": len({i % layers for i in sparsity.dense_layers}),
-            "predictor": sparsity.scorer == "predictor",
+            "predictor": run.scorer == "predictor",
             "bypass_rank": run.calibration.bypass_rank if sparsity.forward_ratio < 1 else 0,
             "context_window": run.context_window,
             "far_share": sparsity.far_share,

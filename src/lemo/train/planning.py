@@ -40,7 +40,7 @@ def skeleton_plan(model: Any, run: RunConfig) -> Plan:
         backward_ratio=sparsity.backward_ratio,
         dense_layers=(*sparsity.dense_layers, *always_dense),
         block_size=sparsity.block_size,
-        scorer=sparsity.scorer,
+        scorer=run.scorer,  # type: ignore[arg-type]
         policy=sparsity.policy,
         kv=sparsity.kv,
         gradient=sparsity.gradient,
@@ -66,7 +66,7 @@ def needs_calibration(run: RunConfig) -> bool:
     sparsity = run.sparsity
     if not sparsity.enabled or sparsity.plan is not None or sparsity.backward_ratio == 1:
         return False
-    return sparsity.forward_ratio < 1 or sparsity.scorer == "predictor"
+    return sparsity.forward_ratio < 1 or run.scorer == "predictor"
 
 
 def make_plan(model: Any, run: RunConfig, tokenizer: Any, folder: str | Path | None, *, progress: bool = True) -> Plan:
@@ -100,7 +100,7 @@ def make_plan(model: Any, run: RunConfig, tokenizer: Any, folder: str | Path | N
     return calibrate(
         model,
         batches,
-        replace(run.calibration, scorer=sparsity.scorer),
+        replace(run.calibration, scorer=run.scorer),
         plan=skeleton,
         output_dir=folder,
         progress=progress,
