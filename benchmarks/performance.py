@@ -229,7 +229,7 @@ _APART = ("engine=generic", "last=all")
 def _lines(methods: Methods) -> dict[str, dict[int, str]]:
     """Lines of the figure: for each method, whatever it recomputed or took to the host, the fastest at each length.
 
-    Those that ran at three lengths or more, where there are any, else at two.
+    Those that ran at three lengths or more: two points are no line.
     """
     found: dict[str, dict[int, str]] = {}
     for method in methods.found:
@@ -239,8 +239,7 @@ def _lines(methods: Methods) -> dict[str, dict[int, str]]:
         for tokens, seconds in methods.series(method, "step_time").items():
             if tokens not in line or seconds < methods.series(line[tokens], "step_time")[tokens]:
                 line[tokens] = method
-    least = 3 if any(len(line) > 2 for line in found.values()) else 2
-    chosen = [dict(sorted(line.items())) for line in found.values() if len(line) >= least]
+    chosen = [dict(sorted(line.items())) for line in found.values() if len(line) >= 3]
     return {_without(line[max(line)], _FREE[:2]): line for line in chosen}
 
 

@@ -10,7 +10,10 @@ from benchmarks.quality_costs import gain_at_64k
 from benchmarks.quality_groups import Group, twin_of
 from benchmarks.quality_methods import METHODS
 
-_FAMILIES = {"balanced": "#2563eb", "quality": "#2563eb", "fast": "#2563eb"}
+# Presets, and what a recipe for documents with questions does.
+_FAMILIES = dict.fromkeys(("balanced", "quality", "fast", "instruct_words_prompt_twice"), "#2563eb")
+# Beyond so many nats an axis is logarithmic where it has to be: one failed method would press all others together.
+_LINEAR, _WIDE = 0.05, 0.15
 
 
 def _pyplot() -> Any:
@@ -24,7 +27,7 @@ def _pyplot() -> Any:
 
 
 def draw_pareto(group: Group, path: Path) -> bool:
-    """Gaps against ideal gain: over dense LoRA on all rows, and on the method's own; false with nothing to draw.
+    """Gaps against ideal gain: over dense LoRA on all rows, and on the method's own; false with fewer than two points.
 
     Named are presets and what nothing else beats in both.
     """
@@ -39,7 +42,7 @@ def draw_pareto(group: Group, path: Path) -> bool:
             if gap is not None:
                 points.append((method, gains["llama-3-8b"], *gap[:2]))
     drawn = {title: points for title, points in panels.items() if points}
-    if not drawn:
+    if max(map(len, panels.values())) < 2:
         return False
     pyplot = _pyplot()
     figure, grid = pyplot.subplots(1, len(drawn), figsize=(5.4 * len(drawn), 4.2), layout="constrained", squeeze=False)
@@ -55,12 +58,27 @@ def draw_pareto(group: Group, path: Path) -> bool:
                 named.append((axes, method, gain, gap))
                 lines.append((axes, gain, gap - error, gap + error))
         axes.axhline(0, color="#6b7280", linewidth=0.8)
-        axes.set(xlabel="ideal gain at 64K, Llama-3-8B shape", ylabel=title)
+        wide = max(abs(gap) for _, _, gap, _ in points) > _WIDE
+        if wide:
+            _bend(axes)
+        label = title + f"\n(linear up to {_LINEAR:g})" * wide
+        axes.set(xlabel="ideal gain at 64K, Llama-3-8B shape", ylabel=label)
     figure.suptitle(f"{group.steps} steps, {group.protocol['window']:,} tokens", x=0.01, ha="left", fontsize=10)
     _name_points(figure, named, lines)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
     return True
+
+
+def _bend(axes: Any) -> None:
+    """An axis of gaps that is linear in the middle and logarithmic outside."""
+    axes.set_yscale("symlog", linthresh=_LINEAR, linscale=2)
+    ticks = [-_LINEAR, -0.02, 0, 0.02, _LINEAR, 0.1, 0.2, 0.5, 1]
+    low, high = axes.get_ylim()
+    high *= 1.3
+    axes.set_ylim(low, high)
+    axes.set_yticks([t for t in ticks if low <= t <= high], [f"{t:g}" for t in ticks if low <= t <= high], minor=False)
+    axes.minorticks_off()
 
 
 # Where a point's name may stand: points right and up from it, and which end of the text is there.
@@ -119,10 +137,10 @@ def draw_domains(group: Group, path: Path) -> bool:
     axes.set_yticks(range(len(gaps)), [m.replace("_", " ") for m in gaps])
     axes.invert_yaxis()
     axes.axvline(0, color="#6b7280", linewidth=0.8)
-    wide = max(max(map(abs, found.values())) for found in gaps.values()) > 0.05
+    wide = max(max(map(abs, found.values())) for found in gaps.values()) > _LINEAR
     if wide:
-        axes.set_xscale("symlog", linthresh=0.05)
-    axes.set(xlabel="nats over dense LoRA on the same loss rows" + (" (linear up to 0.05)" if wide else ""))
+        axes.set_xscale("symlog", linthresh=_LINEAR)
+    axes.set(xlabel="nats over dense LoRA on the same loss rows" + f" (linear up to {_LINEAR:g})" * wide)
     axes.legend(frameon=False, fontsize=8, ncols=len(domains), loc="lower left", bbox_to_anchor=(0, 1))
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

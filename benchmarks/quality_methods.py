@@ -101,7 +101,7 @@ INSTRUCT = {
     "instruct_no_document": Method("dense LoRA, questions and answers alone", documents=False),
     "instruct_exact": _answers("exact forward, gradient through the answers", ANSWER_SHARE),
     "instruct_default": _answers(
-        "the default: gradient through 12 % of the rows, the answers and those before them; others see chunks of 1024",
+        "12 % of the rows, the answers and those before them; others see chunks of 1024: the default until decision 20",
         0.12,
         scorer="recent",
         context_window=1024,
@@ -134,7 +134,7 @@ INSTRUCT = {
         for which in ("gradient", "gradient_same")
     },
     "instruct_words": _answers(
-        "12 % of the rows, those whose words the questions have, rare ones first",
+        "the default: 12 % of the rows, those whose words the questions have, rare ones first",
         0.12,
         scorer="words",
         context_window=1024,

@@ -50,7 +50,8 @@ METHODS = {
     "exact": Method("exact forward, gradient through 15 %", replace(_SPARSE, forward_ratio=1.0)),
     "keys": Method("exact forward, gradient through the answers and rows before them, 12 %, and all keys", _EXACT),
     "balanced": Method(
-        "the default: the same, context rows see the last 1024 to 2048", replace(_EXACT, context_window=1024)
+        "the same, context rows see the last 1024 to 2048: the default until decision 20, as in what follows",
+        replace(_EXACT, context_window=1024),
     ),
     "balanced_30": Method(
         "the default with 30 % of the rows", replace(_EXACT, backward_ratio=0.3, context_window=1024)
@@ -68,7 +69,7 @@ METHODS = {
         replace(_EXACT, scorer="predictor", oracle="gradient_same", context_window=1024),
     ),
     "words": Method(
-        "the default with the rows whose words the questions have, rare ones first",
+        "the default: 12 % of the rows, those whose words the questions have, rare ones first",
         replace(_EXACT, scorer="words", context_window=1024),
     ),
     **{
