@@ -50,7 +50,7 @@ METHODS = {
     "exact": Method("exact forward, gradient through 15 %", replace(_SPARSE, forward_ratio=1.0)),
     "keys": Method("exact forward, gradient through the answers and rows before them, 12 %, and all keys", _EXACT),
     "balanced": Method(
-        "the same, context rows see the last 1024 to 2048: the default until decision 20, as in what follows",
+        "context rows see the last 1024 to 2048: the default until decision 20, as below",
         replace(_EXACT, context_window=1024),
     ),
     "balanced_30": Method(
