@@ -96,6 +96,21 @@ def test_adapters_on_any_subset(targets, kv, monkeypatch):
     assert_equal_engines(model, plan, batch(48))
 
 
+@pytest.mark.parametrize("rank", [8, 65])
+@pytest.mark.parametrize("family", ["llama", "phi3", "opt"])
+@pytest.mark.parametrize("recompute", ["none", "lin"])
+def test_adapters_of_any_rank(family, rank, recompute, monkeypatch):
+    """What an adapter of a low rank adds to gate and up is added with the activation, that of others before it."""
+    from peft import LoraConfig, get_peft_model
+
+    in_double(monkeypatch)
+    config = LoraConfig(r=rank, target_modules="all-linear", lora_alpha=7)
+    model = get_peft_model(tiny_model(family, dtype=torch.float64), config)
+    fill_adapters(model)
+    for mode, kv in (("exact keys", "all"), ("skip", "kept")):
+        assert_equal_engines(model, plan_of(model, mode, kv), batch(48), recompute=recompute)
+
+
 def test_adapters_on_fused_projections(monkeypatch):
     """One map that makes queries, keys and values, and one for gate and up."""
     from peft import LoraConfig, get_peft_model
