@@ -94,6 +94,14 @@ ABLATIONS = {
         )
         for far, near in ((0.12, 0.25), (0.06, 0.3), (0.08, 0.3), (0.04, 0.33))
     },
+    **{
+        f"repeats_12_{round(100 * near)}": replace(
+            exact(f"the default with {near:.0%} of local loss rows", 0.12, context_window=1024),
+            local_share=near,
+            far="repeats",
+        )
+        for near in (0.4, 0.85)
+    },
     "far_drawn": replace(
         exact("the default, far rows drawn at random", 0.12, context_window=1024),
         local_share=0.25,

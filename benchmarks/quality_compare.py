@@ -67,6 +67,10 @@ COMPARISONS = (
         Comparison(None, f"balanced_batch_{n}", "dense_all", statistic="gain_less_error", equal_flops=True)
         for n in (4, 7)
     ),
+    *(
+        Comparison(None, f"repeats_12_{near}", "dense_all", statistic="gain_less_error", equal_flops=True)
+        for near in (40, 85)
+    ),
     Comparison("B.over_short_windows", "balanced", "dense_4k", "last_quarter", "gain_less_error"),
     Comparison("B.over_short_windows", "balanced", "dense_8k", "last_quarter", "gain_less_error"),
     Comparison("B.mha_gap", "balanced", "dense_rows_balanced"),

@@ -121,6 +121,13 @@ GRIDS: dict[str, list[Cell]] = {
         ),
         *(Cell("dense_all", seed, 623) for seed in range(3)),
     ],
+    # At 16K more local rows buy more rows to learn from for the same FLOPs, at a smaller gain where windows are long.
+    "equal_local": [
+        Cell(name, seed, flops_steps=flops)
+        for seed in range(3)
+        for name in ("repeats_12_85", "repeats_12_40")
+        for flops in (STEPS, None)
+    ],
     "ablations": _cells(list(ABLATIONS), [0]),
     "explore": _cells([*NULLS, *PRESETS, *ABLATIONS], [0], 100),
     "targets": _cells([*_RANKED, *TARGETS], range(2), 100),
