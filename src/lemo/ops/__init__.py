@@ -10,6 +10,7 @@ from lemo.ops.attend_rows.stripes import plan_rows
 from lemo.ops.block_score.op import block_score, key_block_scores
 from lemo.ops.dropout_rows.op import dropout_rows
 from lemo.ops.gated_act.op import gated_act, gated_act_backward
+from lemo.ops.gated_act.reference import LowRank
 from lemo.ops.gather_rows.op import gather_rows
 from lemo.ops.linear_ce.op import linear_ce, linear_ce_module
 from lemo.ops.norm_rows.op import norm_rows, norm_rows_backward
@@ -21,6 +22,7 @@ from lemo.ops.select_rows.op import rank_blocks, select_rows
 from lemo.ops.stream_rows.op import bypass_rows_, bypass_rows_backward_, write_rows_
 
 __all__ = [
+    "LowRank",
     "attend_backward",
     "attend_forward",
     "attend_local",

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lemo.ops import dropout_rows
-from lemo.ops.gated_act.reference import LowRank
+from lemo.ops import LowRank, dropout_rows
 
 
 class Gradients:
