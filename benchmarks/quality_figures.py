@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from benchmarks.quality_costs import gain_at_64k
 from benchmarks.quality_groups import Group, twin_of
 from benchmarks.quality_methods import METHODS
+from lemo.measure.record import Record
 
 # Presets, and what a recipe for documents with questions does.
 _FAMILIES = dict.fromkeys(("balanced", "quality", "fast", "instruct_words_prompt_twice"), "#2563eb")
@@ -117,6 +119,50 @@ def _name_points(
                 taken.append(box)
                 break
             text.remove()
+
+
+# Lines that are named where accuracy is drawn by depth; others are grey.
+_ASKED = {"dense": ("dense LoRA", "#111827"), "words": ("the default", "#2563eb")}
+_ASKED["balanced"] = ("rows before the answers", "#f59e0b")
+
+
+def draw_depths(records: Sequence[Record], path: Path) -> bool:
+    """Accuracy by the depth of a fact in its prompt, of the task that dense LoRA finds hardest; false without it.
+
+    Args:
+        records: of one length and number of steps, dense forward, newest of each seed.
+        path: of the picture.
+    """
+    found: dict[tuple[str, str], list[Record]] = {}
+    for record in records:
+        _, method, task, _ = record.name.split("/")
+        found.setdefault((task, method), []).append(record)
+    dense = {task: fmean(r.value for r in same) for (task, method), same in found.items() if method == "dense"}
+    if not dense:
+        return False
+    hardest = min(dense, key=lambda task: dense[task])
+    lines = {method: same for (task, method), same in found.items() if task == hardest}
+    if len(lines) < 2:
+        return False
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(figsize=(6.4, 3.6), layout="constrained")
+    for method, same in sorted(lines.items(), key=lambda item: item[0] in _ASKED):
+        label, colour = _ASKED.get(method, (None, "#d1d5db"))
+        bins = same[0].setting["depths"]
+        by_bin = [fmean(x for r in same for x in _of_bin(r, i, bins)) for i in range(bins)]
+        axes.plot([(i + 0.5) / bins for i in range(bins)], by_bin, marker="o", ms=3, color=colour, label=label)
+    axes.set(xlabel="depth of the fact in the prompt: 0 is the start", ylabel="share of answers right", ylim=(0, 1.02))
+    axes.set_title(hardest.replace("_", " "), loc="left", fontsize=10)
+    axes.legend(frameon=False, fontsize=8, ncols=len(_ASKED), loc="lower right", bbox_to_anchor=(1, 1))
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+    return True
+
+
+def _of_bin(record: Record, number: int, bins: int) -> Sequence[float]:
+    """Answers of one depth: they stand bin after bin."""
+    size = len(record.samples) // bins
+    return record.samples[number * size : (number + 1) * size]  # type: ignore[index]
 
 
 def draw_domains(group: Group, path: Path) -> bool:

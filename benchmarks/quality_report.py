@@ -17,7 +17,7 @@ from statistics import fmean
 from benchmarks.quality_compare import Cells, domain_means, void_domains
 from benchmarks.quality_corpus import is_published
 from benchmarks.quality_costs import gain_at_64k
-from benchmarks.quality_figures import draw_domains, draw_pareto
+from benchmarks.quality_figures import draw_depths, draw_domains, draw_pareto
 from benchmarks.quality_grids import STEPS
 from benchmarks.quality_groups import Group, groups_of, twin_of
 from benchmarks.quality_methods import METHODS
@@ -83,29 +83,28 @@ def void_note(group: Group) -> str:
     return f"\nVoid for bars, because dense LoRA improves them by less than 0.2 nats: {listed}.\n"
 
 
-def retrieval_table(records: Sequence[Record]) -> str:
-    """Accuracy by task and mode, newest Records, mean over seeds."""
+def retrieval_part(records: Sequence[Record], out: Path) -> str:
+    """Accuracy by task and mode, newest Records, mean over seeds, and a figure by depth."""
     scored = [r for r in records if r.name.startswith("retrieval/") and r.name.count("/") == 3 and "cell" in r.setting]
-    if not scored:
-        return ""
     parts = []
     for key in sorted({(r.setting["window"], r.setting["steps"]) for r in scored}):
         same = [r for r in scored if (r.setting["window"], r.setting["steps"]) == key]
         tasks = list(dict.fromkeys(r.name.split("/")[2] for r in same))
         lines = list(dict.fromkeys((r.name.split("/")[1], r.name.split("/")[3]) for r in same))
+        newest = {(r.name, r.seeds): r for r in sorted(same, key=lambda r: r.time)}
         rows = []
         for method, mode in lines:
-            cells = []
-            for task in tasks:
-                newest = {
-                    r.seeds: r
-                    for r in sorted(same, key=lambda r: r.time)
-                    if r.name == f"retrieval/{method}/{task}/{mode}"
-                }
-                cells.append(number(fmean(r.value for r in newest.values()) if newest else None, ".3f"))
-            rows.append([method.replace("_", " "), mode.replace("_", " "), *cells])
-        heads = ["method", "forward", *(t.replace("_", " ") for t in tasks)]
+            cells = [[r for (n, _), r in newest.items() if n == f"retrieval/{method}/{t}/{mode}"] for t in tasks]
+            shares = [number(fmean(r.value for r in found) if found else None, ".3f") for found in cells]
+            seeds = {min(map(len, filter(None, cells))), max(map(len, cells))}
+            rows.append(
+                [method.replace("_", " "), mode.replace("_", " "), " to ".join(map(str, sorted(seeds))), *shares]
+            )
+        heads = ["method", "forward", "seeds", *(t.replace("_", " ") for t in tasks)]
         parts.append(f"### {key[0]:,} tokens, {key[1]} steps\n\n{markdown(heads, rows)}\n")
+        picture = f"retrieval-{key[0]}-{key[1]}.png"
+        if draw_depths([r for (n, _), r in newest.items() if n.endswith("/dense")], out / picture):
+            parts.append(f"![accuracy by depth]({picture})\n")
     return "\n".join(parts)
 
 
@@ -142,7 +141,8 @@ def equal_table(records: Sequence[Record]) -> str:
             gaps = {d: fmean(o[d] - t[d] for t, o in means) for d in means[0][0]}
             worst = max(gaps, key=lambda d: gaps[d])
             steps = mine[seeds[0]].setting["steps"]
-            cells_of_row = [str(points), str(steps), str(len(seeds)), number(fmean(gaps.values()), "+.4f")]
+            data = "" if is_published(protocol) else f" (data {protocol['corpus']})"
+            cells_of_row = [f"{points}{data}", str(steps), str(len(seeds)), number(fmean(gaps.values()), "+.4f")]
             rows.append([*cells_of_row, f"{gaps[worst]:+.4f} ({worst})"])
     heads = ["dense steps", "the default's steps", "seeds", "default over dense", "worst domain"]
     return markdown(heads, rows) if rows else ""
@@ -172,7 +172,7 @@ def write_page(records: Sequence[Record], out: Path) -> Path:
         parts += ["## Learning rate, on dense runs only\n", sweep + "\n"]
     if equal := equal_table(records):
         parts += ["## Equal FLOPs\n", "The default trained for the FLOPs of N steps of dense LoRA.\n", equal + "\n"]
-    if asked := retrieval_table(records):
+    if asked := retrieval_part(records, out):
         parts += ["## Retrieval\n", "Share of answers with every token right.\n", asked]
     newest = max(records, key=lambda r: r.time, default=None)
     if newest is not None:

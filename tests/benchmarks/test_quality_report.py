@@ -119,6 +119,27 @@ def test_other_data_is_compared_by_itself_and_answers_no_bar(tmp_path: Path):
     assert len({f.name for f in (tmp_path / "docs").glob("*.png")}) == page.count("![")
 
 
+def test_retrieval_is_shown_by_task_and_by_depth(tmp_path: Path):
+    path = tmp_path / "retrieval.jsonl"
+    setting = {"window": 8192, "steps": 300, "depths": 5, "cell": "c", "statistic": "mean"}
+    for method, task, seed, right in (
+        ("dense", "single", 0, 10),
+        ("dense", "multi_value", 0, 9),
+        ("dense", "multi_value", 1, 8),
+        ("words", "multi_value", 0, 5),
+    ):
+        shares = [1.0] * right + [0.0] * (10 - right)
+        name = f"retrieval/{method}/{task}/dense"
+        Record.measure(name, "share", shares, {**setting, "method": method}, script="s.py", seeds=[seed]).append(path)
+    page = quality_report.write_page(read_records(path), tmp_path / "docs").read_text()
+    lines = [[x.strip() for x in line.split("|")[1:-1]] for line in page.splitlines() if "| dense " in line]
+    assert lines == [
+        ["dense", "dense", "1 to 2", "1.000", "0.850"],
+        ["words", "dense", "1", "–", "0.500"],
+    ]
+    assert "(retrieval-8192-300.png)" in page and (tmp_path / "docs" / "retrieval-8192-300.png").stat().st_size > 5000
+
+
 def test_the_page_shows_every_method_and_its_figures(records: Path, tmp_path: Path):
     assert quality_report.main(["--records", str(records), "--out", str(tmp_path / "docs")]) == 0
     page = (tmp_path / "docs" / "quality.md").read_text()
