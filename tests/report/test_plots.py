@@ -64,6 +64,14 @@ def test_the_keep_map_is_drawn_as_given(tmp_path: Path):
     assert plots.plot_keep_map([[1.0, 0.0]], tmp_path / "k.png", block_size=64, title="t").exists()
 
 
+@pytest.mark.parametrize(("rows", "says"), [("forward", "run each layer"), ("backward", "pass gradient")])
+def test_a_map_says_which_rows_it_shows(rows, says, tmp_path: Path, monkeypatch):
+    titles = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: titles.append(figure.axes[0].get_title(loc="left")))
+    plots.plot_keep_map([[1.0, 0.0]], tmp_path / "k.png", block_size=64, supervised_K=[True, False], rows=rows)
+    assert len(titles) == 1 and f"Blocks that {says}" in titles[0]
+
+
 def test_nothing_to_draw_is_an_error(tmp_path: Path):
     with pytest.raises(DataError):
         plots.plot_study([], tmp_path / "r.png", study="demo", title="t")

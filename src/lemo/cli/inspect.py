@@ -100,7 +100,8 @@ def _show_maps(loaded: Any, texts: list[Path], tokens: int, files: list[Path]) -
     for path in files or [Path("kept-blocks.png")]:
         if path.suffix == ".png":
             pictures = [(name, each.kept_LK, each.supervised_K) for name, each, _, _ in shown]
-            typer.echo(f"picture: {plot_keep_maps(pictures, path, block_size=maps[0].block_size)}")
+            what = {"block_size": maps[0].block_size, "rows": maps[0].rows}
+            typer.echo(f"picture: {plot_keep_maps(pictures, path, **what)}")
             continue
         pages = []
         for name, each, ids, learned in shown:

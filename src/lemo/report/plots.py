@@ -223,23 +223,29 @@ def plot_keep_map(
     block_size: int,
     title: str | None = None,
     supervised_K: Sequence[bool] | None = None,
+    rows: str = "forward",
 ) -> Path:
     """A heat map of kept blocks per layer as a PNG.
 
     Args:
-        kept_LK: (L, K) share of each block's rows that run, 0 to 1.
+        kept_LK: (L, K) share of each block's rows that are kept, 0 to 1.
         path: PNG to write.
         block_size: rows per block.
         title: above the map.
         supervised_K: (K,) blocks that hold loss rows.
+        rows: as in `draw_keep_map`.
     """
     if not kept_LK or not kept_LK[0]:
         raise DataError("a keep map needs at least one layer and one block")
-    return plot_keep_maps([(title or "", kept_LK, supervised_K)], path, block_size=block_size)
+    return plot_keep_maps([(title or "", kept_LK, supervised_K)], path, block_size=block_size, rows=rows)
 
 
 def plot_keep_maps(
-    maps: Sequence[tuple[str, Sequence[Sequence[float]], Sequence[bool] | None]], path: str | Path, *, block_size: int
+    maps: Sequence[tuple[str, Sequence[Sequence[float]], Sequence[bool] | None]],
+    path: str | Path,
+    *,
+    block_size: int,
+    rows: str = "forward",
 ) -> Path:
     """Heat maps of several texts side by side as a PNG.
 
@@ -247,12 +253,13 @@ def plot_keep_maps(
         maps: name, (L, K) shares, and (K,) blocks that hold loss rows, of each text.
         path: PNG to write.
         block_size: rows per block.
+        rows: as in `draw_keep_map`.
     """
     width = sum(min(16.0, max(6.0, 1.5 + len(kept_LK[0]) / 14)) for _, kept_LK, _ in maps)
     height = min(12.0, max(3.0, 1.5 + len(maps[0][1]) / 8))
     figure, axes = _pyplot().subplots(1, len(maps), figsize=(width, height), layout="constrained", squeeze=False)
     for each, (name, kept_LK, supervised_K) in zip(axes[0], maps, strict=True):
-        draw_keep_map(each, kept_LK, block_size, supervised_K)
+        draw_keep_map(each, kept_LK, block_size, supervised_K, rows=rows)
         if name:
             each.set_title(f"{name}\n{each.get_title(loc='left')}", pad=12)
     return _save(figure, path)
