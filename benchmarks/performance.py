@@ -154,7 +154,13 @@ def _bar_row(bar: Bar, name: str, record: Record) -> list[str]:
     assert goal is not None
     met = value <= goal if bar.comparison == "<=" else value >= goal
     status = "met" if met else "**missed**"
-    return [f"`{name}`", bar.what, f"{bar.comparison} {goal:g}", f"{value:.3g}", record.unit, status]
+    return [f"`{name}`", bar.what, f"{bar.comparison} {goal:g}", _shown(value, goal, met), record.unit, status]
+
+
+def _shown(value: float, goal: float, met: bool) -> str:
+    """Three digits, and more where these would hide a miss."""
+    texts = [f"{value:.{digits}g}" for digits in (3, 4, 5, 6)]
+    return next((text for text in texts if met or float(text) != goal), texts[-1])
 
 
 def op_table(records: Sequence[Record]) -> str:

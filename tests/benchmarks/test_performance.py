@@ -37,6 +37,12 @@ def test_a_missed_bar_is_shown_as_missed():
     assert re.search(r"C.8k_gib/llama2/qkvo.*30.*missed", found)
 
 
+def test_a_narrow_miss_is_not_rounded_to_the_goal():
+    cells = cells_of(GROUP, fp32=(1.8496, 40.0, "c"), bf16=(1.8496, 44.0, "c"), lemo=(1.0, 20.0, "c"))
+    found = bar_table(make_records([GROUP], cells)[0])
+    assert re.search(r"C.8k_k50/llama2/qkvo.*>= 1.85 +\| +1.8496 .*missed", found)
+
+
 def test_out_of_memory_and_refusals_are_results():
     text = page(records(liger={"status": "out of memory", "reason": "tried"}), [])
     assert re.search(r"Liger, fp32 adapters +\| out of memory", text)
