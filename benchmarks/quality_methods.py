@@ -143,6 +143,7 @@ INSTRUCT = {
         f"instruct_{oracle}": _answers(about, 0.12, scorer="predictor", oracle=oracle, context_window=1024)
         for oracle, about in (
             ("words_answered", "the same, and words of the answers"),
+            ("words_chained", "the default, and words that stand beside those, twice"),
             ("words_random", "12 % of the rows, half of them by words of the questions, half random ones"),
         )
     },

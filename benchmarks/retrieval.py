@@ -77,6 +77,7 @@ METHODS = {
         for name, about, oracle, more in (
             ("words_answered", "the same, and words of the answers", "words_answered", {}),
             ("words_answered_30", "the same with 30 % of the rows", "words_answered", {"backward_ratio": 0.3}),
+            ("words_chained", "the default, and words that stand beside those, twice", "words_chained", {}),
             ("words_random", "half of the rows by words of the questions, half random ones", "words_random", {}),
         )
     },

@@ -21,6 +21,7 @@ QUERY_STRIDE = 16
 GRADIENTS = ("gradient", "gradient_same")
 RECENT_BLOCKS = 8  # before a block with loss, of `recent_random`
 ASKED_SHARE = 0.06  # of the blocks, of `words_random`
+CHAINED_ROUNDS = 3  # of `words_chained`
 
 
 @dataclass(frozen=True)
@@ -109,10 +110,19 @@ class WordsAnswered:
         return Words(answered=True).scores(ScoreInputs(layout)).to(x_NM.device)
 
 
+class WordsChained:
+    """Stands where a plan has a predictor: blocks that share rare words with the question, and with what it finds."""
+
+    def scores(self, x_NM: Tensor, layout: Layout) -> Tensor:
+        """(K,) fp32 scores of blocks."""
+        return Words(rounds=CHAINED_ROUNDS).scores(ScoreInputs(layout)).to(x_NM.device)
+
+
 WITHOUT_MODEL = {
     "recent_random": RecentAndRandom,
     "words_random": WordsAndRandom,
     "words_answered": WordsAnswered,
+    "words_chained": WordsChained,
 }
 
 

@@ -198,6 +198,18 @@ def test_words_rank_blocks_by_how_rare_their_share_in_the_question_is():
     assert scorer_named("words") == Words()
 
 
+def test_chains_are_followed_in_rounds():
+    """The question names 50, beside which stands 51, which stands elsewhere beside 52."""
+    ids = _filler(128)
+    ids[0, [21, 22]], ids[0, [61, 62]], ids[0, 100] = torch.tensor([50, 51]), torch.tensor([51, 52]), 52
+    ids[0, 126] = 50
+    asking = ScoreInputs(_asking(ids, [127]))
+    found = {n: Words(1, beside_rows=1, rounds=n).scores(asking) for n in (1, 2, 3)}
+    kept = {n: [k for k in range(31) if scores_K[k] >= 0.1] for n, scores_K in found.items()}
+    assert kept == {1: [5], 2: [5, 15], 3: [5, 15, 25]}
+    assert found[3][5] > found[3][15] > found[3][25]
+
+
 def test_a_block_answers_for_what_stands_right_beside_it():
     ids = _filler()
     ids[0, 23], ids[0, 62] = 50, 50  # the last row of block 5; the question

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lemo.core.layout import Layout
 from lemo.core.predictor import PatternPredictor, block_positions, pool_rows, to_device
+from lemo.core.questions import Questions
 from lemo.errors import ConfigError
 from lemo.ops import block_score, key_block_scores
 
@@ -209,25 +210,12 @@ def _recent(layout: Layout) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Words:
+class Words(Questions):
     """Blocks that share rare words with what is asked first, those before blocks with loss next.
 
-    Asked is what stands within `asked_rows` rows before a run of rows that carry loss and attend to all keys. What
-    these predict is not looked at: rows that are kept because an answer names them teach that whatever is kept is the
-    answer. A row of the question and one with loss score 1; another one over how often its token occurs among such
-    rows of its document, if the token is asked, else nothing. A block scores the sum, and half of what lies within
-    `beside_rows` of it: what is said of a word may stand across its border. Token ids are copied to the host once a
-    batch.
-
-    Attributes:
-        asked_rows: rows before a run of rows with loss in which a question is looked for.
-        beside_rows: rows before and after a block that it answers for.
-        answered: for study: answers count as asked.
+    What is asked, and what a block scores, is said by `Questions`. Token ids are copied to the host once a batch.
     """
 
-    asked_rows: int = 64
-    beside_rows: int = 16
-    answered: bool = False
     by_layer: ClassVar[bool] = False
 
     def scores(self, inputs: ScoreInputs) -> Tensor:
@@ -236,47 +224,13 @@ class Words:
         Raises:
             ConfigError: the batch has no token ids.
         """
-        return inputs.layout.once(self, lambda: _words(inputs.layout, self))
+        return inputs.layout.once(self, lambda: self._score(inputs.layout))
 
-
-def _words(layout: Layout, how: Words) -> Tensor:
-    ids_N = given(layout.ids_BT, "input_ids", "words").detach().cpu().reshape(-1)
-    host = layout.on_host or layout
-    block_N, document_N = host.block_of_row_N.cpu(), host.document_of_row_N.cpu()
-    learned_S = layout.supervised_row_S
-    if layout.local_K is not None:
-        learned_S = learned_S[~layout.local_K[block_N[learned_S]]]
-    weight_N = torch.zeros(len(ids_N))
-    for document in document_N[learned_S].unique().tolist():
-        start, length = (int(x[document]) for x in (layout.document_start_D, layout.document_length_D))
-        inside = slice(start, start + length)
-        asked, answered = _asked_rows(learned_S[document_N[learned_S] == document] - start, length, how.asked_rows)
-        _, word = ids_N[inside].unique(return_inverse=True)
-        often = torch.bincount(word[~(asked | answered)], minlength=int(word.max()) + 1)
-        wanted = torch.zeros_like(often, dtype=torch.bool)
-        wanted[word[asked | answered if how.answered else asked]] = True
-        weight_N[inside] = torch.where(asked | answered, 1.0, wanted[word] / often[word].clamp_min(1))
-    found_K = torch.zeros(len(layout.block_start_K))
-    rows_N = torch.arange(len(ids_N))
-    for beside in {0, -how.beside_rows, how.beside_rows}:
-        here_N = (rows_N + beside >= 0) & (rows_N + beside < len(rows_N))
-        row_n, near_n = rows_N[here_N], (rows_N + beside)[here_N]
-        counts_n = (block_N[near_n] >= 0) & (document_N[near_n] == document_N[row_n])
-        counts_n &= (block_N[near_n] != block_N[row_n]) | (beside == 0)
-        found_K.index_add_(0, block_N[near_n][counts_n], weight_N[row_n][counts_n] * (0.5 if beside else 1.0))
-    # Most blocks score nothing: these fall as `Recent` has them.
-    return found_K + _recent(layout) * (1e-4 / max(1, len(found_K)))
-
-
-def _asked_rows(learned_S: Tensor, length: int, before: int) -> tuple[Tensor, Tensor]:
-    """(T,) bool each, of a document: rows of questions; tokens of answers, which rows with loss predict."""
-    asked, answered = (torch.zeros(length, dtype=torch.bool) for _ in range(2))
-    answered[(learned_S + 1).clamp_max(length - 1)] = True
-    begins = torch.ones_like(learned_S, dtype=torch.bool)
-    begins[1:] = learned_S[1:] > learned_S[:-1] + 1
-    for first in learned_S[begins].tolist():
-        asked[max(0, first + 1 - before) : first + 1] = True
-    return asked & ~answered, answered
+    def _score(self, layout: Layout) -> Tensor:
+        ids_N = given(layout.ids_BT, "input_ids", "words").detach().cpu().reshape(-1)
+        found_K = self.block_scores(ids_N, layout)
+        # Most blocks score nothing: these fall as `Recent` has them.
+        return found_K + _recent(layout) * (1e-4 / max(1, len(found_K)))
 
 
 @dataclass(frozen=True)
