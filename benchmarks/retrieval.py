@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -118,9 +119,12 @@ METHODS = {
 }
 
 
-def many_keys(rng: random.Random, depth: float) -> Riddle:
-    """Training's form of the tasks with one fact: eight facts, four questions."""
-    return multi_key(rng, depth, keys=8, questions=4)
+FACTS = 8  # in a training prompt of the tasks with one fact
+
+
+def many_keys(rng: random.Random, depth: float, facts: int) -> Riddle:
+    """Training's form of the tasks with one fact: half of the facts are asked for."""
+    return multi_key(rng, depth, keys=facts, questions=facts // 2)
 
 
 class RetrievalStudy(QualityStudy):
@@ -132,14 +136,15 @@ class RetrievalStudy(QualityStudy):
 
         super().__init__(options.model, Path(), options.plans, protocol, options.device)
         self.tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
-        self.samples = options.train_prompts
+        self.samples, self.facts = options.train_prompts, options.training_facts
         self.paired: dict[str, list[Prompt]] = {}
 
     def windows(self, domain: str, split: str, tokens: int, documents: bool = True) -> WindowDataset:
         """Training prompts of a task."""
         key = (domain, split, tokens)
         if key not in self._windows:
-            riddle = many_keys if domain in ("single", "multi_key") else TASKS[domain]
+            many = partial(many_keys, facts=self.facts)
+            riddle = many if domain in ("single", "multi_key") else TASKS[domain]
             made = []
             for number in range(self.samples):
                 seed = 1_000_003 * TRAIN_SEED + number
@@ -175,6 +180,8 @@ class Runner:
         kept = ("steps", "learning_rate", "prompts", "depths", "train_prompts")
         found = {"method": name, **dataclasses.asdict(self.study.protocol), "model": self.study.folder.name}
         found |= {key: getattr(self.options, key) for key in kept} | {"choices": METHODS[name].setting()}
+        if self.options.training_facts != FACTS:
+            found["training_facts"] = self.options.training_facts
         return {**found, "cell": config_hash(found)}
 
     def done(self, name: str, seed: int) -> bool:
@@ -211,11 +218,12 @@ class Runner:
                     self.write(name, setting, seed, "forward_share", [f for f, _ in trained.shares], "share", "mean")
             spec = method.plan
             sparse = spec is not None and (spec.forward_ratio < 1 or spec.context_window is not None)
-            sparse = sparse and not self.options.dense_forward
+            forwards = self.options.forwards
             for task in self.options.asked or study.protocol.domains:
                 prompts = study.prompts(task, self.options.prompts, self.options.depths)
-                self.ask(name, setting, seed, f"{task}/dense", exact_matches(model, prompts))
-                if sparse:
+                if "dense" in forwards or not sparse:
+                    self.ask(name, setting, seed, f"{task}/dense", exact_matches(model, prompts))
+                if sparse and "sparse" in forwards:
                     handle.sparse_batches = 0
                     found = exact_matches(model, prompts, handle=handle, sparse=True)
                     self.ask(name, setting, seed, f"{task}/sparse", found)
@@ -314,7 +322,9 @@ def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--out", type=Path, default=Path(__file__).parent / "results" / "retrieval.jsonl")
     add("--tasks", type=lambda text: text.split(","), default=list(TASKS))
     add("--asked", type=lambda text: text.split(","), help="of the tasks trained on, those asked; all when not given")
-    add("--dense-forward", action="store_true", help="ask the dense forward alone, not also the one under the plan")
+    add(
+        "--forwards", choices=("dense", "sparse", "dense,sparse"), default="dense,sparse", help="sparse: under the plan"
+    )
     add("--methods", type=lambda text: text.split(","), default=["untrained", "dense", "balanced", "recent_40"])
     add("--seeds", type=lambda text: [int(s) for s in text.split(",")], default=[0])
     add("--length", type=int, default=8192)
@@ -323,6 +333,7 @@ def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--rank", type=int, default=16)
     add("--learning-rate", type=float, default=1e-3)
     add("--train-prompts", type=int, default=250, help="of each task; again from the start when used up")
+    add("--training-facts", type=int, default=FACTS, help="in a training prompt of the tasks with one fact")
     add("--prompts", type=int, default=340, help="of each task, asked of every method")
     add("--depths", type=int, default=5)
     add("--predictor-steps", type=int, default=400)
