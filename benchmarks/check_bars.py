@@ -12,6 +12,7 @@ import argparse
 import math
 import operator
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from pathlib import Path
 from lemo.errors import DataError
 from lemo.measure.record import Record, read_records
 from lemo.measure.statistics import COMPARATIVE, value_of
+from lemo.report.tables import markdown
 
 RESULTS = Path(__file__).resolve().parent / "results"
 COMPARISONS = {"<=": operator.le, ">=": operator.ge}
@@ -234,11 +236,61 @@ def print_outcomes(outcomes: Sequence[Outcome]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
+def goal_table(records: Sequence[Record], prefix: str = "") -> str:
+    """Markdown: each goal beside its newest value, the worst over shapes. `records` are sound.
+
+    Values that have goals of their own for each shape are shares of them.
+    """
+    rows = []
+    for bar in BARS:
+        if not bar.id.startswith(prefix):
+            continue
+        outcome = judge(bar, records)
+        asked = "–" if bar.goal is None else f"{bar.comparison} {bar.goal:g}"
+        status = "**missed**" if outcome.status == "MISSED" else outcome.status
+        unit = "of its goal" if bar.goals else bar.unit
+        rows.append([f"`{bar.id}`", bar.what, asked, _shown(outcome), unit, status])
+    return markdown(["goal", "what", "asked", "value", "unit", "status"], rows)
+
+
+def _shown(outcome: Outcome) -> str:
+    """Value, and of several shapes the name of the worst."""
+    if outcome.value is None or outcome.record is None:
+        return "–"
+    goal, texts = outcome.bar.goal, [f"{outcome.value:.{digits}g}" for digits in (3, 4, 5, 6)]
+    # More digits where three would hide a miss.
+    text = next((t for t in texts if outcome.status != "MISSED" or goal is None or float(t) != goal), texts[-1])
+    _, _, shape = (outcome.record.bar or "").partition("/")
+    return f"{text} ({shape})" if outcome.shapes > 1 else text
+
+
+def goal_page(outcomes: Sequence[Outcome], records: Sequence[Record]) -> str:
+    """docs/goals.md."""
+    counts = Counter(outcome.status for outcome in outcomes)
+    said = f"{counts['met']} are met, {counts['MISSED']} missed, {counts['not measured']} not measured"
+    return (
+        f"{_PAGE}\nOf {len(outcomes)} goals {said}; the others are figures to be reported.\n\n{goal_table(records)}\n"
+    )
+
+
+_PAGE = """# Goals
+
+What the project set itself before it was built, and where it stands. Made by `python -m benchmarks.check_bars --page
+docs/goals.md` from the Records in `benchmarks/results/`; of a goal with several shapes, domains or settings the worst
+is shown. Goals marked A are of the method and its predictors, B of [quality](quality.md), C of
+[performance](performance.md), E of first use. Why a goal is missed stands in the [decisions](decisions/README.md): 16
+and 18 (equal arithmetic, short windows, random rows), 17 (steps at 8K, 64K with all linear maps, bandwidth of the
+bypass) and 20 (retrieval).
+"""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Checks the files named, or all results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", type=Path)
-    files = parser.parse_args(arguments).files or sorted(RESULTS.glob("*.jsonl"))
+    parser.add_argument("--page", type=Path, help="write the goals as a page, too")
+    options = parser.parse_args(arguments)
+    files = options.files or sorted(RESULTS.glob("*.jsonl"))
     try:
         records = [(file, record) for file in files for record in read_records(file)]
     except DataError as error:
@@ -259,6 +311,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for outcome in outcomes:
         if outcome.status == "MISSED" and not math.isnan(outcome.value or 0.0):
             print(f"missed: {outcome.bar.id}: {outcome.value:.4g}, goal {outcome.bar.comparison} {outcome.bar.goal:g}")
+    if options.page is not None:
+        options.page.write_text(goal_page(outcomes, sound), encoding="utf-8")
     return 1 if invalid else 0
 
 

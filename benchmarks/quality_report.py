@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
+from benchmarks.check_bars import goal_table
 from benchmarks.quality_compare import Cells, domain_means, void_domains
 from benchmarks.quality_corpus import is_published
 from benchmarks.quality_costs import gain_at_64k
@@ -21,22 +23,22 @@ from benchmarks.quality_figures import draw_depths, draw_domains, draw_pareto
 from benchmarks.quality_grids import STEPS
 from benchmarks.quality_groups import Group, groups_of, twin_of
 from benchmarks.quality_methods import METHODS
+from benchmarks.quality_summary import (
+    FEATURED,
+    NOTHING,
+    domain_table,
+    featured_table,
+    main_group,
+    method_table,
+    number,
+    shown,
+    with_error,
+)
 from lemo.measure.record import Record, read_records
 from lemo.report.tables import markdown
 
 RESULTS = Path(__file__).parent / "results"
-NOTHING = "–"
 _SWEPT = {"dense_all", "instruct_dense"}
-
-
-def number(value: float | None, form: str = ".4f") -> str:
-    """A number, or a dash."""
-    return NOTHING if value is None else format(value, form)
-
-
-def with_error(found: tuple[float, float, str] | None) -> str:
-    """`+0.0123 ± 0.0012`, or a dash."""
-    return NOTHING if found is None else f"{found[0]:+.4f} ± {found[1]:.4f}{found[2]}"
 
 
 def main_table(group: Group) -> str:
@@ -51,7 +53,7 @@ def main_table(group: Group) -> str:
         worst = max(gaps, key=lambda d: gaps[d]) if gaps else None
         rows.append(
             [
-                method.replace("_", " "),
+                shown(method),
                 str(len(group.of(method, "dense"))),
                 number(group.mean(method, "forward_share"), ".2f"),
                 number(gains.get("llama-3-8b"), ".2f"),
@@ -64,14 +66,6 @@ def main_table(group: Group) -> str:
             ]
         )
     return markdown(head, rows)
-
-
-def domain_table(group: Group) -> str:
-    """Loss of each domain."""
-    found = {m: [domain_means(r) for r in group.of(m, "dense").values()] for m in group.methods}
-    domains = list(next(iter(found.values()))[0])
-    rows = [[m.replace("_", " "), *(number(fmean(x[d] for x in means)) for d in domains)] for m, means in found.items()]
-    return markdown(["method", *domains], rows)
 
 
 def void_note(group: Group) -> str:
@@ -97,9 +91,7 @@ def retrieval_part(records: Sequence[Record], out: Path) -> str:
             cells = [[r for (n, _), r in newest.items() if n == f"retrieval/{method}/{t}/{mode}"] for t in tasks]
             shares = [number(fmean(r.value for r in found) if found else None, ".3f") for found in cells]
             seeds = {min(map(len, filter(None, cells))), max(map(len, cells))}
-            rows.append(
-                [method.replace("_", " "), mode.replace("_", " "), " to ".join(map(str, sorted(seeds))), *shares]
-            )
+            rows.append([shown(method), mode.replace("_", " "), " to ".join(map(str, sorted(seeds))), *shares])
         heads = ["method", "forward", "seeds", *(t.replace("_", " ") for t in tasks)]
         parts.append(f"### {key[0]:,} tokens, {key[1]} steps\n\n{markdown(heads, rows)}\n")
         picture = f"retrieval-{key[0]}-{key[1]}.png"
@@ -116,64 +108,103 @@ def sweep_table(groups: Sequence[Group]) -> str:
             record = group.of(method, "dense").get(0)
             if record is not None:
                 window = f"{group.protocol['window']:,}"
-                rows.append([window, str(group.steps), method, f"{group.rate:g}", number(record.value)])
+                rows.append([window, str(group.steps), shown(method), f"{group.rate:g}", number(record.value)])
     return markdown(["window", "steps", "method", "learning rate", "loss"], rows) if rows else ""
 
 
 def equal_table(records: Sequence[Record]) -> str:
-    """The default against dense LoRA at equal FLOPs: mean over the seeds that both have, worst domain."""
+    """The default, and what it was before, against dense LoRA at equal FLOPs: mean over common seeds, worst domain."""
     cells = Cells([r for r in records if r.name.startswith("quality/")])
-    rows = []
-    for protocol in cells.protocols():
-        ours = [r for r in cells.of("balanced", "dense", protocol) if r.setting["flops_steps"] is not None]
-        for points in sorted({r.setting["flops_steps"] for r in ours}):
-            mine = {r.seeds[0]: r for r in ours if r.setting["flops_steps"] == points}
-            wanted = {"asked_steps": points, "flops_steps": None}
-            dense = {
-                r.seeds[0]: r
-                for r in cells.of("dense_all", "dense", protocol, **wanted)
-                if any(r.setting["learning_rate"] == m.setting["learning_rate"] for m in mine.values())
-            }
-            seeds = sorted(mine.keys() & dense.keys())
-            if not seeds:
-                continue
-            means = [(domain_means(dense[s]), domain_means(mine[s])) for s in seeds]
-            gaps = {d: fmean(o[d] - t[d] for t, o in means) for d in means[0][0]}
-            worst = max(gaps, key=lambda d: gaps[d])
-            steps = mine[seeds[0]].setting["steps"]
-            data = "" if is_published(protocol) else f" (data {protocol['corpus']})"
-            cells_of_row = [f"{points}{data}", str(steps), str(len(seeds)), number(fmean(gaps.values()), "+.4f")]
-            rows.append([*cells_of_row, f"{gaps[worst]:+.4f} ({worst})"])
-    heads = ["dense steps", "the default's steps", "seeds", "default over dense", "worst domain"]
+    rows = [
+        row
+        for protocol in cells.protocols()
+        for method in ("balanced", "far_drawn")
+        for row in _equal_rows(cells, protocol, method)
+    ]
+    heads = ["method", "dense steps", "its steps", "seeds", "over dense", "worst domain"]
     return markdown(heads, rows) if rows else ""
+
+
+def _equal_rows(cells: Cells, protocol: Mapping[str, Any], method: str) -> list[list[str]]:
+    """A line for each number of dense steps whose FLOPs a method was trained for."""
+    rows = []
+    ours = [r for r in cells.of(method, "dense", protocol) if r.setting["flops_steps"] is not None]
+    for points in sorted({r.setting["flops_steps"] for r in ours}):
+        mine = {r.seeds[0]: r for r in ours if r.setting["flops_steps"] == points}
+        wanted = {"asked_steps": points, "flops_steps": None}
+        dense = {
+            r.seeds[0]: r
+            for r in cells.of("dense_all", "dense", protocol, **wanted)
+            if any(r.setting["learning_rate"] == m.setting["learning_rate"] for m in mine.values())
+        }
+        seeds = sorted(mine.keys() & dense.keys())
+        if not seeds:
+            continue
+        means = [(domain_means(dense[s]), domain_means(mine[s])) for s in seeds]
+        gaps = {d: fmean(o[d] - t[d] for t, o in means) for d in means[0][0]}
+        worst = max(gaps, key=lambda d: gaps[d])
+        data = "" if is_published(protocol) else f" (data {protocol['corpus']})"
+        found = [shown(method), f"{points}{data}", str(mine[seeds[0]].setting["steps"]), str(len(seeds))]
+        rows.append([*found, number(fmean(gaps.values()), "+.4f"), f"{gaps[worst]:+.4f} ({worst})"])
+    return rows
+
+
+def summary_part(group: Group, pictures: Sequence[str]) -> list[str]:
+    """Presets, nulls and rivals of a kind of data."""
+    data = group.protocol["data"]
+    title = "Plain text" if data == "text" else "Questions about documents, answers supervised"
+    protocol = f"{group.protocol['window']:,} tokens, {group.steps} steps, learning rate {group.rate:g}"
+    parts = [f"## {title}: presets and what they are measured against\n", f"{protocol}.\n"]
+    parts.append(featured_table(group) + "\n")
+    if data == "text":
+        parts.append(domain_table(group, FEATURED[data]) + "\n")
+    return [*parts, *pictures]
+
+
+def draw_group(group: Group, out: Path) -> list[str]:
+    """Draws a group's figures; the lines that show those for which there was enough."""
+    stem = f"quality-{group.protocol['data']}-{group.protocol['window']}-{group.steps}-{group.rate:g}"
+    stem += "" if is_published(group.protocol) else f"-{group.protocol['corpus']}"
+    figures = (
+        ("Gap to dense LoRA against ideal gain", f"{stem}-gains.png", draw_pareto),
+        ("Gaps by domain", f"{stem}-domains.png", draw_domains),
+    )
+    return [f"![{words}]({name})\n" for words, name, draw in figures if draw(group, out / name)]
+
+
+def group_part(group: Group, pictures: Sequence[str]) -> list[str]:
+    """Every method of a group."""
+    kind = "answers" if group.protocol["data"] == "answers" else f"{group.protocol['window']:,} tokens"
+    published = "" if group.steps >= STEPS else " (exploration: fewer steps than published figures have)"
+    data = "" if is_published(group.protocol) else f", other data ({group.protocol['corpus']})"
+    parts = [f"### {kind}, {group.steps} steps, learning rate {group.rate:g}{data}{published}\n"]
+    parts += [main_table(group) + "\n", void_note(group)]
+    if group.protocol["data"] == "text":
+        parts.append(domain_table(group) + "\n")
+    return [*parts, *pictures]
 
 
 def write_page(records: Sequence[Record], out: Path) -> Path:
     """Writes quality.md and its figures into a folder; returns the page."""
     out.mkdir(parents=True, exist_ok=True)
-    parts = [_INTRODUCTION]
+    parts = [_INTRODUCTION, "## Goals\n", goal_table(records, "B.") + "\n"]
     groups = groups_of(records)
-    for group in groups:
-        if set(group.methods) <= _SWEPT:
-            continue
-        kind = "answers" if group.protocol["data"] == "answers" else f"{group.protocol['window']:,} tokens"
-        published = "" if group.steps >= STEPS else " (exploration: fewer steps than published figures have)"
-        data = "" if is_published(group.protocol) else f", other data ({group.protocol['corpus']})"
-        parts.append(f"## {kind}, {group.steps} steps, learning rate {group.rate:g}{data}{published}\n")
-        parts.append(main_table(group) + "\n")
-        parts.append(void_note(group))
-        parts.append(domain_table(group) + "\n")
-        name = f"quality-{group.protocol['data']}-{group.protocol['window']}-{group.steps}-{group.rate:g}"
-        name += "" if is_published(group.protocol) else f"-{group.protocol['corpus']}"
-        for what, draw in (("gains", draw_pareto), ("domains", draw_domains)):
-            if draw(group, out / f"{name}-{what}.png"):
-                parts.append(f"![{what}]({name}-{what}.png)\n")
-    if sweep := sweep_table([g for g in groups if set(g.methods) & _SWEPT]):
-        parts += ["## Learning rate, on dense runs only\n", sweep + "\n"]
+    pictures = {id(group): draw_group(group, out) for group in groups if not set(group.methods) <= _SWEPT}
+    for group in filter(None, (main_group(groups, data) for data in FEATURED)):
+        parts += summary_part(group, pictures.pop(id(group), []))
     if equal := equal_table(records):
         parts += ["## Equal FLOPs\n", "The default trained for the FLOPs of N steps of dense LoRA.\n", equal + "\n"]
     if asked := retrieval_part(records, out):
         parts += ["## Retrieval\n", "Share of answers with every token right.\n", asked]
+    tried = [g for g in groups if not set(g.methods) <= _SWEPT]
+    if tried:
+        parts += ["## Everything that was tried\n", "Methods in words stand at the end of the page.\n"]
+    for group in tried:
+        parts += group_part(group, pictures.get(id(group), []))
+    if sweep := sweep_table([g for g in groups if set(g.methods) & _SWEPT]):
+        parts += ["## Learning rate, on dense runs only\n", sweep + "\n"]
+    if tried:
+        parts += ["## Methods\n", method_table(tried) + "\n"]
     newest = max(records, key=lambda r: r.time, default=None)
     if newest is not None:
         parts.append(f"{newest.device}, torch {newest.versions.get('torch', '?')}, {newest.time[:10]}.\n")

@@ -131,3 +131,17 @@ def test_unreadable_lines_are_refused(tmp_path, capsys):
 
 def test_published_results_are_sound(capsys):
     assert check_bars.main([]) == 0, capsys.readouterr().err
+
+
+def test_the_page_of_goals_is_that_of_the_records(tmp_path: Path):
+    page = tmp_path / "goals.md"
+    assert check_bars.main(["--page", str(page)]) == 0
+    published = Path(check_bars.__file__).parents[1] / "docs" / "goals.md"
+    assert published.read_text() == page.read_text(), "run `python -m benchmarks.check_bars --page docs/goals.md`"
+
+
+def test_a_narrow_miss_is_shown_with_more_digits(tmp_path: Path):
+    bar = next(b for b in check_bars.BARS if b.id == "C.calibration_minutes")
+    record = Record.measure("x", bar.unit, [10.0003], {"statistic": "median"}, script="s.py", bar=bar.id)
+    table = check_bars.goal_table([record], "C.cal")
+    assert "**missed**" in table and "| 10.0003 |" in table

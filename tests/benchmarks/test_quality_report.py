@@ -12,6 +12,7 @@ from benchmarks.quality import swept_rate
 from benchmarks.quality_compare import write_comparisons
 from benchmarks.quality_corpus import PUBLISHED
 from benchmarks.quality_grids import RATES, Cell
+from benchmarks.quality_methods import METHODS
 from benchmarks.quality_study import Protocol
 from lemo.measure.record import Record, read_records
 
@@ -115,7 +116,8 @@ def test_other_data_is_compared_by_itself_and_answers_no_bar(tmp_path: Path):
     assert gaps[0].samples["baseline"] == [2.0, 2.0], "a cell without a fingerprint is of the published data"
     assert "corpus" not in gaps[0].setting and gaps[2].setting["corpus"] == "other"
     page = quality_report.write_page(read_records(path), tmp_path / "docs").read_text()
-    assert page.count("| balanced") == 4 and "other data (other)" in page
+    tried = page.partition("## Everything that was tried")[2].partition("## Methods")[0]
+    assert tried.count("| balanced") == 4 and "other data (other)" in tried
     assert len({f.name for f in (tmp_path / "docs").glob("*.png")}) == page.count("![")
 
 
@@ -143,10 +145,16 @@ def test_retrieval_is_shown_by_task_and_by_depth(tmp_path: Path):
 def test_the_page_shows_every_method_and_its_figures(records: Path, tmp_path: Path):
     assert quality_report.main(["--records", str(records), "--out", str(tmp_path / "docs")]) == 0
     page = (tmp_path / "docs" / "quality.md").read_text()
-    line = next(x for x in page.splitlines() if x.startswith("| balanced"))
-    assert "+0.0070 ± 0.0006" in line and "|     3 |" in line
+    summary, _, tried = page.partition("## Everything that was tried")
+    for part, name in ((summary, "| **balanced**"), (tried, "| balanced")):
+        line = next(x for x in part.splitlines() if x.startswith(name))
+        assert "+0.0070 ± 0.0006" in line and "|     3 |" in line
+    assert METHODS["balanced"].about in summary and METHODS["skip_30_all_recent"].about in tried
+    assert "| skip 30 all recent" in tried and "| skip 30 all recent" not in summary
     assert "Void for bars" in page and "code (0.10" in page
     assert "## Equal FLOPs" in page and "-0.0250" in page
+    goals = {x.split("|")[1].strip(" `"): x for x in page.splitlines() if x.startswith("| `B.")}
+    assert "not measured" in goals["B.retrieval_gap"] and " met " not in goals["B.retrieval_gap"]
     figures = list((tmp_path / "docs").glob("*.png"))
     assert len(figures) == 2 and all(f.name in page for f in figures)
 
