@@ -86,11 +86,16 @@ def batch(tokens: int = 256) -> dict[str, torch.Tensor]:
 
 
 def test_the_code_of_the_first_page_works():
+    from transformers import DataCollatorWithFlattening
+
     (code,) = blocks("index.md", "python")
-    names = {"model": tiny_llama().train(), **batch()}
+    samples = [{"input_ids": batch(4096)["ids"][0].tolist()}]
+    model = tiny_llama(max_position_embeddings=4096).train()
+    names = {"model": model, "collator": DataCollatorWithFlattening(), "samples": samples}
     exec(compile(code, "index.md", "exec"), names)
-    assert names["model"].lm_head.weight.grad is not None
-    assert {round(backward, 2) for _, backward in names["handle"].ratios().values()} == {0.5}
+    assert model.lm_head.weight.grad is not None and names["handle"].sparse_batches == 1
+    # Of 64 blocks 8 carry loss over all keys and 16 over the nearest; guards may be among them.
+    assert all(24 <= 64 * backward <= 26 for _, backward in names["handle"].ratios().values())
 
 
 def test_the_code_for_trainers_works(capsys):
