@@ -128,3 +128,20 @@ def test_plans_say_what_local_rows_see(tmp_path):
     for wrong in ({}, {"context_window": 512, "local_forward": "far"}):
         with pytest.raises(ConfigError, match="local_forward"):
             Plan.uniform(2, **{"local_forward": "all"} | wrong)
+
+
+@pytest.mark.parametrize("model", [torch.nn.Linear(2, 2), True, 0, -3, None])
+def test_a_plan_needs_a_number_of_layers(model):
+    with pytest.raises(ConfigError, match="decoder layers, or their number"):
+        Plan.uniform(model)
+
+
+def test_a_field_that_plans_lack_is_named_with_those_they_have():
+    with pytest.raises(ConfigError, match=r"no field .foo.; known are block_size, .*scorer"):
+        Plan.uniform(3, foo=1)
+
+
+def test_a_plan_that_cannot_be_written_says_where(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(PlanError, match=r"file/plan: the plan cannot be written there \(Not a directory\)"):
+        Plan.uniform(3).save(tmp_path / "file" / "plan")

@@ -233,3 +233,12 @@ def test_segments_are_chosen_by_their_bytes(monkeypatch):
     monkeypatch.setattr(op, "SEGMENT_BYTES", 4 * 7 * (4 + 4))
     linear_ce(*_inputs())
     assert seen == [4, 4, 1]
+
+
+def test_a_second_derivative_is_refused():
+    """Gradients are saved outputs: differentiating them would leave out all but the incoming gradient."""
+    hidden, weight = torch.randn(6, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
+    labels = torch.randint(0, 11, (6,))
+    with pytest.raises(RuntimeError, match=r"linear_ce has no second derivative.*create_graph=True"):
+        torch.autograd.grad(linear_ce(hidden, weight, labels), (hidden, weight), create_graph=True)
+    assert all(g.any() for g in torch.autograd.grad(linear_ce(hidden, weight, labels), (hidden, weight)))

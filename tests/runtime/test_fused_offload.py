@@ -239,7 +239,7 @@ def test_nothing_is_copied_without_gradient():
     ) as handle:
         with torch.no_grad():
             model(**inputs)
-        assert handle.sparse_batches == 1 and not handle._fused._host.lanes
+        assert handle.sparse_evaluations == 1 and not handle._fused._host.lanes
 
 
 def test_backward_after_detach():

@@ -46,6 +46,9 @@ class Layout:
         local_K: supervised blocks whose supervised rows all attend locally; None where there is no such block.
         twin: the same with its per-row tensors on the CPU, where the batch is on another device.
         ids_BT: (B, T) token ids, on whatever device they came; None where the batch has none.
+        hidden_row_S: (S,) int64 ascending flat rows of padding that are marked as carrying loss, on the CPU; None
+            without one.
+        unseen_borders: documents meet where the model's own attention sees no border.
     """
 
     batch: int
@@ -65,6 +68,8 @@ class Layout:
     local_K: Tensor | None = None
     twin: Layout | None = field(default=None, repr=False)
     ids_BT: Tensor | None = field(default=None, repr=False)
+    hidden_row_S: Tensor | None = None
+    unseen_borders: bool = False
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """What `make` returns, made once per batch: every layer asks for the same host-side arithmetic and copies."""
@@ -149,7 +154,8 @@ class Layout:
         document_of_row, position_of_row, block_of_row = of_row
         # Sent before the host waits for the batch's own flags.
         on_device = of_row if device.type == "cpu" else send_all(of_row, device)
-        supervised, supervised_row, local = _supervised(supervised_BT, local_BT, block_of_row, len(block_document))
+        found = _supervised(supervised_BT, local_BT, block_of_row, len(block_document))
+        supervised, supervised_row, hidden_row, local = found
         guards = torch.zeros_like(supervised)
         guards[first_block_D] = guards[first_block_D + blocks_D - 1] = True
         host = cls(
@@ -168,6 +174,7 @@ class Layout:
             block_of_row_N=block_of_row,
             supervised_row_S=supervised_row,
             local_K=local,
+            hidden_row_S=hidden_row,
         )
         return host if device.type == "cpu" else replace(host, **dict(zip(_OF_ROW, on_device, strict=True)), twin=host)
 
@@ -192,21 +199,24 @@ def _of_rows(
 
 def _supervised(
     supervised_BT: Tensor | None, local_BT: Tensor | None, block_of_row: Tensor, blocks: int
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(K,) supervised blocks, (S,) supervised rows, and (K,) local blocks or None, on the CPU."""
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """(K,) supervised blocks, supervised rows, padding marked so or None, and (K,) local blocks or None, on the CPU."""
     supervised = torch.zeros(blocks, dtype=torch.bool)
     if supervised_BT is None:
-        return supervised, torch.zeros(0, dtype=torch.int64), None
+        return supervised, torch.zeros(0, dtype=torch.int64), None, None
     flags = [supervised_BT.detach().bool()]
     if local_BT is not None:
         flags.append(local_BT.detach().to(flags[0].device).bool())
     # Both in one copy: the host waits for the device once.
     flags_N = torch.stack(flags).to("cpu").flatten(1)
-    supervised_row = (flags_N[0] & (block_of_row >= 0)).nonzero().squeeze(-1)
+    marked_row = flags_N[0].nonzero().squeeze(-1)
+    real = block_of_row[marked_row] >= 0
+    supervised_row, hidden_row = marked_row[real], marked_row[~real]
+    hidden = hidden_row if len(hidden_row) else None
     block = block_of_row[supervised_row]
     supervised[block] = True
     if local_BT is None:
-        return supervised, supervised_row, None
+        return supervised, supervised_row, hidden, None
     local = supervised.clone()
     local[block[~flags_N[1, supervised_row]]] = False
-    return supervised, supervised_row, local if local.any() else None
+    return supervised, supervised_row, hidden, local if local.any() else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -154,9 +155,10 @@ class Plan:
             **choices: further fields of Plan; `scorer` is `random` unless given.
 
         Raises:
-            ConfigError: ratios outside 0 < backward <= forward <= 1, or a dense layer that does not exist.
+            ConfigError: ratios outside 0 < backward <= forward <= 1, a dense layer or a field that does not exist, or
+                a model that does not say how many decoder layers it has.
         """
-        count = model if isinstance(model, int) else model.config.get_text_config().num_hidden_layers
+        count = _count_layers(model)
         for index in dense_layers:
             if not -count <= index < count:
                 raise ConfigError(f"dense_layers names layer {index}, but the model has {count} layers")
@@ -164,6 +166,9 @@ class Plan:
         sparse = LayerPlan(forward_ratio, backward_ratio)
         layers = tuple(LayerPlan() if i in dense else sparse for i in range(count))
         fields: dict[str, Any] = {"scorer": "random"} | choices
+        known = [each.name for each in dataclasses.fields(cls) if each.name != "layers"]
+        if unknown := [name for name in fields if name not in known]:
+            raise ConfigError(f"Plan has no field {unknown[0]!r}; known are {', '.join(known)}")
         return cls(layers, **fields)
 
     def replace_layer(self, index: int, **changes: Any) -> Plan:
@@ -178,19 +183,28 @@ class Plan:
         return any(x.forward_ratio < 1 and x.bypass is None for x in self.layers)
 
     def save(self, folder: str | Path) -> None:
-        """Writes plan.json and plan.safetensors into `folder`, which is created."""
+        """Writes plan.json and plan.safetensors into `folder`, which is created.
+
+        Raises:
+            PlanError: it cannot be written there.
+        """
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         tensors: dict[str, Tensor] = {}
         layers = [_pack_layer(layer, f"layers.{i}", tensors) for i, layer in enumerate(self.layers)]
         fields = {name: getattr(self, name) for name in _FIELDS}
         text = json.dumps(
             {"format": FORMAT, **fields, "layers": layers, "provenance": dict(self.provenance)}, indent=1, default=str
         )
-        save_file(tensors, folder / _TENSORS)
-        (folder / _JSON).write_text(text + "\n", encoding="utf-8")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, folder / _TENSORS)
+            (folder / _JSON).write_text(text + "\n", encoding="utf-8")
+        except (OSError, SafetensorError) as error:
+            reason = (getattr(error, "strerror", None) or str(error)).splitlines()[0]
+            raise PlanError(f"{folder}: the plan cannot be written there ({reason})") from error
 
     @classmethod
     def load(cls, folder: str | Path) -> Plan:
@@ -218,6 +232,19 @@ class Plan:
         except KeyError as error:
             raise PlanError(f"{folder} cannot be read as a plan: {error} is missing") from error
         return cls(layers, **fields, provenance=read["provenance"])
+
+
+def _count_layers(model: Any) -> int:
+    """Decoder layers of a Transformers model; the number itself where that is given."""
+    count = model
+    if not isinstance(model, int):
+        settings = getattr(model, "config", None)
+        text = settings.get_text_config() if hasattr(settings, "get_text_config") else None
+        count = getattr(text, "num_hidden_layers", None)
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        given = repr(model) if isinstance(model, int) else type(model).__name__
+        raise ConfigError(f"a plan needs a Transformers model with decoder layers, or their number, got {given}")
+    return count
 
 
 def check_context_window(window: int | None, block_size: int) -> None:

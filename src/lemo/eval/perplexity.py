@@ -172,19 +172,20 @@ def _part_of(mask_BT: Tensor, batch: Mapping[str, Any], part: Mapping[str, Any] 
 
 def _uncounted(batches: Iterable[Mapping[str, Any]], handle: Handle, sparse: bool) -> Iterator[Mapping[str, Any]]:
     """The batches, while the handle counts forwards from 0; its counts and selections of training come back after."""
-    before = (handle.sparse_batches, handle.dense_batches, handle.selections, handle._real_rows)
-    handle.sparse_batches, seen = 0, 0
+    before = (handle.sparse_evaluations, handle.dense_batches, handle.selections, handle._real_rows)
+    handle.sparse_evaluations, seen = 0, 0
     try:
         for batch in batches:
             seen += 1
             yield batch
-        if sparse and seen and handle.sparse_batches == 0 and not all(layer.is_dense for layer in handle.plan.layers):
+        dense = all(layer.is_dense for layer in handle.plan.layers)
+        if sparse and seen and handle.sparse_evaluations == 0 and not dense:
             raise ConfigError(
                 "the sparse evaluation had nothing to skip: nearly every row carries a label. Mask labels as training "
                 "does, with LossRows or answers only"
             )
     finally:
-        handle.sparse_batches, handle.dense_batches, handle.selections, handle._real_rows = before
+        handle.sparse_evaluations, handle.dense_batches, handle.selections, handle._real_rows = before
 
 
 @torch.no_grad()

@@ -111,6 +111,16 @@ def parse_lengths(text: str, context_tokens: int | None) -> list[int]:
     return lengths
 
 
+def check_prompts(tasks: Mapping[str, int], depths: int) -> None:
+    """Raises ConfigError unless every task has a prompt for each depth."""
+    for task, count in tasks.items():
+        if count < depths:
+            raise ConfigError(
+                f"{task}: {count} prompts are fewer than the {depths} depths; ask for more prompts, or for fewer "
+                "depths (--bins)"
+            )
+
+
 def evaluate_retrieval(
     model: Any,
     tokenizer: Any,
@@ -138,10 +148,9 @@ def evaluate_retrieval(
     Raises:
         ConfigError: fewer prompts than depths, or lengths without room for a haystack.
     """
+    check_prompts(tasks, depths)
     cells = []
     for task, count in tasks.items():
-        if count < depths:
-            raise ConfigError(f"{task}: {count} prompts are fewer than the {depths} depths")
         for length in lengths:
             if progress is not None:
                 progress(task, length)

@@ -12,14 +12,24 @@ from torch import Tensor, nn
 
 from lemo.core.plan import Plan
 from lemo.core.selection import Selection
-from lemo.errors import ConfigError, LabelsError, UnsupportedModelError
+from lemo.errors import ConfigError, UnsupportedModelError
 from lemo.runtime.attention import NAME, register_mask
 from lemo.runtime.batch import LOCAL_ROWS, BatchContext, RunDense, document_keys, read_layout
+from lemo.runtime.calls import (
+    Draws,
+    Turn,
+    check_capturing,
+    check_supervised,
+    drop_hidden_labels,
+    held_layers,
+    is_labelled,
+    said_of_dense,
+)
 from lemo.runtime.context import check_local_rows
 from lemo.runtime.fused.attachment import Engine, FusedEngine
 from lemo.runtime.fused.call import Recompute
 from lemo.runtime.fused.offload import Offload
-from lemo.runtime.head import LemoModel, forward_parameters, model_class, segmented_forward, why_not_segmented
+from lemo.runtime.head import LemoModel, model_class, own_parameters, segmented_forward, why_not_segmented
 from lemo.runtime.layer import LayerState, install, removable, remove
 from lemo.runtime.model import (
     causal_model,
@@ -41,7 +51,8 @@ class Handle:
     Attributes:
         plan: the plan in force.
         selections: per layer, the Selection of the last sparse forward.
-        sparse_batches: forwards that ran under selection.
+        sparse_batches: training forwards that ran under selection.
+        sparse_evaluations: evaluation forwards that did.
         dense_batches: training forwards that had to run, or gained nothing by not running, densely.
         notes: what lemo did that the user did not ask for, each said once.
         in_place: write rows into the residual stream itself; false copies it once a layer, with equal results.
@@ -51,7 +62,7 @@ class Handle:
         """Use `attach`."""
         self.model, self.plan = causal_model(model), plan
         self.selections: dict[int, Selection] = {}
-        self.sparse_batches = self.dense_batches = 0
+        self.sparse_batches = self.dense_batches = self.sparse_evaluations = 0
         self.notes: list[str] = []
         self.context: BatchContext | None = None
         self.tap: Callable | None = None
@@ -60,7 +71,7 @@ class Handle:
         self._supervised: Tensor | None = None
         self._loss_only = False
         self._real_rows = 0
-        self._attached = self._running_forward = False
+        self._attached, self._turn, self._draws = False, Turn(), Draws()
         self._fused = FusedEngine(self, options["engine"], options["recompute"], options["offload"])
 
     def __enter__(self) -> Handle:
@@ -84,6 +95,8 @@ class Handle:
     @contextmanager
     def supervised(self, mask_BT: Tensor) -> Iterator[None]:
         """States which rows carry loss, for training forwards without labels (label smoothing, custom losses).
+
+        Rows that carry loss by labels that a call has nevertheless are kept too.
 
         Args:
             mask_BT: (B, T) bool; row t is supervised when what it predicts, token t+1, counts in the loss.
@@ -121,7 +134,7 @@ class Handle:
         return self._fused.layers()
 
     def ratios(self) -> dict[int, tuple[float, float]]:
-        """Share of real rows per layer in the last sparse forward: {layer: (forward, backward)}.
+        """Share of real rows per layer in the last sparse forward: {layer: (forward, backward)}; 0 without any.
 
         Under the `threshold` policy this asks the device for the counts.
         """
@@ -129,7 +142,7 @@ class Handle:
         for index, selection in self.selections.items():
             sets = (selection.forward, selection.backward)
             counts = [self._real_rows if s is None else int(s.count) for s in sets]
-            found[index] = (counts[0] / self._real_rows, counts[1] / self._real_rows)
+            found[index] = (counts[0] / max(self._real_rows, 1), counts[1] / max(self._real_rows, 1))
         return found
 
     def detach(self) -> None:
@@ -173,17 +186,21 @@ class Handle:
             kwargs: keywords.
         """
         # A peer may have kept the forward that it found while lemo was attached, and call it inside its own or later.
-        if self._running_forward or not self._attached:
+        if self._turn.is_own or not self._attached:
             return inner(*args, **kwargs)
-        names = forward_parameters(_original_class(self.model))
+        with self._turn.taken():
+            return self._run_model(inner, own, args, kwargs)
+
+    def _run_model(self, inner: Callable, own: bool, args: tuple, kwargs: dict[str, Any]) -> Any:
+        names = own_parameters(self.model)
         arguments = dict(zip(names, args, strict=False)) | kwargs
         training = self.model.training and torch.is_grad_enabled()
-        labelled = arguments.get("labels") is not None or arguments.get("shift_labels") is not None
+        labelled = is_labelled(arguments)
         local_BT = arguments.pop(LOCAL_ROWS, None)
         context = self._open(arguments, training, torch.compiler.is_compiling(), local_BT)
         if (training or context is not None) and arguments.get("use_cache") is None and "use_cache" in names:
             arguments["use_cache"] = False
-        segmented = labelled and own and self._segmented(training)
+        segmented = labelled and own and self._segmented(training, arguments)
         if arguments.get("loss_weights") is not None and not segmented:
             raise ConfigError("loss_weights need the segmented loss, which does not run here; see the handle's notes")
         with self._running(context):
@@ -196,11 +213,11 @@ class Handle:
             self._close(context)
         return output
 
-    def _segmented(self, training: bool) -> bool:
+    def _segmented(self, training: bool, arguments: dict[str, Any]) -> bool:
         wanted = self._options["loss"] == "segmented" and not self._options["logits"]
         if not wanted or not (training or self._loss_only):
             return False
-        reason = why_not_segmented(self.model)
+        reason = why_not_segmented(self.model, arguments)
         if reason is not None:
             self.note(f"the model's own loss runs instead of the segmented one: {reason}")
         return reason is None
@@ -215,24 +232,15 @@ class Handle:
             check_local_rows(self.plan)
         dense = all(x.is_dense for x in self.plan.layers) and self._options["engine"] != "fused"
         if not (training or sparse_eval) or dense:
-            skips = any(x.forward_ratio < 1 for x in self.plan.layers) or self.plan.context_window is not None
-            if self.model.training and not training and skips:
-                self.note(
-                    "a forward without gradients ran densely, while training forwards skip rows or keys; where a loss "
-                    "compares the two, as DPO does with its reference, use a plan with forward_ratio 1 and without "
-                    "context_window"
-                )
+            for text in said_of_dense(self.model, self.plan, is_labelled(arguments)):
+                self.note(text)
             return None
         if training:
             check_not_wrapped(decoder_layers(self.model))
         try:
-            self._check_capturing(arguments, sparse_eval)
-            labelled = any(arguments.get(k) is not None for k in ("labels", "shift_labels"))
-            if training and not labelled and self._supervised is None:
-                raise LabelsError(
-                    "a training forward reached the model without labels, so lemo cannot tell which rows carry loss "
-                    "and must not be skipped; pass labels, or run it inside `with handle.supervised(mask):`"
-                )
+            check_capturing(self.model.config, arguments, self.check_generation if sparse_eval else None)
+            if training:
+                check_supervised(arguments, self._supervised)
             fused = self.fused_layers()
             if training and any(x.is_exact for x in self.plan.layers):
                 check_no_dropout(self.model, fused)
@@ -247,12 +255,20 @@ class Handle:
                 "torch.compile of the whole model leaves its layers uncompiled where rows are selected; compile the "
                 "layers one by one instead (layer.compile())"
             )
-        draws = self.plan.scorer == "random" or self.plan.far_share < 1
+        for text in drop_hidden_labels(arguments, layout):
+            self.note(text)
+        draws, step, repeats = self.plan.scorer == "random" or self.plan.far_share < 1, self.sparse_evaluations, False
+        if training:
+            matters = draws or self.plan.mlp == "own"
+            step, repeats = self._draws.number(arguments, self.sparse_batches, matters)
         return BatchContext(
             self.plan,
             layout,
-            step=self.sparse_batches,
+            step=step,
+            trains=training,
+            repeats=repeats,
             in_place=self.in_place,
+            held=held_layers(self.model, decoder_layers(self.model), arguments),
             maskless=self._wants_no_mask(layout),
             document_keys_D=document_keys(layout) if draws else None,
             fused=fused,
@@ -260,16 +276,6 @@ class Handle:
             offload=self._fused.offload(),
             adapters=self._fused.factors(fused),
         )
-
-    def _check_capturing(self, arguments: dict[str, Any], sparse_eval: bool) -> None:
-        config = self.model.config
-        for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
-            if arguments.get(name) or (arguments.get(name) is None and getattr(config, name, False)):
-                raise RunDense(f"{name} asks for every row of every layer")
-        if arguments.get("use_cache") or arguments.get("past_key_values") is not None:
-            if sparse_eval:
-                self.check_generation()
-            raise RunDense("the call uses a key/value cache")
 
     def _wants_no_mask(self, layout: Any) -> bool:
         """Whether the model's own (T, T) mask must be avoided, so that every layer runs by rows."""
@@ -283,26 +289,30 @@ class Handle:
         config = self.model.config.get_text_config()
         implementation = config._attn_implementation
         maskless = context is not None and context.maskless
-        self.context, self._running_forward = context, True
+        self.context = context
         try:
             if maskless:
                 register_mask()
                 config._attn_implementation_internal = NAME
             yield
         finally:
-            self.context, self._running_forward = None, False
+            self.context = None
             if maskless:
                 config._attn_implementation_internal = implementation
 
     def _close(self, context: BatchContext) -> None:
         self.selections, self._real_rows = context.selections, context.layout.real_rows
+        if context.repeats:
+            return
         if all(x.is_dense for x in self.plan.layers):
             self.dense_batches += 1
         elif all(s.is_dense for s in context.selections.values()):
             self.dense_batches += 1
             self.note("a batch had nothing to skip (short, or mostly supervised) and ran densely")
-        else:
+        elif context.trains:
             self.sparse_batches += 1
+        else:
+            self.sparse_evaluations += 1
 
 
 def attach(
@@ -384,9 +394,3 @@ def attach(
         handle.detach()
         raise
     return handle
-
-
-def _original_class(model: Any) -> type:
-    """The model's class below what `attach` put on top."""
-    mro = type(model).__mro__
-    return mro[mro.index(LemoModel) + 1]

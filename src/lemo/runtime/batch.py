@@ -39,8 +39,11 @@ class BatchContext:
         plan: ratios, predictors and bypass of every layer.
         layout: documents and blocks of the batch.
         step: number of sparse forwards so far, for the `random` scorer.
+        trains: whether it is a training forward.
+        repeats: whether backward repeats an earlier forward, for a checkpoint around the model.
         in_place: whether rows are written into the residual stream itself.
-        maskless: whether the model was kept from building its own attention masks, so that every layer runs by rows.
+        held: layers that copy the stream nevertheless, because somebody else may hold it as it comes.
+        maskless: whether the model was kept from building its own attention masks.
         document_keys_D: (D,) what tells documents apart for the `random` scorer.
         fused: layers that the fused engine runs.
         recompute: what it computes again in backward.
@@ -55,7 +58,10 @@ class BatchContext:
     plan: Plan
     layout: Layout
     step: int = 0
+    trains: bool = True
+    repeats: bool = False
     in_place: bool = True
+    held: frozenset[int] = frozenset()
     maskless: bool = False
     document_keys_D: Tensor | None = None
     fused: frozenset[int] = frozenset()
@@ -67,6 +73,15 @@ class BatchContext:
     selections: dict[int, Selection] = field(default_factory=dict)
     mlp_selections: dict[int, RowSet] = field(default_factory=dict)
     _made: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether every layer runs by rows: the model's own attention has no mask, or not the documents' borders."""
+        return self.maskless or self.layout.unseen_borders
+
+    def writes_into(self, index: int) -> bool:
+        """Whether layer `index` may write into the stream that it gets."""
+        return self.in_place and index not in self.held
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """What `make` returns, made once per batch and plan. A selection in the key counts as the object that it is."""
@@ -161,7 +176,7 @@ def read_layout(
     Args:
         inputs: keywords of the model's forward: input_ids or inputs_embeds, attention_mask, position_ids, seq_idx,
             cu_seq_lens_q, labels, shift_labels.
-        supervised_BT: (B, T) rows that carry loss, when labels do not say.
+        supervised_BT: (B, T) rows that carry loss, beside those that labels name.
         block_size: C.
         local_BT: (B, T) bool, rows that carry loss and attend locally; None for none.
 
@@ -174,15 +189,18 @@ def read_layout(
     if source is None:
         raise RunDense("the call has neither input_ids nor inputs_embeds")
     batch, tokens = source.shape[:2]
+    labelled_BT = supervised_rows(inputs)
     if supervised_BT is None:
-        supervised_BT = supervised_rows(inputs)
+        supervised_BT = labelled_BT
+    elif labelled_BT is not None:
+        supervised_BT = supervised_BT.to(labelled_BT.device) | labelled_BT
     # Documents may be read from the device: what it is to compute has been sent by then.
-    document_BT = _documents(inputs, batch, tokens)
+    document_BT, unseen = _documents(inputs, batch, tokens)
     if local_BT is not None and tuple(local_BT.shape) != (batch, tokens):
         raise ConfigError(f"{LOCAL_ROWS} must be ({batch}, {tokens}) as the tokens are, got {tuple(local_BT.shape)}")
     sizes = {"block_size": block_size, "device": source.device}
     layout = Layout.build(document_BT, supervised_BT, local_BT=local_BT, **sizes)
-    return replace(layout, ids_BT=inputs.get("input_ids"))
+    return replace(layout, ids_BT=inputs.get("input_ids"), unseen_borders=unseen)
 
 
 def supervised_rows(inputs: Mapping[str, Any]) -> Tensor | None:
@@ -197,25 +215,37 @@ def supervised_rows(inputs: Mapping[str, Any]) -> Tensor | None:
     return supervised_BT
 
 
-def _documents(inputs: Mapping[str, Any], batch: int, tokens: int) -> Tensor:
+def _documents(inputs: Mapping[str, Any], batch: int, tokens: int) -> tuple[Tensor, bool]:
+    """(B, T) documents on the CPU, -1 for padding; and whether the model's own attention misses their borders."""
     mask, position_ids = inputs.get("attention_mask"), inputs.get("position_ids")
+    if position_ids is not None and (mask is not None or position_ids.dim() != 2):
+        position_ids = None  # dense attention finds no documents in it then
     seq_idx, cumulative = inputs.get("seq_idx"), inputs.get("cu_seq_lens_q")
-    if seq_idx is not None:
-        document_BT = seq_idx.detach().cpu().to(torch.int64).expand(batch, tokens).clone()
-    elif cumulative is not None:
-        ends = cumulative.detach().cpu().to(torch.int64)[1:]
-        document_BT = torch.searchsorted(ends, torch.arange(batch * tokens), right=True).view(batch, tokens)
-    elif position_ids is not None and mask is None and position_ids.dim() == 2:
-        ids_BT = position_ids.detach().cpu().expand(batch, tokens)
-        document_BT = torch.zeros(batch, tokens, dtype=torch.int64)
-        document_BT[:, 1:] = (ids_BT[:, 1:] != ids_BT[:, :-1] + 1).cumsum(1)
+    unseen = False
+    if seq_idx is not None or cumulative is not None:
+        if seq_idx is not None:
+            document_BT = seq_idx.detach().cpu().to(torch.int64).expand(batch, tokens).clone()
+        else:
+            ends = cumulative.detach().cpu().to(torch.int64)[1:]
+            document_BT = torch.searchsorted(ends, torch.arange(batch * tokens), right=True).view(batch, tokens)
+        borders_BT = document_BT[:, 1:] != document_BT[:, :-1]
+        if borders_BT.any():
+            unseen = position_ids is None or not torch.equal(borders_BT, _restarts(position_ids, batch, tokens))
     else:
         document_BT = torch.zeros(batch, tokens, dtype=torch.int64)
+        if position_ids is not None:
+            document_BT[:, 1:] = _restarts(position_ids, batch, tokens).cumsum(1)
     if mask is None:
-        return document_BT
+        return document_BT, unseen
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         raise RunDense("the attention mask is not one (B, T) tensor, so documents and padding cannot be read from it")
     seen_BT = mask.detach().cpu().bool()
     if ((seen_BT[:, 1:] != seen_BT[:, :-1]).sum(1) + seen_BT[:, 0] > 2).any():
         raise RunDense("the attention mask hides rows inside a sequence; only padding at its ends is supported")
-    return document_BT.masked_fill(~seen_BT, -1)
+    return document_BT.masked_fill(~seen_BT, -1), unseen
+
+
+def _restarts(position_ids: Tensor, batch: int, tokens: int) -> Tensor:
+    """(B, T - 1) bool on the CPU: positions that do not follow on the one before."""
+    ids_BT = position_ids.detach().cpu().expand(batch, tokens)
+    return ids_BT[:, 1:] != ids_BT[:, :-1] + 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from types import MethodType
 from typing import Any
@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lemo.families import head_transform
 from lemo.ops import linear_ce, linear_ce_module
+from lemo.runtime.calls import check_not_replica
 from lemo.runtime.fused.final import Deferred, final_rows
 from lemo.runtime.model import in_force
 from lemo.runtime.rows import without_class
@@ -44,6 +45,7 @@ class ForwardSlot:
 
         @functools.wraps(inner)
         def forward(*args: Any, **kwargs: Any) -> Any:
+            check_not_replica(model)
             return handle.run_model(inner, replaced is None, args, kwargs)
 
         return forward
@@ -82,6 +84,12 @@ def model_class(base: type) -> type:
     return type(base.__name__, (LemoModel, base), body | {"forward": ForwardSlot(base)})
 
 
+def own_parameters(model: Any) -> tuple[str, ...]:
+    """`forward_parameters` of an attached model's class below what `attach` put on top."""
+    mro = type(model).__mro__
+    return forward_parameters(mro[mro.index(LemoModel) + 1])
+
+
 @cache
 def forward_parameters(base: type) -> tuple[str, ...]:
     """Names of the model's forward parameters after self, in order; `use_cache` too where it goes through keywords."""
@@ -89,11 +97,14 @@ def forward_parameters(base: type) -> tuple[str, ...]:
     return (*names, "use_cache") if "kwargs" in names and "use_cache" not in names else names
 
 
-def why_not_segmented(model: Any) -> str | None:
-    """Why the model's own loss must run; None when a segmented loss can stand for it."""
-    text = model.config.get_text_config()
-    if getattr(text, "output_router_logits", False):
-        return "config.output_router_logits adds a loss of the routers"
+def why_not_segmented(model: Any, arguments: Mapping[str, Any]) -> str | None:
+    """Why the model's own loss must run in a call with these keywords; None when a segmented one can stand for it."""
+    routers = arguments.get("output_router_logits")
+    if routers if routers is not None else getattr(model.config.get_text_config(), "output_router_logits", False):
+        return "output_router_logits adds a loss of the routers"
+    reason = _why_other_loss(model)
+    if reason is not None:
+        return reason
     head = model.get_output_embeddings()
     if head is None:
         return "the model names no output embedding"
@@ -103,6 +114,18 @@ def why_not_segmented(model: Any) -> str | None:
         # Inside the root's forward its own weights are whole. Ranks have different numbers of segments, and each call
         # of the head would gather its weight.
         return "the LM head is sharded by itself; leave it to the root to have its loss in segments"
+    return None
+
+
+def _why_other_loss(model: Any) -> str | None:
+    """Why the model's loss is not the plain one of next tokens, as far as its attributes tell."""
+    from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+
+    if getattr(model, "_loss_function", ForCausalLMLoss) is not ForCausalLMLoss:
+        return "model.loss_function was set to another loss"
+    kind = getattr(model, "loss_type", None)
+    if LOSS_MAPPING.get(kind, ForCausalLMLoss) is not ForCausalLMLoss:
+        return f"its loss_type is {kind!r}"
     return None
 
 
@@ -118,15 +141,17 @@ def segmented_forward(model: Any, arguments: dict[str, Any], segment_rows: int, 
 
     Returns:
         CausalLMOutputWithPast with `loss` (sum / num_items_in_batch, else the mean), `logits=None`, and whatever else
-        the decoder was asked for.
+        the decoder was asked for; the tuple of it where `return_dict` is false.
     """
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
     arguments = dict(arguments)
     labels, shift_labels = arguments.pop("labels", None), arguments.pop("shift_labels", None)
     num_items, weights = arguments.pop("num_items_in_batch", None), arguments.pop("loss_weights", None)
-    for name in ("logits_to_keep", "return_dict"):
-        arguments.pop(name, None)
+    arguments.pop("logits_to_keep", None)
+    returns, asked = getattr(model.config, "return_dict", True), arguments.pop("return_dict", None)
+    if not returns:
+        arguments["return_dict"] = True
     decoded = model.base_model(**arguments)
     hidden_BTM = decoded.last_hidden_state
     if shift_labels is None:
@@ -140,7 +165,8 @@ def segmented_forward(model: Any, arguments: dict[str, Any], segment_rows: int, 
     labelled = final is not None and final.labelled
     loss = head_loss(model, hidden_BTM, shift_labels, num_items, segment_rows, weights, labelled)
     kept = {name: getattr(decoded, name, None) for name in ("past_key_values", "hidden_states", "attentions")}
-    return CausalLMOutputWithPast(loss=loss, logits=None, **kept)
+    output = CausalLMOutputWithPast(loss=loss, logits=None, **kept)
+    return output if (returns if asked is None else asked) else output.to_tuple()
 
 
 def head_loss(

@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from lemo.errors import UnsupportedModelError
 from lemo.families.family import LayerNames
 from lemo.runtime.attention import AttentionConfig, CapturedKeys, attention_module, register
+from lemo.runtime.fused.hooks import why_replaced
 from lemo.runtime.fused.layer import run_fused
 from lemo.runtime.fused.parts import LayerParts, LayerReader, why_no_reader
 from lemo.runtime.fused.watch import Watch
@@ -53,10 +55,17 @@ class SkippingLayer:
 
     def forward(self, hidden_states: Tensor, *args: Any, lemo_call: LayerCall | None = None, **kwargs: Any) -> Any:
         """The layer's own forward, with `lemo_call` in force for its attention and MLP."""
-        inner = super().forward
+        state = self.__dict__.get("_lemo_layer")
+        if lemo_call is not None and state is None:
+            raise UnsupportedModelError(
+                "backward reached a layer's checkpoint after the plan was detached, and cannot repeat the layer "
+                "without it; call backward before handle.detach(), inside the `with` block"
+            )
+        # Who kept this forward while lemo was attached may call it after.
+        inner = super().forward if isinstance(self, SkippingLayer) else MethodType(type(self).forward, self)
         if lemo_call is None:
             return inner(hidden_states, *args, **kwargs)
-        state = self.__dict__["_lemo_layer"]
+        state.reached = True
         if lemo_call.fused is not None:
             parts = lemo_call.fused.adapters.bind(state.read_parts(self), state.index)
             return run_fused(hidden_states, parts, lemo_call.fused)
@@ -129,6 +138,7 @@ class LayerState:
     mlp: tuple[str, ...] = ()
     names: LayerNames | None = None
     config: Any = None
+    reached: bool = False
     _reader: LayerReader | None = None
 
     def mlp_modules(self, layer: nn.Module) -> tuple[nn.Module, nn.Module]:
@@ -166,8 +176,16 @@ def install(layer: nn.Module, state: LayerState) -> None:
     """Makes a decoder layer skip rows while a batch runs under its handle.
 
     Raises:
-        UnsupportedModelError: the layer has no softmax attention that goes through Transformers' interface.
+        UnsupportedModelError: the layer has no softmax attention that goes through Transformers' interface, or its
+            forward was replaced.
     """
+    _drop_own_forward(layer)
+    if "forward" in layer.__dict__:
+        raise UnsupportedModelError(
+            f"layer {state.index} ({type(layer).__name__}) has {why_replaced(layer) or 'a replaced forward'}, which "
+            "would run without lemo; accelerate does that for a device_map: load the model on one device, or take the "
+            "hook off (accelerate.hooks.remove_hook_from_module) before attach"
+        )
     reason = why_dense(layer, state.index, state.config)
     if reason is not None:
         raise UnsupportedModelError(
@@ -191,4 +209,12 @@ def remove(layer: nn.Module) -> None:
     if attention is not None and isinstance(attention.config, AttentionConfig):
         attention.config = attention.config.__dict__["base"]
     layer.__dict__.pop("_lemo_layer", None)
+    _drop_own_forward(layer)
     layer.__class__ = type(layer).__mro__[2]
+
+
+def _drop_own_forward(layer: nn.Module) -> None:
+    """Takes off what hooks of accelerate leave behind when they go: the class's own forward, on the instance."""
+    forward = layer.__dict__.get("forward")
+    if isinstance(forward, MethodType) and forward.__func__ is type(layer).forward:
+        del layer.__dict__["forward"]

@@ -41,8 +41,9 @@ def check_layers(handle: Any) -> None:
     tokens = _BLOCK * _BLOCKS
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.config.get_text_config().vocab_size, (1, tokens), generator=generator)
-    training = model.training
+    training, returns = model.training, model.config.return_dict
     model.eval()
+    model.config.return_dict = True  # Transformers' own forwards fail on tuples in some releases
     attached, model.__dict__["_lemo_handle"] = model.__dict__.get("_lemo_handle"), None
     devices = [parameters[0].device] if parameters[0].is_cuda else []
     try:
@@ -57,6 +58,7 @@ def check_layers(handle: Any) -> None:
     finally:
         model.__dict__["_lemo_handle"] = attached
         model.train(training)
+        model.config.return_dict = returns
 
 
 def _open_stream(model: Any, ids_BT: Tensor) -> LayerStream:
@@ -81,9 +83,10 @@ def _check_head(handle: Any, ids_BT: Tensor) -> None:
     """Leaves the loss to a model that does more between its decoder and its loss than a linear head."""
     model, options = handle.model, handle._options
     own_forward = "forward" not in model.__dict__
-    if options["loss"] != "segmented" or options["logits"] or not own_forward or why_not_segmented(model) is not None:
-        return
     inputs = {"input_ids": ids_BT, "labels": ids_BT, "use_cache": False}
+    segments = options["loss"] == "segmented" and not options["logits"] and own_forward
+    if not segments or why_not_segmented(model, inputs) is not None:
+        return
     own, segmented = model(**inputs).loss, segmented_forward(model, inputs, options["segment_rows"]).loss
     error = float((own.float() - segmented.float()).abs() / own.float().abs().clamp_min(1e-30))
     if not error <= _TOLERANCE[model.get_input_embeddings().weight.dtype]:

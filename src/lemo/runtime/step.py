@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -53,9 +53,26 @@ class _Step:
 
     def call_rows(self, rows: RowSet, call: LayerCall) -> Tensor:
         """The layer on packed rows: (capacity, M)."""
-        kwargs = self.gathered(rows.rows_N)
-        output = self.dense_call(gather_rows(self.x_NM, rows.rows_N).unsqueeze(0), **kwargs, **{CALL: call})
-        return hidden_of(output).squeeze(0)
+        hidden = gather_rows(self.x_NM, rows.rows_N).unsqueeze(0)
+        return self.call(hidden, self.gathered(rows.rows_N), call).squeeze(0)
+
+    def call(self, hidden: Tensor, kwargs: Mapping[str, Any], call: LayerCall) -> Tensor:
+        """The layer under `call`.
+
+        Raises:
+            UnsupportedModelError: its forward was replaced, so that `call` never reached lemo's.
+        """
+        layer = self.dense_call.__self__
+        state = layer.__dict__["_lemo_layer"]
+        state.reached = False
+        output = self.dense_call(hidden, **kwargs, **{CALL: call})
+        if not state.reached:
+            raise UnsupportedModelError(
+                f"layer {self.index} ({type(layer).__name__}) ran without its rows: its forward was replaced after "
+                "attach by one that does not call the layer's own; put that forward in place before attach, on the "
+                "class, or leave it out"
+            )
+        return hidden_of(output)
 
     def gathered(self, rows_N: Tensor) -> dict[str, Any]:
         return gather_keywords(self.kwargs, rows_N, *self.x_BTM.shape[:2])
@@ -80,7 +97,7 @@ def run_layer(dense_call: Callable, x_BTM: Tensor, kwargs: dict[str, Any], conte
     if index in context.fused:
         return _fused(step, selection)
     if selection.is_dense:
-        if not context.maskless:
+        if not context.by_rows:
             return dense_call(x_BTM, **kwargs)
         everything = all_rows(context.layout)
         selection = Selection(everything, everything)
@@ -99,7 +116,7 @@ def _fused(step: _Step, selection: Selection) -> Tensor:
     try:
         if checkpoints:
             layer.gradient_checkpointing = False
-        return hidden_of(step.dense_call(step.x_BTM, **step.kwargs, **{CALL: LayerCall(fused=call)}))
+        return step.call(step.x_BTM, step.kwargs, LayerCall(fused=call))
     finally:
         if checkpoints:
             layer.gradient_checkpointing = True
@@ -167,7 +184,7 @@ def _exact(step: _Step, selection: Selection) -> Tensor:
     own_N, key_range = backward.rows_N, RowRange.of_batch(layout)
     value_places, constant_rows = backward.rows_N, None
     local = attends_locally(step.context.plan, layout)
-    if forward is not None or pairs or step.context.maskless or local:
+    if forward is not None or pairs or step.context.by_rows or local:
         rows = all_rows(layout) if forward is None else forward
         call = replace(call, queries=RowRange.of_rows(layout, rows))
         value_places, constant_rows = inverse(rows.rows_N, step.x_NM.shape[0])[backward.rows_N], rows
@@ -230,7 +247,7 @@ def _write(step: _Step, rows: RowSet, values_NM: Tensor, constant: tuple[RowSet,
         values_NM.to(step.x_BTM.dtype),
         skipped_rows=skipped.skipped_S,
         valid_N=rows.valid_N,
-        inplace=step.context.in_place,
+        inplace=step.context.writes_into(step.index),
         **factors,
     )
 

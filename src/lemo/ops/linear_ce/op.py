@@ -283,6 +283,12 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
 
 
 def _backward(ctx: Any, grad_total: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():
+        # `once_differentiable` would say so only where the incoming gradient requires grad, and a loss's own does not.
+        raise RuntimeError(
+            "linear_ce has no second derivative: its gradients were made in forward, so create_graph=True cannot "
+            "differentiate them. For lemo.attach, loss='model' keeps the model's own loss"
+        )
     scaled = [
         # The scale stays fp32: rounding 1/num_items to bf16 would bend every gradient by the same 0.2 %.
         torch.mul(saved, grad_total.reshape(1), out=torch.empty_like(saved))

@@ -14,7 +14,7 @@ from lemo.runtime.batch import BatchContext
 from lemo.runtime.context import loss_rows
 from lemo.runtime.fused.call import LEVELS, Recompute
 from lemo.runtime.fused.factors import AdapterFactors
-from lemo.runtime.fused.final import Deferred, install_norm, remove_norm
+from lemo.runtime.fused.final import Deferred, install_norm, may_defer, remove_norm
 from lemo.runtime.fused.offload import Convoy, HostMemory, Offload, read_offload
 from lemo.runtime.fused.parts import LayerParts, read_norm
 from lemo.runtime.fused.watch import Watch
@@ -157,5 +157,7 @@ class FusedEngine:
             self._remove_norm()
             self.install()
             assert self._norm is not None
+        if not may_defer(self._handle, self.names.final_norm):
+            return None
         context.loss_rows_only = context.defers_norm = True
         return Deferred(read_norm(self._norm, self.names.norm), loss_rows(context.layout).rows_N, labelled)

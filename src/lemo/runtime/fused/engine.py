@@ -56,7 +56,7 @@ def make_call(
         mlp=mlp,
         cosine_PR=tables[0],
         sine_PR=tables[1],
-        in_place=context.in_place and writable(x_BTM, True),
+        in_place=context.writes_into(index) and writable(x_BTM, True),
         offload=context.offload,
         far=far,
     )

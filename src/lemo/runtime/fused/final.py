@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from lemo.ops import norm_rows, norm_rows_backward
+from lemo.runtime.fused.hooks import RECORDERS, SHARDERS, why_hooked, why_replaced
 from lemo.runtime.fused.layer import OWNED
 from lemo.runtime.fused.parts import Norm
+from lemo.runtime.model import in_force
 from lemo.runtime.rows import without_class
 
 
@@ -62,6 +64,27 @@ def remove_norm(module: nn.Module) -> None:
     """Undoes `install_norm`."""
     del module.__dict__["_lemo_norm"]
     module.__class__ = type(module).__mro__[2]
+
+
+def may_defer(handle: Any, name: str) -> bool:
+    """Whether nobody but the loss would see that the norm before the head ran on some rows only, and not when called.
+
+    Args:
+        handle: has `model` and `note`, which is told why not.
+        name: of the norm, in the model's decoder.
+    """
+    decoder = handle.model.base_model
+    norm, above = decoder.get_submodule(name), name.split(".")[:-1]
+    found = [(name, why_hooked(m) or why_replaced(m)) for m in (norm, in_force(norm))]
+    # What hangs onto the modules around it runs, but would be given rows that are not normed.
+    for depth in range(len(above) + 1):
+        path = ".".join(above[:depth])
+        module = decoder.get_submodule(path)
+        found.append((path or "the decoder", why_hooked(module, RECORDERS + SHARDERS) or why_replaced(module)))
+    reason = next((f"{where} has {what}" for where, what in found if what is not None), None)
+    if reason is not None:
+        handle.note(f"the last layer and the norm behind it run on all rows, not on those of the loss alone: {reason}")
+    return reason is None
 
 
 def final_rows(stream_BTM: Tensor, norm: Norm, rows_S: Tensor) -> Tensor:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lemo.errors import UnsupportedModelError
-from lemo.ops import bypass_rows_, bypass_rows_backward_, write_rows_
+from lemo.ops import bypass_rows_, bypass_rows_backward_, writable, write_rows_
 from lemo.runtime.fused.attention import (
     AttentionBackward,
     State,
@@ -53,6 +54,9 @@ def run_fused(stream_BTM: Tensor, parts: LayerParts, call: FusedCall) -> Tensor:
     """
     if call.far is not None and parts.window is not None:
         raise UnsupportedModelError("far_share below 1 needs plain causal attention, but this layer has a window")
+    if call.in_place and not writable(stream_BTM, True):
+        # FSDP2 hands the layer a view of the stream, made by a function of its own.
+        call = replace(call, in_place=False)
     return _FusedLayer.apply(stream_BTM, parts, call, *parts.tensors)
 
 
@@ -66,6 +70,7 @@ class _FusedLayer(torch.autograd.Function):
         if call.in_place:
             ctx.mark_dirty(stream)
         ctx.names, ctx.parts, ctx.call, ctx.spent = tuple(saved), parts, call.for_backward(), False
+        ctx.versions = parts.versions()
         if needs_grad:
             ctx.save_for_backward(*saved.values())
             ctx.parked = work.parked
@@ -80,17 +85,19 @@ class _FusedLayer(torch.autograd.Function):
                 "engine='generic' for retain_graph=True"
             )
         ctx.spent = True
+        ctx.parts.check_versions(ctx.versions)
         saved = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
         wants_stream = ctx.needs_input_grad[0]
-        if not (getattr(grad, OWNED, False) and grad.is_contiguous()):
+        shown = ctx.parts.shown  # then hooks may keep this gradient, and the one before the layer
+        if shown or not (getattr(grad, OWNED, False) and grad.is_contiguous()):
             grad = grad.clone(memory_format=torch.contiguous_format)
         gradients = Gradients(tuple(ctx.needs_input_grad[3:]))
         flat = grad.view(-1, grad.shape[-1])
         with nullcontext({}) if ctx.parked is None else ctx.parked.fetched() as fetched:
             _Backward(ctx.parts, ctx.call, flat, saved | fetched, gradients, wants_stream).run()
-        if wants_stream:
+        if wants_stream and not shown:
             setattr(grad, OWNED, True)
-        return (grad if wants_stream else None, None, None, *gradients.finish())
+        return (grad if wants_stream else None, None, None, *gradients.finish(ctx.parts.tensors))
 
 
 class _Forward:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -41,8 +42,8 @@ class Gradients:
         self.found[place] = gradient if before is None else before.add_(gradient)
         self._last[place] = (scale, dtype)
 
-    def finish(self) -> list[Tensor | None]:
-        """The gradients by place, complete."""
+    def finish(self, tensors: Sequence[Tensor]) -> list[Tensor | None]:
+        """The gradients of `tensors`, complete; zeros where no row had a share, as of a batch without labels."""
         scaled = [(self.found[place], scale) for place, (scale, _) in self._last.items() if scale != 1.0]
         if scaled:
             torch._foreach_mul_([gradient for gradient, _ in scaled], [scale for _, scale in scaled])
@@ -52,6 +53,9 @@ class Gradients:
             torch._foreach_copy_(made, [self.found[place] for place in places])
             for place, gradient in zip(places, made, strict=True):
                 self.found[place] = gradient
+        for place, tensor in enumerate(tensors):
+            if self.wanted[place] and self.found[place] is None:
+                self.found[place] = torch.zeros_like(tensor)
         return self.found
 
     def wants(self, place: int | None) -> bool:

@@ -11,8 +11,9 @@ class TensorList:
     """The tensors that a layer's autograd function takes, those that require grad, each once, with their places."""
 
     def __init__(self) -> None:
-        """Empty."""
+        """Empty. `held`: tensors, frozen ones too, that backward reads as they are then, not as copies."""
         self.tensors: list[Tensor] = []
+        self.held: list[Tensor] = []
 
     def place(self, tensor: Tensor | None) -> int | None:
         """Place of a tensor, which is added; None for one that needs no gradient."""
@@ -20,6 +21,10 @@ class TensorList:
             return None
         self.tensors.append(tensor)
         return len(self.tensors) - 1
+
+    def hold(self, *tensors: Tensor | None) -> None:
+        """Adds to `held`; tensors of inference mode keep no version that could tell of a change."""
+        self.held += [t for t in tensors if t is not None and not t.is_inference()]
 
     def linear(self, module: nn.Module) -> LinearMap:
         """The map of an `nn.Linear`, or of PEFT's LoRA around one (see `why_not_linear`)."""
@@ -33,6 +38,7 @@ class TensorList:
             dropout = lora_dropout(module)
             p = float(dropout.p) if dropout is not None and dropout.training else 0.0
         tensors = (base.weight, base.bias, a, b)
+        self.hold(*tensors[:2])
         return LinearMap(*tensors, scale, p, tuple(self.place(t) for t in tensors))  # type: ignore[arg-type]
 
 
@@ -56,8 +62,6 @@ def why_not_linear(module: nn.Module) -> str | None:
     base = module.base_layer if hasattr(module, "base_layer") else module
     if type(base) is not nn.Linear:
         return f"{type(base).__name__} is not a plain linear map"
-    if base._forward_hooks or base._forward_pre_hooks or module._forward_hooks or module._forward_pre_hooks:
-        return "hooks on a linear map"
     if base is module:
         return None
     if not hasattr(module, "lora_A"):

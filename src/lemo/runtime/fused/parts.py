@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lemo.families.family import LayerNames
+from lemo.runtime.fused.hooks import called_modules, forward_slot, hook_tables, is_shown, why_layer_hooked
 from lemo.runtime.fused.maps import LinearMap, MapGroup
 from lemo.runtime.fused.modules import TensorList, active_adapter, lora_dropout, why_not_linear
 from lemo.runtime.fused.watch import Slot, Watch, autocast_of
@@ -53,7 +54,9 @@ class LayerParts:
         scaling: factor of the attention scores.
         window: sliding window in rows, or None.
         rope: whether queries and keys are rotated.
-        tensors: every tensor of the above, in the order of their places.
+        tensors: every tensor of the above that needs a gradient, in the order of their places.
+        held: tensors that backward reads again.
+        shown: hooks of the layer see the stream before and behind it, and may keep gradients of both.
     """
 
     norms: tuple[Norm, Norm]
@@ -70,6 +73,22 @@ class LayerParts:
     window: int | None
     rope: bool
     tensors: tuple[Tensor, ...]
+    held: tuple[Tensor, ...]
+    shown: bool
+
+    def versions(self) -> list[int]:
+        """How often each of the tensors that backward reads again was written in place."""
+        return [t._version for t in self.held]
+
+    def check_versions(self, versions: list[int]) -> None:
+        """Raises RuntimeError, as autograd does for what it saves, when they are not those of the forward."""
+        for tensor, before in zip(self.held, versions, strict=True):
+            if tensor._version != before:
+                raise RuntimeError(
+                    "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                    f"a weight of shape {tuple(tensor.shape)} of a layer in lemo's fused engine is at version "
+                    f"{tensor._version}, its forward saw version {before}"
+                )
 
     @property
     def drops(self) -> bool:
@@ -113,13 +132,15 @@ class LayerReader:
         self._norms = [(name, self._modules[name]) for name in norms]
         self._output = _base(self._modules[names.output])
         self._dropouts = _dropouts(layer)
+        called = called_modules(layer)
+        modules = [module for _, module in called]
         self._watch = Watch(
-            [slot for name in asked for slot in _path(layer, name)],
+            [slot for name in asked for slot in _path(layer, name)] + [forward_slot(m) for m in modules],
             [m for m in asked.values() if hasattr(m, "active_adapters")],
-            [table for name in linear for table in _hooks(self._modules[name])],
+            [table for m in (layer, *modules) for table in hook_tables(m)],
         )
         self._factors = [slot for name in linear for slot in _factor_slots(self._modules[name])]
-        self._reason = self._why_never(linear)
+        self._reason = self._why_never(linear) or why_layer_hooked(layer, called)
         self._parts: LayerParts | None = None
         self._tensors: list[Slot] = []
         self._found: list[Any] = []
@@ -204,6 +225,8 @@ class LayerReader:
             window=window_of(attention),
             rope=bool(getattr(attention, "use_rope", True)),
             tensors=tuple(found.tensors),
+            held=tuple(found.held),
+            shown=is_shown(layer),
         )
 
 
@@ -238,11 +261,6 @@ def _path(layer: nn.Module, name: str) -> list[Slot]:
         if inside is not None:
             slots += [(inside._modules, adapter) for adapter in module.active_adapters]  # type: ignore[union-attr]
     return slots
-
-
-def _hooks(module: nn.Module) -> list[Any]:
-    """A linear map's tables of hooks, filled or not."""
-    return [table for m in (module, _base(module)) for table in (m._forward_hooks, m._forward_pre_hooks)]
 
 
 def _factor_slots(module: nn.Module) -> list[Slot]:
@@ -289,6 +307,7 @@ def _norm(found: TensorList, module: nn.Module, kind: str) -> Norm:
     eps = getattr(module, "variance_epsilon", None)
     eps = float(module.eps if eps is None else eps)  # type: ignore[arg-type]
     places = found.place(module.weight), found.place(bias)  # type: ignore[arg-type]
+    found.hold(module.weight, bias)  # type: ignore[arg-type]
     return Norm(module.weight, bias, eps, kind, places)  # type: ignore[arg-type]
 
 

@@ -28,10 +28,11 @@ class Watch:
         Args:
             slots: whatever lies there must be the same object.
             switched: modules with adapters; the same ones must be in force.
-            hooks: tables of hooks, which must be empty.
+            hooks: tables of hooks; the same ones must be in them.
             tensors: what lies there must have the same dtype, device and autocast on that device.
         """
         self.slots, self.switched, self.hooks, self.tensors = slots, switched, hooks, tensors
+        self._empty, self._filled = [t for t in hooks if not t], [t for t in hooks if t]
         self._keepers, self._keys = [keeper for keeper, _ in slots], [key for _, key in slots]
         self._found, self._state = self._find(), self._read()
 
@@ -47,7 +48,7 @@ class Watch:
 
     def holds(self) -> bool:
         """Whether nothing has changed."""
-        return not any(self.hooks) and all(map(is_, self._find(), self._found)) and self._read() == self._state
+        return not any(self._empty) and all(map(is_, self._find(), self._found)) and self._read() == self._state
 
     def _find(self) -> list[Any]:
         return [*map(dict.get, self._keepers, self._keys)]
@@ -59,7 +60,8 @@ class Watch:
         ]
         tensors = [keeper.get(key) for keeper, key in self.tensors]
         kinds = [None if t is None else (t.dtype, t.device) for t in tensors]
-        return switches, kinds, [autocast_of(kind[1].type) for kind in set(kinds) if kind is not None]
+        autocast = [autocast_of(kind[1].type) for kind in set(kinds) if kind is not None]
+        return switches, kinds, autocast, [tuple(table) for table in self._filled]
 
 
 def autocast_of(device: str) -> torch.dtype | None:

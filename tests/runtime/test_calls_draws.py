@@ -1,0 +1,144 @@
+"""Draws belong to training forwards, one each, whoever else calls the model and however often backward repeats it."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lemo import attach
+from lemo.errors import UnsupportedModelError
+from tests.runtime.oracle import batch, gradients, tiny_model
+from tests.runtime.test_fused import plan_of
+
+ENGINES = ("generic", "fused")
+WIDE = torch.float64
+
+
+def drawn(model, **choices):
+    """A plan that draws its rows anew every step."""
+    return plan_of(model, "exact rows", **choices)
+
+
+def stepped(model, engine: str, batches, checkpointed: bool, plan=None):
+    """Gradients of two steps, each with two micro-batches whose backward comes after both forwards."""
+    found = []
+
+    def loss_of(ids, labels):
+        return model(input_ids=ids, labels=labels).loss
+
+    with attach(model, drawn(model) if plan is None else plan, engine=engine, self_test=False) as handle:
+        for _ in range(2):
+            model.zero_grad(set_to_none=True)
+            losses = []
+            for one in batches:
+                inputs = one["input_ids"], one["labels"]
+                losses.append(checkpoint(loss_of, *inputs, use_reentrant=False) if checkpointed else loss_of(*inputs))
+            sum(losses).backward()
+            found.append(gradients(model))
+        return found, handle.sparse_batches
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_checkpoint_around_the_model_repeats_its_draw(engine):
+    """Gradients of checkpointed calls are those of plain ones, and later draws are the same."""
+    model = tiny_model(dtype=WIDE)
+    batches = [batch(64, 2, supervised_from=58, seed=seed) for seed in (1, 2)]
+    (wanted, count), (got, counted) = (stepped(model, engine, batches, on) for on in (False, True))
+    assert count == counted == 4
+    assert not torch.equal(*(found["model.embed_tokens.weight"] for found in wanted))
+    for one, other in zip(wanted, got, strict=True):
+        assert all(torch.allclose(other[name], gradient, rtol=0, atol=1e-12) for name, gradient in one.items())
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_repeated_draw_that_cannot_be_told(engine):
+    """The same tensor twice before backward: refused where rows are drawn, fine where they are not."""
+    model = tiny_model(dtype=WIDE)
+    one = batch(64, 2, supervised_from=58)
+    with pytest.raises(UnsupportedModelError, match="which rows were drawn"):
+        stepped(model, engine, [one, one], True)
+    plan = replace(drawn(model), scorer="recent")
+    (wanted, count), (got, counted) = (stepped(model, engine, [one, one], on, plan) for on in (False, True))
+    assert count == counted
+    assert all(torch.allclose(got[1][name], gradient, rtol=0, atol=1e-12) for name, gradient in wanted[1].items())
+
+
+@pytest.mark.parametrize("layers", [False, True])
+def test_other_checkpoints_are_left_alone(layers):
+    """Those of layers, which repeat no call of the model, and reentrant ones, whose first call draws nothing."""
+    model, inputs = tiny_model(dtype=WIDE), batch(64)
+    if layers:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    with attach(model, drawn(model), engine="generic", self_test=False) as handle:
+        for count in (1, 2):
+            anchor = torch.zeros((), requires_grad=True)
+            if layers:
+                model(**inputs).loss.backward()
+            else:
+                checkpoint(lambda a: model(**inputs).loss + a, anchor, use_reentrant=True).backward()
+            assert handle.sparse_batches == count
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_evaluation_moves_no_draw(engine):
+    """How often one evaluates changes no later training step."""
+    model, inputs = tiny_model(dtype=WIDE), batch(64, supervised_from=58)
+    found = {}
+    for evaluations in (0, 3):
+        with attach(model, drawn(model), engine=engine, self_test=False, sparse_eval=True) as handle:
+            rows = []
+            for _ in range(3):
+                model(**inputs)
+                rows.append(handle.selections[0].backward.rows_N)
+                model.eval()
+                with torch.no_grad():
+                    for _ in range(evaluations):
+                        model(**inputs)
+                model.train()
+            found[evaluations] = rows
+    assert all(torch.equal(one, other) for one, other in zip(*found.values(), strict=True))
+    assert not torch.equal(found[0][0], found[0][1])
+    assert (handle.sparse_batches, handle.sparse_evaluations) == (3, 9)
+
+
+def test_one_forward_at_a_time():
+    """A forward that begins inside another thread's is refused; the running one is right, and later ones too."""
+    model = tiny_model(dtype=WIDE)
+    plan = replace(drawn(model), scorer="recent")
+    inside, go_on = threading.Event(), threading.Event()
+    found = []
+
+    def wait(module, args):
+        if threading.current_thread() is not threading.main_thread():
+            inside.set()
+            go_on.wait(30)
+
+    with attach(model, plan, engine="generic", self_test=False):
+        wanted = float(model(**batch(64)).loss.detach())
+        hook = model.model.norm.register_forward_pre_hook(wait)
+        thread = threading.Thread(target=lambda: found.append(float(model(**batch(64)).loss.detach())))
+        thread.start()
+        assert inside.wait(30)
+        try:
+            with pytest.raises(UnsupportedModelError, match="another thread"):
+                model(**batch(64, seed=3))
+        finally:
+            go_on.set()
+            thread.join()
+        hook.remove()
+        assert found == [wanted] == [float(model(**batch(64)).loss.detach())]
+
+
+def test_replicas_of_data_parallel_are_refused():
+    """They share one handle."""
+    model = tiny_model()
+    with attach(model, drawn(model), engine="generic", self_test=False):
+        replica = model._replicate_for_data_parallel()
+        assert isinstance(replica, nn.Module)
+        with pytest.raises(UnsupportedModelError, match="torchrun"):
+            replica(**batch(48))
