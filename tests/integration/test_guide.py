@@ -26,7 +26,11 @@ def fill(folder):
     tokenizer.chat_template = PLAIN
     tokenizer.save_pretrained(folder / "model")
     (folder / "book.txt").write_text(words(1000))
-    (folder / "chat.jsonl").write_text("".join(json.dumps({"messages": TALK}) + "\n" for _ in range(12)))
+    (folder / "chat.jsonl").write_text(
+        "".join(
+            json.dumps({"messages": [*TALK, {"role": "user", "content": f"Thanks, {n}."}]}) + "\n" for n in range(12)
+        )
+    )
     for number, name in enumerate(("first.txt", "second.txt")):
         (folder / name).write_text(words(30, seed=number))
 

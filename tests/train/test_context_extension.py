@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 
 import peft
@@ -43,6 +44,8 @@ def test_trained_norms_and_embeddings_load_in_plain_peft(tmp_path, scaling, engi
     if scaling == "yarn":
         settings.rope_parameters["original_max_position_embeddings"] = 128
     settings.max_position_embeddings = 256
+    changed = json.loads((tmp_path / "run" / "adapter" / "lemo.json").read_text())["config"]
+    assert changed == {"max_position_embeddings": 256, "rope_parameters": settings.rope_parameters}
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "model", config=settings, dtype=torch.float32)
     original = {name: parameter.clone() for name, parameter in base.named_parameters()}
     plain = peft.PeftModel.from_pretrained(base, str(tmp_path / "run" / "adapter"))

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from lemo.config import DataConfig
 from lemo.errors import DataError
 from lemo.train.data import load_windows, write_npz
+from lemo.train.documents import Document, Turn
 from lemo.train.hold_out import split_documents
-from lemo.train.sources import Document, Turn
 from tests.train.tiny import byte_tokenizer, words
 
 
@@ -55,3 +55,33 @@ def test_one_text_file_is_enough(tmp_path):
     config = DataConfig(train=(str(tmp_path / "book.txt"),), held_out_share=0.1, window_tokens=64)
     sizes = [load_windows(config, byte_tokenizer(), split)[1].windows for split in ("train", "validation")]
     assert sizes[0] > 6 * sizes[1] > 0
+
+
+@given(st.lists(st.integers(0, 12), min_size=2, max_size=60), st.sampled_from([0.1, 0.25, 0.5]))
+def test_no_text_stands_in_both_splits(seeds, share):
+    documents = [Document(f"d{i}", f"f, row {i}", text=words(60, seed=seed)) for i, seed in enumerate(seeds)]
+    notes = []
+    train, held = (list(split_documents(documents, share, s, notes=notes)) for s in ("train", "validation"))
+    assert train and held and not {d.text for d in train} & {d.text for d in held}
+    repeated = len(seeds) - len(set(seeds))
+    assert notes == ([f"{repeated} of {len(seeds)} documents repeat the text of another: copies stand in the same "
+                      "split"] * 2 if repeated else [])  # fmt: skip
+    if not repeated and len(seeds) >= round(1 / share):
+        every = round(1 / share)
+        assert [d.name for d in held] == [f"d{i}" for i in range(every // 2, len(seeds), every)]
+
+
+def test_questions_about_one_text_are_held_out_by_row():
+    documents = [Document(f"d{i}", f"f, row {i}", text="one", turns=(Turn(f"q{i // 2}", "a"),)) for i in range(8)]
+    notes = []
+    assert [d.name for d in split_documents(documents, 0.25, "validation", notes=notes)] == ["d4", "d5"]
+    assert "7 of 8 documents repeat the text of another: all rows are about one text" in notes[0]
+    with pytest.raises(DataError, match=r"row 0: all 2 samples of the data are the same, so none can be held out"):
+        split_documents(documents[:2], 0.25, "train")
+
+
+def test_duplicates_are_in_the_report(tmp_path):
+    rows = "".join(f'{{"text": "{words(20, seed=i // 2)}"}}\n' for i in range(40))
+    (tmp_path / "d.jsonl").write_text(rows)
+    config = DataConfig(train=(str(tmp_path / "d.jsonl"),), held_out_share=0.1, window_tokens=16)
+    assert load_windows(config, byte_tokenizer())[1].lines()[-1].startswith("20 of 40 documents repeat the text")

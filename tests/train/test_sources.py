@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from lemo.errors import DataError
-from lemo.train.sources import Turn, list_sources, read_documents, write_npz
+from lemo.train.documents import Turn
+from lemo.train.sources import list_sources, read_documents, write_npz
 
 
 def write_rows(path, rows):

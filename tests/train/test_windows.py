@@ -13,7 +13,8 @@ from lemo.config import DataConfig
 from lemo.errors import ConfigError, DataError
 from lemo.train.collate import WindowCollator, WindowDataset
 from lemo.train.data import load_windows, token_batches
-from lemo.train.sources import Document, Turn, write_npz
+from lemo.train.documents import Document, Turn
+from lemo.train.sources import write_npz
 from lemo.train.windows import Window, WindowCutter
 from tests.train.tiny import byte_tokenizer
 

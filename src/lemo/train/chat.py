@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+import numpy as np
 
 from lemo.errors import DataError
 
 Messages = Sequence[dict[str, Any]]
+Span = tuple[int, int]
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\b")
 
 
@@ -28,34 +32,40 @@ class Conversation:
     ends_turns: bool
 
 
-def render_chat(tokenizer: Any, messages: Messages, place: str) -> Conversation:
+def render_chat(tokenizer: Any, messages: Messages, place: str, tools: Sequence[dict[str, Any]] = ()) -> Conversation:
     """Tokens of a conversation; learned are the assistant's messages with what ends each turn.
 
-    Where the template marks the assistant's words itself (`{% generation %}`), its marks count. Otherwise the template
-    is applied to growing beginnings of the conversation, and what a message adds behind the generation prompt is the
-    assistant's. Each such piece is tokenised by itself, as when the model generates it.
+    The tokens are those of `apply_chat_template`. Where the template marks the assistant's words itself
+    (`{% generation %}`), its marks count. Otherwise the template is applied to growing beginnings of the conversation,
+    and what a message adds behind the generation prompt is the assistant's.
 
     Args:
         tokenizer: Transformers tokenizer with a chat template.
-        messages: with `role` and `content`.
+        messages: with `role` and `content`; an answer of `weight` 0 is not learned.
         place: file and row, for messages to the user.
+        tools: descriptions of tools, for the template.
 
     Raises:
-        DataError: no template or assistant message, a template that refuses the conversation or rewrites earlier
-            messages, or learned tokens that do not decode to exactly the assistant's text.
+        DataError: no template or assistant message, a template that refuses the conversation, leaves tools out or
+            rewrites earlier messages, or learned tokens that do not decode to exactly the assistant's text.
     """
     if getattr(tokenizer, "chat_template", None) is None:
         raise DataError(f"{place}: is a conversation, and the model's tokenizer has no chat template")
-    answers = [message["content"] for message in messages if message["role"] == "assistant"]
-    if not answers:
-        raise DataError(f"{place}: the conversation has no assistant message, so there is nothing to learn")
-    tagged = _GENERATION_TAG.search(tokenizer.get_chat_template()) is not None
-    tokens, learned = _by_tags(tokenizer, messages, place) if tagged else _by_prefixes(tokenizer, messages, place)
-    ends = _verify(tokenizer, tokens, learned, answers, place)
-    return Conversation(tokens, learned, ends)
+    if not any(map(_is_learned, messages)):
+        zero = any(message["role"] == "assistant" for message in messages)
+        which = "no assistant message whose weight is not 0" if zero else "no assistant message"
+        raise DataError(f"{place}: the conversation has {which}, so there is nothing to learn")
+    template = _Template(tokenizer, place, list(tools) or None)
+    if tools:
+        template.check_tools(messages)
+    tagged = _GENERATION_TAG.search(template.source) is not None
+    tokens, learned = _by_tags(template, messages) if tagged else _by_prefixes(template, messages)
+    return _verify(template, tokens, learned, messages)
 
 
-def fit_messages(tokenizer: Any, messages: Messages, place: str, most_tokens: int) -> tuple[Messages, Conversation]:
+def fit_messages(
+    tokenizer: Any, messages: Messages, place: str, most_tokens: int, tools: Sequence[dict[str, Any]] = ()
+) -> tuple[Messages, Conversation]:
     """A conversation of at most `most_tokens`, shortened.
 
     Later exchanges are left out first. If the first one alone is too long, its longest message loses its end, the
@@ -64,16 +74,16 @@ def fit_messages(tokenizer: Any, messages: Messages, place: str, most_tokens: in
     Raises:
         DataError: the first answer does not fit.
     """
-    ends = [i + 1 for i, message in enumerate(messages) if message["role"] == "assistant"]
-    learned = render_chat(tokenizer, messages, place).learned
+    ends = [i + 1 for i, message in enumerate(messages) if _is_learned(message)]
+    learned = render_chat(tokenizer, messages, place, tools).learned
     # Where each answer ends: answers that end behind the limit need no try.
     last = [i + 1 for i, flag in enumerate(learned) if flag and not (i + 1 < len(learned) and learned[i + 1])]
     for end, tokens in zip(reversed(ends), reversed(last), strict=True):
         if tokens <= most_tokens:
-            rendered = render_chat(tokenizer, messages[:end], place)
+            rendered = render_chat(tokenizer, messages[:end], place, tools)
             if len(rendered.tokens) <= most_tokens:
                 return messages[:end], rendered
-    rendered = render_chat(tokenizer, messages[: ends[0]], place)
+    rendered = render_chat(tokenizer, messages[: ends[0]], place, tools)
     kept = [dict(message) for message in messages[: ends[0]]]
     longest = max(range(len(kept) - 1), key=lambda i: len(kept[i]["content"]), default=None)
     excess = len(rendered.tokens) - most_tokens
@@ -82,7 +92,7 @@ def fit_messages(tokenizer: Any, messages: Messages, place: str, most_tokens: in
         if len(ids) <= excess:
             break
         kept[longest]["content"] = tokenizer.decode(ids[: len(ids) - excess], clean_up_tokenization_spaces=False)
-        rendered = render_chat(tokenizer, kept, place)
+        rendered = render_chat(tokenizer, kept, place, tools)
         excess = len(rendered.tokens) - most_tokens
     if excess > 0:
         raise DataError(
@@ -92,93 +102,183 @@ def fit_messages(tokenizer: Any, messages: Messages, place: str, most_tokens: in
     return kept, rendered
 
 
-def _by_tags(tokenizer: Any, messages: Messages, place: str) -> tuple[list[int], list[bool]]:
-    """Tokens and mask where the template marks the assistant's words."""
+def render_completion(tokenizer: Any, prompt: str, completion: str, place: str) -> tuple[list[int], int]:
+    """Tokens of a prompt with its completion as one text, special tokens included, and how many are the prompt's.
+
+    Raises:
+        DataError: a token holds the end of the prompt and the beginning of the completion.
+    """
+    text = prompt + completion
     if not getattr(tokenizer, "is_fast", False):
-        raise DataError(f"{place}: the chat template has generation tags, which need a fast tokenizer")
-    made = _apply(
-        tokenizer, messages, place, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, verbose=False
-    )
+        before, whole = (list(tokenizer(part, verbose=False)["input_ids"]) for part in (prompt, text))
+        learned = [False] * len(before) + [True] * (len(whole) - len(before))
+        shared = whole[: len(before)] != before
+    else:
+        whole, spans = token_spans(tokenizer, text, special=True)
+        learned = mark_answers(text, spans, [(len(prompt), len(text))])
+        shared = any(
+            flag and start < len(prompt) and prompt[start:].strip()
+            for flag, (start, _) in zip(learned, spans, strict=True)
+        )
+    if shared or not any(learned):
+        raise DataError(
+            f"{place}: the prompt's end {_shortened(prompt[-20:])} and the completion's beginning "
+            f"{_shortened(completion[:20])} share a token; begin the completion with a space or a line break"
+        )
+    return whole, learned.index(True)
+
+
+def token_spans(tokenizer: Any, text: str, *, special: bool = False) -> tuple[list[int], list[Span]]:
+    """Token ids of a text, and the characters that each stands for; fast tokenizers only."""
+    made = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
+    return list(made["input_ids"]), [(int(start), int(end)) for start, end in made["offset_mapping"]]
+
+
+def mark_answers(text: str, spans: Sequence[Span], answers: Sequence[Span]) -> list[bool]:
+    """Whether each token is an answer's.
+
+    A token that begins before an answer is the answer's if it holds more of it than space: " It" is, where the space
+    belongs to the template, but an end of turn that swallows the space behind it is not.
+    """
+    start_T, stop_T = np.asarray(spans, dtype=np.int64).reshape(-1, 2).T
+    learned_T = np.zeros(len(spans), bool)
+    for begin, end in answers:
+        word = end - len(text[begin:end].lstrip())
+        learned_T |= (start_T < end) & (stop_T > np.where(start_T >= begin, begin, word))
+    return learned_T.tolist()
+
+
+@dataclass(frozen=True)
+class _Template:
+    """The chat template of a tokenizer, for one conversation.
+
+    Attributes:
+        tokenizer: whose it is.
+        place: of the conversation, for messages to the user.
+        tools: given to the template.
+    """
+
+    tokenizer: Any
+    place: str
+    tools: list[dict[str, Any]] | None = None
+
+    @property
+    def source(self) -> str:
+        """The template's own text."""
+        return self.tokenizer.get_chat_template(tools=self.tools)
+
+    @property
+    def is_fast(self) -> bool:
+        """Whether tokens know the characters that they stand for."""
+        return bool(getattr(self.tokenizer, "is_fast", False))
+
+    def apply(self, messages: Messages, **options: Any) -> Any:
+        """The template's output.
+
+        Raises:
+            DataError: the template refuses the conversation.
+        """
+        try:
+            return self.tokenizer.apply_chat_template(list(messages), tools=self.tools, **options)
+        except Exception as error:  # templates raise jinja2 errors of many kinds
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise DataError(f"{self.place}: the chat template refuses the conversation ({reason[0]})") from error
+
+    def check_tools(self, messages: Messages) -> None:
+        """Raises DataError when the template does not write the tools into the conversation."""
+        if self.apply(messages, tokenize=False) == replace(self, tools=None).apply(messages, tokenize=False):
+            raise DataError(
+                f"{self.place}: has tools, and the model's chat template does not write them; take the field out, or "
+                "describe the tools in a system message"
+            )
+
+
+def _is_learned(message: dict[str, Any]) -> bool:
+    """Whether a message is an answer that is learned."""
+    return message["role"] == "assistant" and message.get("weight") != 0
+
+
+def _by_tags(template: _Template, messages: Messages) -> tuple[list[int], list[bool]]:
+    """Tokens and mask where the template marks the assistant's words."""
+    if not template.is_fast:
+        raise DataError(f"{template.place}: the chat template has generation tags, which need a fast tokenizer")
+    made = template.apply(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, verbose=False)
     return list(made["input_ids"]), [bool(flag) for flag in made["assistant_masks"]]
 
 
-def _by_prefixes(tokenizer: Any, messages: Messages, place: str) -> tuple[list[int], list[bool]]:
+def _by_prefixes(template: _Template, messages: Messages) -> tuple[list[int], list[bool]]:
     """Tokens and mask from what each assistant message adds to the text before it."""
-    whole = _apply(tokenizer, messages, place, tokenize=False)
-    tokens: list[int] = []
-    learned: list[bool] = []
-
-    def add(text: str, flag: bool) -> None:
-        if text:
-            ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-            tokens.extend(ids)
-            learned.extend([flag] * len(ids))
-
+    whole = template.apply(messages, tokenize=False)
+    answers: list[Span] = []
     at = 0
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = _apply(tokenizer, messages[:index], place, tokenize=False, add_generation_prompt=True)
-        after = _apply(tokenizer, messages[: index + 1], place, tokenize=False)
+        before = template.apply(messages[:index], tokenize=False, add_generation_prompt=True)
+        after = template.apply(messages[: index + 1], tokenize=False)
         if not (len(before) >= at and after.startswith(before) and whole.startswith(after.rstrip())):
             raise DataError(
-                f"{place}: the chat template writes message {index + 1} differently when others follow, so the "
-                "assistant's words cannot be told apart; use a template with generation tags"
+                f"{template.place}: the chat template writes message {index + 1} differently when others follow, so "
+                "the assistant's words cannot be told apart; use a template with generation tags"
             )
-        end = len(after.rstrip())
-        add(whole[at : len(before)], False)
-        add(whole[len(before) : end], True)
-        at = end
-    add(whole[at:], False)
+        at = len(after.rstrip())
+        answers.append((len(before), at))
+    if not template.is_fast:
+        return _by_pieces(template, whole, answers)
+    tokens, spans = token_spans(template.tokenizer, whole)
+    return tokens, mark_answers(whole, spans, answers)
+
+
+def _by_pieces(template: _Template, whole: str, answers: Sequence[Span]) -> tuple[list[int], list[bool]]:
+    """Tokens and mask where tokens do not know their characters: answers and what is between them, each by itself.
+
+    Raises:
+        DataError: this gives other tokens than the whole.
+    """
+    tokens: list[int] = []
+    learned: list[bool] = []
+    edges = [0, *(edge for span in answers for edge in span), len(whole)]
+    for number, (start, end) in enumerate(itertools.pairwise(edges)):
+        if start < end:
+            ids = template.tokenizer(whole[start:end], add_special_tokens=False, verbose=False)["input_ids"]
+            tokens.extend(ids)
+            learned.extend([number % 2 == 1] * len(ids))
+    if tokens != list(template.tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"]):
+        raise DataError(
+            f"{template.place}: the tokenizer, which is no fast one, writes answers by themselves in other tokens than "
+            "in the conversation; use the model's fast tokenizer (tokenizer.json)"
+        )
     return tokens, learned
 
 
-def _apply(tokenizer: Any, messages: Messages, place: str, **options: Any) -> Any:
-    """The template's output.
-
-    Raises:
-        DataError: the template refuses the conversation.
-    """
-    try:
-        return tokenizer.apply_chat_template(list(messages), **options)
-    except Exception as error:  # templates raise jinja2 errors of many kinds
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise DataError(f"{place}: the chat template refuses the conversation ({reason[0]})") from error
-
-
-def _verify(tokenizer: Any, tokens: list[int], learned: list[bool], answers: list[str], place: str) -> bool:
-    """Whether every answer has a learned end of turn.
+def _verify(template: _Template, tokens: list[int], learned: list[bool], messages: Messages) -> Conversation:
+    """The conversation, answers of weight 0 no longer learned.
 
     Raises:
         DataError: learned tokens are not exactly the assistant's text and, behind each message, what ends the turn.
     """
-    runs: list[list[int]] = []
-    for index, (token, flag) in enumerate(zip(tokens, learned, strict=True)):
-        if flag and (index == 0 or not learned[index - 1]):
-            runs.append([])
-        if flag:
-            runs[-1].append(token)
+    tokenizer, place, source = template.tokenizer, template.place, template.source
+    answers = [message for message in messages if message["role"] == "assistant"]
+    runs = [list(run) for flag, run in itertools.groupby(range(len(tokens)), key=learned.__getitem__) if flag]
     if len(runs) != len(answers):
         raise DataError(f"{place}: the chat template marks {len(runs)} answers of {len(answers)}")
-    ends = True
+    known = {token for token in (*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()) if token}
+    kept, ends = list(learned), True
     for number, (run, answer) in enumerate(zip(runs, answers, strict=True), start=1):
-        text = tokenizer.decode(run, clean_up_tokenization_spaces=False).lstrip()
-        said = answer.strip()
-        rest = text.removeprefix(said)
-        marker = rest.strip()
-        known = {token for token in (*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()) if token}
-        if not text.startswith(said) or not (marker == "" or marker in known or _is_template_text(tokenizer, marker)):
+        text = tokenizer.decode([tokens[i] for i in run], clean_up_tokenization_spaces=False).lstrip()
+        said = answer["content"].strip()
+        marker = text.removeprefix(said).strip()
+        # What ends a turn is a special token, or text that the template writes literally.
+        if not text.startswith(said) or not (marker == "" or marker in known or marker in source):
             raise DataError(
                 f"{place}: the tokens that would be learned as answer {number} read {_shortened(text)}, not "
                 f"{_shortened(said)}"
             )
-        ends = ends and marker != ""
-    return ends
-
-
-def _is_template_text(tokenizer: Any, marker: str) -> bool:
-    """Whether the chat template writes this text literally: an end of turn that is no special token."""
-    return marker in tokenizer.get_chat_template()
+        if _is_learned(answer):
+            ends = ends and marker != ""
+        else:
+            kept[run[0] : run[-1] + 1] = [False] * len(run)
+    return Conversation(tokens, kept, ends)
 
 
 def _shortened(text: str) -> str:

@@ -8,10 +8,11 @@ from typing import Any, Literal
 from lemo.config import DataConfig
 from lemo.errors import ConfigError
 from lemo.train.collate import WindowCollator, WindowDataset
+from lemo.train.documents import Document
 from lemo.train.hold_out import split_documents
 from lemo.train.loss_rows import LossRows
 from lemo.train.prompt_rows import PromptRows
-from lemo.train.sources import Document, read_documents, write_npz
+from lemo.train.sources import describe_unread, read_documents, write_npz
 from lemo.train.windows import DataReport, Window, WindowCutter, spread
 
 __all__ = [
@@ -71,9 +72,12 @@ def load_windows(
         vocabulary=vocabulary,
     )
     documents = read_documents(paths, text_field=config.text_field, messages_field=config.messages_field)
+    notes: list[str] = []
     if config.held_out_share and not config.validation:
-        documents = split_documents(documents, config.held_out_share, split)
+        documents = split_documents(documents, config.held_out_share, split, notes=notes)
+    unread = describe_unread(paths)
     windows, report = cutter.cut(documents)
+    report.notes.extend([*notes, unread] if unread else notes)
     return WindowDataset(spread(windows, limit, report)), report
 
 

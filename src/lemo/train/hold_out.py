@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 from lemo.errors import DataError
-from lemo.train.sources import Document
+from lemo.train.documents import Document
 
 
 def split_documents(
-    documents: Iterable[Document], share: float, split: Literal["train", "validation"]
+    documents: Iterable[Document],
+    share: float,
+    split: Literal["train", "validation"],
+    *,
+    notes: list[str] | None = None,
 ) -> Iterator[Document]:
     """The documents of one split; both together are all of them, and no text stands in both.
 
     With at least n = 1/share documents, every n-th is held out. With fewer, the end of each is, unless a document is a
-    sample of its own (questions, conversations), which stays whole: then the last one is.
+    sample of its own (questions, conversations), which stays whole: then the last one is. Documents of the same text
+    count as one and stay together. Where all rows are about one text, the rows are held out instead, and a note says
+    so.
 
     Args:
         documents: all of them.
         share: of validation.
         split: which part is wanted.
+        notes: receives how many documents repeat another's text.
 
     Raises:
         DataError: there is a single sample, so that none can be held out.
@@ -29,12 +37,49 @@ def split_documents(
     found = list(documents)
     every = max(2, round(1 / share))
     whole = any(document.is_sample for document in found)
-    if whole and len(found) < 2:
-        raise DataError(f"{found[0].place}: the data has one sample, so none can be held out (data.held_out_share)")
-    if len(found) < every and not whole:
+    groups = _number(found, _text)
+    count = max(groups, default=-1) + 1
+    copies = "copies stand in the same split"
+    if whole and count < 2 <= len(found):
+        groups = _number(found, _content)
+        count, copies = max(groups) + 1, "all rows are about one text, so validation has that text as well"
+    if whole and count < 2:
+        what = "the data has one sample" if len(found) < 2 else f"all {len(found):,} samples of the data are the same"
+        raise DataError(
+            f"{found[0].place}: {what}, so none can be held out (data.held_out_share); name other data in "
+            "data.validation, or set data.held_out_share=0"
+        )
+    repeated = len(found) - len({_text(document) for document in found})
+    if repeated and notes is not None:
+        notes.append(f"{repeated:,} of {len(found):,} documents repeat the text of another: {copies}")
+    if count < every and not whole:
         return (_part(document, share, split) for document in found)
-    chosen = {len(found) - 1} if len(found) < every else set(range(every // 2, len(found), every))
-    return (document for i, document in enumerate(found) if (i in chosen) == (split == "validation"))
+    chosen = {count - 1} if count < every else set(range(every // 2, count, every))
+    return (d for d, group in zip(found, groups, strict=True) if (group in chosen) == (split == "validation"))
+
+
+def _number(documents: Sequence[Document], key: Callable[[Document], bytes]) -> list[int]:
+    """The number of each document's group, in order of their first members; those with one key are a group."""
+    numbers: dict[bytes, int] = {}
+    return [numbers.setdefault(key(document), len(numbers)) for document in documents]
+
+
+def _text(document: Document) -> bytes:
+    """A hash of a document's text or tokens, or of what a conversation says."""
+    if document.tokens_T is not None:
+        return hashlib.blake2b(document.tokens_T.tobytes()).digest()
+    if document.messages:
+        return _hash([(message["role"], message["content"].strip()) for message in document.messages])
+    return _hash((document.text or "").strip())
+
+
+def _content(document: Document) -> bytes:
+    """A hash of all that a sample consists of."""
+    return _text(document) + _hash((document.turns, document.completion))
+
+
+def _hash(value: Any) -> bytes:
+    return hashlib.blake2b(repr(value).encode()).digest()
 
 
 def _part(document: Document, share: float, split: str) -> Document:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from lemo.config import ModelConfig, RunConfig
 from lemo.errors import ConfigError, DataError, MergeError
-from lemo.train.lora import load_adapter, merge_layers, wrapped_names
-from lemo.train.model import load_model, load_tokenizer, resolve_path
+from lemo.train.lora import load_adapter, merge_layers, read_context, wrapped_names
+from lemo.train.model import has_context, load_model, load_settings, load_tokenizer, resolve_path
 
 SAMPLE_TOKENS = 512
 ULPS = 4.0
@@ -76,7 +76,8 @@ def merge_adapter(
     this is what notices an adapter that was merged in part.
 
     Args:
-        config: the base model, with its context extended as in training.
+        config: the base model. Its context is extended as in training; where it says nothing of it, as the adapter's
+            folder says.
         adapter: folder in PEFT's format.
         output: folder to write; must not exist.
         samples: sequences of token ids to compare on; None draws some.
@@ -92,6 +93,7 @@ def merge_adapter(
     output = Path(output)
     if output.exists():
         raise ConfigError(f"--out: {output} exists already")
+    config, extended = with_context(config, adapter)
     model = load_model(config, device=device)
     names = set(dict(model.named_parameters()))
     if samples is None:
@@ -104,11 +106,11 @@ def merge_adapter(
         exact = _logits(model, samples)
         with model.disable_adapter():
             plain = _logits(model, samples)
-        notes = _untie(model, wrapped_names(model))
+        notes = extended + _untie(model, wrapped_names(model))
         merged = merge_layers(model)
         for parameter in merged.parameters():
             parameter.data = parameter.data.to(dtypes.get(id(parameter), working[0].dtype))
-    _check_names(set(dict(merged.named_parameters())), names, bool(notes))
+    _check_names(set(dict(merged.named_parameters())), names, len(notes) > len(extended))
     merged.config.use_cache = True  # load_model switches it off for training
     staging = output.parent / f".{output.name}.unchecked"
     shutil.rmtree(staging, ignore_errors=True)
@@ -147,6 +149,16 @@ def base_config(path: str) -> ModelConfig:
     except (OSError, ValueError) as error:
         raise ConfigError(f"the adapter's base model {path} cannot be read; name it with --base") from error
     return ModelConfig(path, dtype=_name(dtype) if dtype in _WIDER else "float32")  # type: ignore[arg-type]
+
+
+def with_context(config: ModelConfig, adapter: str | Path) -> tuple[ModelConfig, list[str]]:
+    """A base model in the context that an adapter was trained in, and a note where that extends it."""
+    context = read_context(adapter)
+    if context is None or config.rope_scaling != "none" or has_context(load_settings(config), context):
+        return config, []
+    length, scaling = context["context_length"], context["rope_scaling"]
+    note = f"the context is extended to {length:,} tokens ({scaling}), as the adapter was trained"
+    return replace(config, context_length=length, rope_scaling=scaling), [note]
 
 
 def read_samples(run: RunConfig, tokenizer: Any, *, count: int = 2) -> list[Tensor] | None:

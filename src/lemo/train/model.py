@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -116,6 +117,8 @@ def load_model(config: ModelConfig, *, window_tokens: int | None = None, device:
     if config.gguf_file is not None:
         _forget_quantisation(model)
     model.config.use_cache = False
+    if config.rope_scaling != "none":
+        model.extended_context = describe_context(config, model.config)  # `save_adapter` writes it
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.to(device)
@@ -158,6 +161,20 @@ def extend_context(settings: Any, config: ModelConfig) -> None:
         scaled["original_max_position_embeddings"] = own
     text.rope_parameters = scaled
     text.max_position_embeddings = length
+
+
+def describe_context(config: ModelConfig, settings: Any) -> dict[str, Any]:
+    """What `extend_context` changed, as it is written beside an adapter: under `config`, keys of config.json."""
+    text = settings.get_text_config()
+    changed = {"max_position_embeddings": text.max_position_embeddings, "rope_parameters": dict(text.rope_parameters)}
+    return {"context_length": config.context_length, "rope_scaling": config.rope_scaling, "config": changed}
+
+
+def has_context(settings: Any, context: dict[str, Any]) -> bool:
+    """Whether a configuration's RoPE is the one that `describe_context` described."""
+    text = settings.get_text_config()
+    own = json.loads(json.dumps(getattr(text, "rope_parameters", None), default=str))
+    return own == context["config"]["rope_parameters"]
 
 
 def check_window(settings: Any, window_tokens: int | None) -> None:

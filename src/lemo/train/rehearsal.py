@@ -73,7 +73,8 @@ def shape_config(shape: str, *, tokens: int, layers: int | None = None) -> Any:
         layers: run only so many layers; None for all.
 
     Raises:
-        ConfigError: neither a known name nor a folder with a config.json, or more layers than there are.
+        ConfigError: neither a known name nor a folder with a config.json that can be read, or more layers than there
+            are.
     """
     from transformers import AutoConfig
 
@@ -81,7 +82,12 @@ def shape_config(shape: str, *, tokens: int, layers: int | None = None) -> Any:
         fields = copy.deepcopy(SHAPES[shape])
         config = AutoConfig.for_model(fields.pop("model_type"), **fields)
     elif (Path(shape) / "config.json").is_file():
-        config = AutoConfig.from_pretrained(shape)
+        try:
+            config = AutoConfig.from_pretrained(shape)
+        except Exception as error:  # Transformers fails with errors of many kinds
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ConfigError(f"no model can be read from {shape} ({reason})") from error
+        check_causal(config, shape)
     else:
         raise ConfigError(f"{shape!r} is neither a folder with a config.json nor one of {', '.join(SHAPES)}")
     text = config.get_text_config()
@@ -98,6 +104,14 @@ def shape_config(shape: str, *, tokens: int, layers: int | None = None) -> Any:
         if hasattr(text, name):
             setattr(text, name, 0.0)
     return config
+
+
+def check_causal(config: Any, name: str) -> None:
+    """Raises ConfigError for a model that Transformers does not know as a causal language model."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ConfigError(f"{name}: Transformers has no causal language model of the type {config.model_type}")
 
 
 def random_model(

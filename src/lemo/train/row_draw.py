@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lemo.core.layout import Layout
-from lemo.errors import LabelsError
+from lemo.errors import DataError, LabelsError
 from lemo.runtime.batch import RunDense, read_layout
 
 IGNORE = -100
@@ -112,15 +112,27 @@ def draw_runs(total: int, count: int, span: int, spread: bool, generator: np.ran
 
 
 def sample_name(feature: Any) -> str:
-    """The sample's id, or a hash of its tokens."""
-    if isinstance(feature, dict) and feature.get("sample_id") is not None:
-        return str(feature["sample_id"])
-    tokens = feature["input_ids"] if isinstance(feature, dict) and "input_ids" in feature else feature
-    return hashlib.sha256(np.asarray(tokens, dtype=np.int64).tobytes()).hexdigest()
+    """The sample's id, or a hash of its tokens.
+
+    Raises:
+        DataError: it has neither.
+    """
+    tokens = feature
+    if isinstance(feature, Mapping):
+        if feature.get("sample_id") is not None:
+            return str(feature["sample_id"])
+        tokens = feature.get("input_ids")
+        if tokens is None:
+            known = ", ".join(map(str, feature)) or "none"
+            raise DataError(f"a sample has no 'input_ids' (keys: {known})")
+    try:
+        return hashlib.sha256(np.asarray(tokens, dtype=np.int64).tobytes()).hexdigest()
+    except (TypeError, ValueError) as error:
+        raise DataError(f"'input_ids' of a sample must be a list of tokens ({error})") from error
 
 
 def without_name(feature: Any) -> Any:
     """The sample without its id, which collators of other packages cannot turn into a tensor."""
-    if isinstance(feature, dict) and "sample_id" in feature:
+    if isinstance(feature, Mapping) and "sample_id" in feature:
         return {key: value for key, value in feature.items() if key != "sample_id"}
     return feature

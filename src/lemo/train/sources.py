@@ -1,4 +1,4 @@
-"""Reads documents: .txt, .jsonl, .jsonl.gz, .npz and Hugging Face datasets folders. Errors name file and row."""
+"""Reads documents: .txt, .jsonl, .json, .npz, .parquet and Hugging Face datasets folders. Errors name file and row."""
 
 from __future__ import annotations
 
@@ -6,62 +6,25 @@ import gzip
 import itertools
 import json
 import zipfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lemo.errors import DataError
+from lemo.train.documents import TOOLS, Document, FieldNames, drop_nulls, make_document
 
+# A folder stands for files of these kinds; others are read where they are named.
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".npz")
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One question with the answer that is learned (the first reference where a row has several)."""
-
-    question: str
-    answer: str
-
-
-@dataclass(frozen=True)
-class FieldNames:
-    """Keys of .jsonl rows and columns of datasets: of the text, and of a conversation."""
-
-    text: str = "text"
-    messages: str = "messages"
-
-
-@dataclass(frozen=True)
-class Document:
-    """One document of a source, as text or as tokens.
-
-    Attributes:
-        name: file name and row, the same on every machine; part of a sample's id.
-        place: path and row, for messages.
-        text: the document, or None when it is pre-tokenised.
-        tokens_T: uint32 tokens of a pre-tokenised document, else None.
-        turns: questions and answers of a `qas` row; empty for plain text.
-        messages: a conversation, each message with `role` and `content`; empty for other rows.
-    """
-
-    name: str
-    place: str
-    text: str | None = None
-    tokens_T: np.ndarray | None = None
-    turns: tuple[Turn, ...] = ()
-    messages: tuple[dict[str, Any], ...] = ()
-
-    @property
-    def is_sample(self) -> bool:
-        """Whether it is one sample as it stands: it has questions, or is a conversation."""
-        return bool(self.turns or self.messages)
+NAMED_SUFFIXES = (*SUFFIXES, ".parquet", ".json")
+_UNREAD = (".parquet", ".json", ".csv", ".tsv", ".arrow", ".jsonl.zst", ".jsonl.bz2", ".json.gz", ".txt.gz")
 
 
 def list_sources(paths: Sequence[str | Path]) -> list[Path]:
     """Files and datasets folders behind paths; a plain folder stands for the readable files below it, in order.
+
+    These are files of `SUFFIXES` or, where there are none, .parquet files; `describe_unread` names the others.
 
     Raises:
         DataError: a path does not exist, has a suffix that nothing reads, or a folder holds nothing readable.
@@ -71,19 +34,72 @@ def list_sources(paths: Sequence[str | Path]) -> list[Path]:
         if not path.exists():
             raise DataError(f"{path}: no such file or folder")
         if path.is_file():
-            if not path.name.endswith(SUFFIXES):
-                raise DataError(f"{path}: cannot read this kind of file; readable are {', '.join(SUFFIXES)}")
+            if not path.name.endswith(NAMED_SUFFIXES):
+                raise DataError(f"{path}: cannot read this kind of file; readable are {', '.join(NAMED_SUFFIXES)}")
             found.append(path)
         elif _is_datasets_folder(path):
             found.append(path)
         else:
-            inside = sorted(p for p in path.rglob("*") if p.is_file() and p.name.endswith(SUFFIXES))
+            inside = _inside(path, SUFFIXES) or _inside(path, (".parquet",))
             if not inside:
-                raise DataError(f"{path}: the folder holds no {', '.join(SUFFIXES)} file and is no datasets folder")
+                unread = [p.name for p in _inside(path, _UNREAD)]
+                there = f"; it holds {', '.join(unread[:3])}" if unread else ""
+                kinds = ", ".join((*SUFFIXES, ".parquet"))
+                raise DataError(f"{path}: the folder holds no {kinds} file and is no datasets folder{there}")
             found.extend(inside)
     if not found:
         raise DataError("no data: name at least one file or folder")
     return found
+
+
+def describe_unread(paths: Sequence[str | Path]) -> str | None:
+    """Which files in folders look like data and are not read, because others beside them are; None when all are."""
+    used = set(list_sources(paths))
+    folders = [path for path in map(Path, paths) if path.is_dir() and not _is_datasets_folder(path)]
+    files = [str(file) for folder in folders for file in _inside(folder, _UNREAD) if file not in used]
+    if not files:
+        return None
+    more = f" and {len(files) - 3:,} more" if len(files) > 3 else ""
+    named = ", ".join(files[:3]) + more
+    return f"not read beside the other files of their folder: {named} (.parquet and .json are, where they are named)"
+
+
+def name_sources(sources: Sequence[Path]) -> list[str]:
+    """A name for each source, the first part of its samples' ids: the file's own.
+
+    Files of one name in several folders are told apart by as many of their folders as it takes, of the path as it was
+    given; the same path given again gets a number.
+    """
+    depths = dict.fromkeys(sources, 1)
+
+    def name(path: Path) -> str:
+        return Path(*path.parts[-depths[path] :]).as_posix()
+
+    while True:
+        holders: dict[str, list[Path]] = {}
+        for path in depths:
+            holders.setdefault(name(path), []).append(path)
+        shallow = [
+            path for same in holders.values() if len(same) > 1 for path in same if depths[path] < len(path.parts)
+        ]
+        if not shallow:
+            break
+        for path in shallow:
+            depths[path] += 1
+    names: dict[str, None] = {}
+    for path in sources:
+        first = unique = name(path)
+        again = 1
+        while unique in names:
+            again += 1
+            unique = f"{first}~{again}"
+        names[unique] = None
+    return list(names)
+
+
+def _inside(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    """Files below a folder with one of the suffixes, in order."""
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name.endswith(suffixes))
 
 
 def needs_tokenizer(paths: Sequence[str | Path]) -> bool:
@@ -104,34 +120,25 @@ def read_documents(
     Raises:
         DataError: a source or row cannot be read or is empty; the message names it.
     """
-    for path in list_sources(paths):
-        before = 0
-        for document in _reader(path)(path, FieldNames(text_field, messages_field)):
-            before += 1
+    sources = list_sources(paths)
+    for path, name in zip(sources, name_sources(sources), strict=True):
+        empty = True
+        for document in _documents(path, name, FieldNames(text_field, messages_field)):
+            empty = False
             yield document
-        if before == 0:
+        if empty:
             raise DataError(f"{path}: holds no documents")
 
 
 def read_first_row(path: Path) -> dict[str, Any] | None:
-    """The first row of a .jsonl file or datasets folder as it stands; None for sources without named fields.
+    """The first row of a source as it stands; None for sources without named fields.
 
     Raises:
         DataError: it cannot be read.
     """
-    if path.is_dir():
-        return next((dict(values) for values in _load_rows(path)), None)
-    if path.name.endswith((".txt", ".npz")):
+    if path.name.endswith((".txt", ".npz")) and not path.is_dir():
         return None
-    try:
-        with _open_text(path) as file:
-            line = next((line for line in file if line.strip()), "null")
-        values = json.loads(line)
-    except (OSError, EOFError, ValueError) as error:
-        raise DataError(f"{path}, row 1: cannot be read ({error})") from error
-    if not isinstance(values, dict):
-        raise DataError(f"{path}, row 1: must be a JSON object, got {type(values).__name__}")
-    return values
+    return next((values for _, values in _rows(path)), None)
 
 
 def write_npz(path: str | Path, documents: Sequence[Sequence[int] | np.ndarray]) -> None:
@@ -157,108 +164,118 @@ def write_npz(path: str | Path, documents: Sequence[Sequence[int] | np.ndarray])
         np.savez(file, tokens=tokens.astype(dtype), bounds=bounds)
 
 
-def _reader(path: Path):
-    """The function that reads a source."""
+def _documents(path: Path, name: str, fields: FieldNames) -> Iterator[Document]:
+    """The documents of one source."""
+    if path.is_dir() or not path.name.endswith((".txt", ".npz")):
+        for row, values in _rows(path):
+            yield make_document(values, fields, name=f"{name}:{row}", place=f"{path}, row {row}")
+    else:
+        yield from (_read_txt if path.name.endswith(".txt") else _read_npz)(path, name)
+
+
+def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Rows with named fields, and their numbers."""
     if path.is_dir():
-        return _read_datasets_folder
-    if path.name.endswith(".txt"):
-        return _read_txt
-    return _read_npz if path.name.endswith(".npz") else _read_jsonl
+        return _filled(_load_rows(path))
+    if path.name.endswith(".parquet"):
+        return _filled(_read_parquet(path))
+    return _read_json(path) if path.name.endswith(".json") else _read_jsonl(path)
 
 
-def _read_txt(path: Path, fields: FieldNames) -> Iterator[Document]:
+def _read_txt(path: Path, name: str) -> Iterator[Document]:
     """A .txt file is one document."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text (byte {error.start})") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
     if not text.strip():
         raise DataError(f"{path}: the file is empty")
-    yield Document(path.name, str(path), text=text)
+    yield Document(name, str(path), text=text)
 
 
-def _read_jsonl(path: Path, fields: FieldNames) -> Iterator[Document]:
-    """Each line of a .jsonl or .jsonl.gz file is one document; blank lines are no rows."""
+def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Each line of a .jsonl or .jsonl.gz file is one row; blank lines are none, but count."""
     row = 0
     try:
         with _open_text(path) as file:
             for row, line in enumerate(file, start=1):
                 if line.strip():
-                    yield _parse_row(path, row, line, fields)
+                    yield row, _object(_parse(line, f"{path}, row {row}"), f"{path}, row {row}")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}, row {row + 1}: not UTF-8 text") from error
     except (OSError, EOFError) as error:
         raise DataError(f"{path}, row {row + 1}: cannot be read ({error})") from error
 
 
-def _open_text(path: Path) -> Any:
-    """A text file, unpacked where its name says so."""
-    return gzip.open(path, "rt", encoding="utf-8") if path.name.endswith(".gz") else path.open(encoding="utf-8")
-
-
-def _parse_row(path: Path, row: int, line: str, fields: FieldNames) -> Document:
-    """One JSON row."""
+def _read_json(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Each element of the list in a .json file is one row."""
     try:
-        values = json.loads(line)
+        with _open_text(path) as file:
+            rows = _parse(file.read(), str(path))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text (byte {error.start})") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error})") from error
+    if not isinstance(rows, list):
+        raise DataError(
+            f"{path}: must hold a list of JSON objects, got {type(rows).__name__}; a file with an object in each line "
+            "is named .jsonl"
+        )
+    for row, values in enumerate(rows, start=1):
+        yield row, _object(values, f"{path}, row {row}")
+
+
+def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows of a .parquet file."""
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise DataError(
+            f"{path}: reading .parquet needs the package `pyarrow`: pip install 'lemo[datasets]'"
+        ) from error
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=256):
+                yield from batch.to_pylist()
+    except (OSError, ValueError, NotImplementedError, pyarrow.ArrowException) as error:
+        raise DataError(f"{path}: cannot be read as .parquet ({str(error).splitlines()[0]})") from error
+
+
+def _open_text(path: Path) -> Any:
+    """A text file, unpacked where its name says so; a byte order mark at its beginning is no part of the text."""
+    return gzip.open(path, "rt", encoding="utf-8-sig") if path.name.endswith(".gz") else path.open(encoding="utf-8-sig")
+
+
+def _parse(text: str, place: str) -> Any:
+    """What a text in JSON stands for."""
+    try:
+        return json.loads(text)
     except json.JSONDecodeError as error:
-        raise DataError(f"{path}, row {row}: not valid JSON ({error.msg} at column {error.colno})") from error
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        raise DataError(f"{place}: not valid JSON ({error.msg} at {line}column {error.colno})") from error
+    except RecursionError as error:
+        raise DataError(f"{place}: not valid JSON (nested too deeply)") from error
+
+
+def _object(values: Any, place: str) -> dict[str, Any]:
+    """A row, which has named fields."""
     if not isinstance(values, dict):
-        raise DataError(f"{path}, row {row}: must be a JSON object, got {type(values).__name__}")
-    return _document(values, fields, name=f"{path.name}:{row}", place=f"{path}, row {row}")
+        raise DataError(f"{place}: must be a JSON object, got {type(values).__name__}")
+    return values
 
 
-def _document(values: dict[str, Any], fields: FieldNames, *, name: str, place: str) -> Document:
-    """A document from the values of a row."""
-    if values.get(fields.messages) is not None:
-        return Document(name, place, messages=_messages(values[fields.messages], fields.messages, place))
-    if fields.text not in values:
-        known = ", ".join(sorted(map(str, values))) or "none"
-        raise DataError(f"{place}: has no field {fields.text!r} (fields: {known}); data.text_field names it")
-    text = values[fields.text]
-    if not isinstance(text, str):
-        raise DataError(f"{place}: field {fields.text!r} must be text, got {type(text).__name__}")
-    if not text.strip():
-        raise DataError(f"{place}: field {fields.text!r} is empty")
-    return Document(name, place, text=text, turns=_turns(values.get("qas"), place))
+def _filled(rows: Iterable[Any]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Numbered rows of an Arrow table, which fills keys that a row lacks with None."""
+    for row, values in enumerate(rows, start=1):
+        values = dict(values)
+        if TOOLS in values:
+            values[TOOLS] = drop_nulls(values[TOOLS])
+        yield row, values
 
 
-def _messages(messages: Any, field: str, place: str) -> tuple[dict[str, Any], ...]:
-    """The messages of a conversation, checked."""
-    if not isinstance(messages, list) or not messages:
-        raise DataError(f"{place}: field {field!r} must be a list of messages")
-    for number, message in enumerate(messages, start=1):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise DataError(f"{place}: message {number} of {field!r} has no role")
-        if message.get("tool_calls"):
-            raise DataError(f"{place}: message {number} of {field!r} calls tools, which is not supported")
-        content = message.get("content")
-        if not isinstance(content, str) or (message["role"] == "assistant" and not content.strip()):
-            raise DataError(f"{place}: message {number} of {field!r} ({message['role']}) has no text in 'content'")
-    return tuple(messages)
-
-
-def _turns(qas: Any, place: str) -> tuple[Turn, ...]:
-    """Questions and answers of a row."""
-    if qas is None:
-        return ()
-    if not isinstance(qas, list):
-        raise DataError(f"{place}: field 'qas' must be a list, got {type(qas).__name__}")
-    turns = []
-    for number, qa in enumerate(qas, start=1):
-        question = qa.get("question") if isinstance(qa, dict) else None
-        answers = qa.get("answers") if isinstance(qa, dict) else None
-        answers = [answers] if isinstance(answers, str) else answers
-        if not isinstance(question, str) or not question.strip():
-            raise DataError(f"{place}: item {number} of 'qas' has no question")
-        if not isinstance(answers, list) or not answers or not isinstance(answers[0], str) or not answers[0].strip():
-            raise DataError(f"{place}: item {number} of 'qas' has no answer")
-        turns.append(Turn(question.strip(), answers[0].strip()))
-    return tuple(turns)
-
-
-def _read_npz(path: Path, fields: FieldNames) -> Iterator[Document]:
+def _read_npz(path: Path, name: str) -> Iterator[Document]:
     """Pre-tokenised documents, see `write_npz`."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
@@ -280,18 +297,12 @@ def _read_npz(path: Path, fields: FieldNames) -> Iterator[Document]:
         raise DataError(f"{path}, row {row}: the document is empty ('bounds' does not ascend there)")
     for row, (start, end) in enumerate(itertools.pairwise(bounds), start=1):
         part = tokens[int(start) : int(end)].astype(np.uint32)
-        yield Document(f"{path.name}:{row}", f"{path}, row {row}", tokens_T=part)
+        yield Document(f"{name}:{row}", f"{path}, row {row}", tokens_T=part)
 
 
 def _is_datasets_folder(path: Path) -> bool:
     """Whether `save_to_disk` of Hugging Face datasets wrote this folder."""
     return (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists()
-
-
-def _read_datasets_folder(path: Path, fields: FieldNames) -> Iterator[Document]:
-    """Rows of a folder that `Dataset.save_to_disk` wrote."""
-    for row, values in enumerate(_load_rows(path), start=1):
-        yield _document(dict(values), fields, name=f"{path.name}:{row}", place=f"{path}, row {row}")
 
 
 def _load_rows(path: Path) -> Any:
@@ -302,7 +313,9 @@ def _load_rows(path: Path) -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise DataError(f"{path}: reading a datasets folder needs the package `datasets`") from error
+        raise DataError(
+            f"{path}: reading a datasets folder needs the package `datasets`: pip install 'lemo[datasets]'"
+        ) from error
     try:
         return datasets.load_from_disk(str(path))
     except Exception as error:  # datasets raises errors of many kinds for damaged folders

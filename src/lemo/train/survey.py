@@ -9,11 +9,16 @@ from typing import Any, Literal
 
 from lemo.config import ModelConfig
 from lemo.errors import ConfigError, DataError
+from lemo.train.documents import COMPLETION, PROMPT, Document
 from lemo.train.model import extend_context, find_gguf, load_settings
-from lemo.train.sources import Document, list_sources, read_documents, read_first_row
+from lemo.train.rehearsal import check_causal
+from lemo.train.sources import list_sources, read_documents, read_first_row
 from lemo.train.windows import WindowCutter
 
 _SAMPLED_DOCUMENTS, _SAMPLED_CHARACTERS = 24, 50_000
+# What is asked and what is answered, where rows keep them in fields of their own.
+_QUESTIONS = ("instruction", "question", "prompt", "query", "input")
+_ANSWERS = ("output", "answer", "completion", "response", "chosen")
 
 
 @dataclass(frozen=True)
@@ -60,18 +65,20 @@ class DataFacts:
     """What a look at the data says. Lengths are in tokens, estimated from characters unless the data is tokenised.
 
     Attributes:
-        kind: `text`, `qas`, `messages`, or `tokens` for tokenised text.
+        kind: `text`, `qas`, `messages`, `completion` for prompts with completions, or `tokens` for tokenised text.
         field: key of the text or conversation; None where files have no keys.
         lengths: of each document.
         longest_tokens: of the longest, counted.
         supervised_share: share of rows that are answers, in the longest sample; None for text.
+        unused: keys of the first row that hold text which is not trained on.
     """
 
-    kind: Literal["text", "qas", "messages", "tokens"]
+    kind: Literal["text", "qas", "messages", "completion", "tokens"]
     field: str | None
     lengths: tuple[int, ...]
     longest_tokens: int
     supervised_share: float | None = None
+    unused: tuple[str, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -81,7 +88,7 @@ class DataFacts:
     @property
     def answers(self) -> bool:
         """Whether only answers are learned."""
-        return self.kind in ("qas", "messages")
+        return self.kind in ("qas", "messages", "completion")
 
 
 @dataclass(frozen=True)
@@ -109,6 +116,7 @@ def survey_model(path: str) -> ModelFacts:
     """
     gguf = find_gguf(path)
     settings = load_settings(ModelConfig(path, gguf_file=gguf))
+    check_causal(settings, path)
     text = settings.get_text_config()
     heads = text.num_attention_heads
     return ModelFacts(
@@ -124,13 +132,19 @@ def survey_model(path: str) -> ModelFacts:
     )
 
 
-def survey_data(paths: Sequence[str], tokenizer: Any) -> DataFacts:
+def survey_data(paths: Sequence[str], tokenizer: Any, text_field: str | None = None) -> DataFacts:
     """Reads all documents once, tokenises a sample of them, and counts the longest exactly.
 
+    Args:
+        paths: files or folders.
+        tokenizer: of the model; None where all of it is tokenised.
+        text_field: key of the text in rows; None finds it.
+
     Raises:
-        DataError: a file or row cannot be used, or no key of the rows holds text.
+        DataError: a file or row cannot be used, no key of the rows holds text, or a question and its answer stand in
+            keys of their own.
     """
-    field, is_chat = _find_field(paths)
+    field, is_chat, unused = _find_field(paths, text_field)
     names = {} if field is None else {"messages_field" if is_chat else "text_field": field}
     documents = list(read_documents(paths, **names))
     kinds = {_kind(document) for document in documents}
@@ -153,9 +167,9 @@ def survey_data(paths: Sequence[str], tokenizer: Any) -> DataFacts:
     )
     longest = documents[max(range(len(sizes)), key=sizes.__getitem__)]
     if kind == "text":
-        return DataFacts(kind, field, lengths, max(lengths))
+        return DataFacts(kind, field, lengths, max(lengths), unused=unused)
     windows, report = WindowCutter(tokenizer, 10**9, answer_only=True).cut([longest])
-    return DataFacts(kind, field, lengths, len(windows[0].tokens_T), report.supervised_share)
+    return DataFacts(kind, field, lengths, len(windows[0].tokens_T), report.supervised_share, unused)
 
 
 def survey_machine(wanted: Literal["auto", "cpu", "gpu"] = "auto") -> MachineFacts:
@@ -174,38 +188,68 @@ def survey_machine(wanted: Literal["auto", "cpu", "gpu"] = "auto") -> MachineFac
     return MachineFacts(properties.name, True, properties.total_memory, bfloat16)
 
 
-def _find_field(paths: Sequence[str]) -> tuple[str | None, bool]:
-    """Key of the text or conversation in the first row that has keys, and whether it is a conversation."""
+def _find_field(paths: Sequence[str], text_field: str | None) -> tuple[str | None, bool, tuple[str, ...]]:
+    """Key of the text or conversation in the first row that has keys, whether it is a conversation, and keys left."""
     for path in list_sources(paths):
         row = read_first_row(path)
         if row is None:
             continue
-        for name in ("messages", *row):
-            if _is_conversation(row.get(name)):
-                return name, True
         texts = [name for name, value in row.items() if isinstance(value, str) and value.strip()]
-        if not texts:
+        completed = PROMPT in row and COMPLETION in row
+        for name in ("messages", *row):
+            if _is_conversation(row.get(name)) and not (completed and name in (PROMPT, COMPLETION)):
+                if text_field is not None:
+                    raise DataError(f"{path}, row 1: {name!r} is a conversation, so no text field is needed")
+                return name, True, tuple(texts)
+        if text_field is not None:
+            chosen = text_field
+        elif completed and "text" not in row:
+            return None, False, tuple(name for name in texts if name not in (PROMPT, COMPLETION))
+        elif not texts:
             raise DataError(f"{path}, row 1: no field holds text or messages (fields: {', '.join(row) or 'none'})")
-        return ("text" if "text" in texts else max(texts, key=lambda name: len(row[name]))), False
-    return None, False
+        elif "text" in texts:
+            chosen = "text"
+        else:
+            _refuse_pair(texts, f"{path}, row 1")
+            chosen = max(texts, key=lambda name: len(row[name]))
+        return chosen, False, tuple(name for name in texts if name != chosen)
+    return None, False, ()
+
+
+def _refuse_pair(texts: Sequence[str], place: str) -> None:
+    """Raises DataError for a question and its answer in fields of their own: one alone would be trained on."""
+    asked = next((name for name in _QUESTIONS if name in texts), None)
+    answered = next((name for name in _ANSWERS if name in texts), None)
+    if asked is not None and answered is not None:
+        row = (
+            f'{{"messages": [{{"role": "user", "content": <{asked}>}}, '
+            f'{{"role": "assistant", "content": <{answered}>}}]}}'
+        )
+        raise DataError(
+            f"{place}: {asked!r} and {answered!r} are two fields, of which one alone would be trained on; rename them "
+            f"{PROMPT!r} and {COMPLETION!r}, or for the chat template write each row as {row}; if one of them is plain "
+            "text, name it: data.text_field=KEY"
+        )
 
 
 def _is_conversation(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(m, dict) and "role" in m for m in value)
 
 
-def _kind(document: Document) -> Literal["text", "qas", "messages", "tokens"]:
+def _kind(document: Document) -> Literal["text", "qas", "messages", "completion", "tokens"]:
     if document.messages:
         return "messages"
     if document.turns:
         return "qas"
+    if document.completion:
+        return "completion"
     return "text" if document.tokens_T is None else "tokens"
 
 
 def _texts(document: Document) -> list[str]:
     """All text of a document."""
     turns = [part for turn in document.turns for part in (turn.question, turn.answer)]
-    return [document.text or "", *turns, *(message["content"] for message in document.messages)]
+    return [document.text or "", document.completion, *turns, *(message["content"] for message in document.messages)]
 
 
 def _characters(document: Document) -> int:

@@ -10,8 +10,8 @@ from typing import Any, Literal
 import numpy as np
 
 from lemo.errors import DataError
-from lemo.train.chat import fit_messages, render_chat
-from lemo.train.sources import Document
+from lemo.train.chat import fit_messages, render_chat, render_completion
+from lemo.train.documents import Document
 
 _NO_END = "the chat template marks no end of turn as the assistant's, so the model does not learn when to stop"
 QUESTION = "\n\nQuestion: {question}\nAnswer:"
@@ -115,7 +115,8 @@ class WindowCutter:
     kept as a short window, or (packing) put together with other remainders, whole pieces only. The end-of-text token
     is appended to every text document. A `qas` sample is the document followed by its questions and answers; only the
     answers and the end token behind each are learned. A conversation is written by the tokenizer's chat template; only
-    the assistant's messages, and what ends each, are learned.
+    the assistant's messages, and what ends each, are learned. Of a prompt with its completion, which are one text, the
+    completion and the end token are.
 
     Attributes:
         tokenizer: Transformers tokenizer; None when every document is pre-tokenised.
@@ -154,6 +155,8 @@ class WindowCutter:
                 continue
             if document.messages:
                 raise DataError(f"{document.place}: is a conversation: set data.answer_only=true")
+            if document.completion:
+                raise DataError(f"{document.place}: is a prompt with its completion: set data.answer_only=true")
             ignored_qas += bool(document.turns)
             self._cut_text(document, windows, pieces, report)
         if ignored_qas:
@@ -198,9 +201,13 @@ class WindowCutter:
 
     def _encode(self, text: str, *, special: bool = False) -> list[int]:
         """Token ids of a text."""
+        return list(self._text_tokenizer()(text, add_special_tokens=special, verbose=False)["input_ids"])
+
+    def _text_tokenizer(self) -> Any:
+        """The tokenizer, which text needs."""
         if self.tokenizer is None:
             raise DataError("text needs a tokenizer, and the model folder has none; use pre-tokenised .npz data")
-        return list(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+        return self.tokenizer
 
     def _end_tokens(self, ids: Sequence[int] = ()) -> list[int]:
         """The end-of-text token, unless the ids end with it or there is none."""
@@ -211,8 +218,12 @@ class WindowCutter:
         """The answer-only sample of a row; None when it was dropped."""
         if document.messages:
             return self._conversation(document, report)
+        if document.completion:
+            return self._completion(document, report)
         if not document.turns:
-            raise DataError(f"{document.place}: has no 'qas' and no messages: no answer to learn (data.answer_only)")
+            raise DataError(
+                f"{document.place}: has no 'qas', messages or completion: no answer to learn (data.answer_only)"
+            )
         context = self._encode(document.text or "", special=True)
         turns = [
             (
@@ -250,22 +261,47 @@ class WindowCutter:
 
     def _conversation(self, document: Document, report: DataReport) -> Window | None:
         """The sample of a conversation; None when it was dropped."""
-        rendered = render_chat(self.tokenizer, document.messages, document.place)
+        messages, tools, place = document.messages, document.tools, document.place
+        rendered = render_chat(self._text_tokenizer(), messages, place, tools)
         total = len(rendered.tokens)
         report.tokens += total
         if total > self.window_tokens:
             if self._leave_out(document, total, report):
                 return None
-            kept, rendered = fit_messages(self.tokenizer, document.messages, document.place, self.window_tokens)
+            kept, rendered = fit_messages(self.tokenizer, messages, place, self.window_tokens, tools)
             report.truncated += 1
             report.lose("cut from samples", total - len(rendered.tokens))
-            if len(kept) < len(document.messages):
-                left_out = len(document.messages) - len(kept)
-                report.notes.append(f"{document.place}: {left_out} of {len(document.messages)} messages cut off")
+            if len(kept) < len(messages):
+                report.notes.append(f"{place}: {len(messages) - len(kept)} of {len(messages)} messages cut off")
         if not rendered.ends_turns and _NO_END not in report.notes:
             report.notes.append(_NO_END)
         tokens_T, learned_T = np.asarray(rendered.tokens, np.uint32), np.asarray(rendered.learned, bool)
         return Window(document.name, tokens_T, learned_T, (len(tokens_T),))
+
+    def _completion(self, document: Document, report: DataReport) -> Window | None:
+        """The sample of a prompt with its completion; None when it was dropped."""
+        tokenizer, prompt = self._text_tokenizer(), document.text or ""
+        ids, given = render_completion(tokenizer, prompt, document.completion, document.place)
+        ids += self._end_tokens(ids)
+        total = len(ids)
+        report.tokens += total
+        if total > self.window_tokens:
+            if self._leave_out(document, total, report):
+                return None
+            # The prompt's beginning goes: what is asked for often stands at its end.
+            first = int(ids[0] == getattr(tokenizer, "bos_token_id", None))
+            excess = total - self.window_tokens
+            if given - first <= excess:
+                raise DataError(
+                    f"{document.place}: the completion alone has {total - given:,} tokens, too many for the window of "
+                    f"{self.window_tokens:,}; raise data.window_tokens"
+                )
+            del ids[first : first + excess]
+            given -= excess
+            report.truncated += 1
+            report.lose("cut from samples", excess)
+        learned_T = np.arange(len(ids)) >= given
+        return Window(document.name, np.asarray(ids, np.uint32), learned_T, (len(ids),))
 
     def _shorten(self, document: Document, context: list[int], turns: list, report: DataReport) -> tuple[list, list]:
         """A sample that fits: first turns that fill at most half of the window, then the document's beginning."""
