@@ -233,6 +233,8 @@ class TrainingConfig:
         offload: what the fused engine saves for keys alone, the inputs of rows that offer keys but do not run or pass
             gradient, waits for backward in host memory. `keys`: keys and values wait there too, and levels `lin` and
             `layer` do not compute them again; `inputs` is the same as true.
+        save_total_limit: checkpoints that are kept, the newest, and of `early_stopping_evals` the best one; older ones
+            are deleted. None keeps all. With 1 there is none while the next is written.
         refit_steps: fit bypasses anew on the batch at hand every so many steps, as weights move; None for never.
         recall_steps: measure every so many steps how well predictors still find their blocks; None for never.
         early_stopping_evals: stop after this many evaluations without a lower validation loss, and keep the adapter of
@@ -258,6 +260,7 @@ class TrainingConfig:
     logging_steps: int = 1
     eval_steps: int | None = None
     save_steps: int | None = None
+    save_total_limit: int | None = 2
     refit_steps: int | None = None
     recall_steps: int | None = None
     early_stopping_evals: int | None = None

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import lemo
 from lemo.errors import ConfigError
+from lemo.eval.perplexity import evaluate_loss
 from lemo.train.callback import LemoCallback
 from lemo.train.collate import WindowCollator, WindowDataset
 from lemo.train.loss_rows import LossRows
@@ -186,3 +187,102 @@ def test_hooks_end_when_training_fails(tmp_path):
     with pytest.raises(ValueError, match="loss"):
         broken.train()
     assert not model._forward_pre_hooks
+
+
+class Tracker(TrainerCallback):
+    """Keeps entries as trackers of Transformers get them."""
+
+    def __init__(self):
+        self.entries = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.entries.append({"step": state.global_step, **logs})
+
+
+def test_trackers_get_the_figures_of_the_log(tmp_path):
+    model, tracker = seeded_model(), Tracker()
+    plan = lemo.Plan.uniform(model, forward_ratio=1.0, backward_ratio=0.5, block_size=8)
+    with lemo.attach(model, plan, self_test=False) as handle:
+        LemoTrainer(
+            model=model,
+            args=arguments(tmp_path / "out"),
+            train_dataset=dataset(3),
+            data_collator=LossRows(WindowCollator(), 0.3, block_size=8),
+            callbacks=[tracker],
+            handle=handle,
+            metrics_path=tmp_path / "metrics.jsonl",
+            console=Console(file=io.StringIO()),
+        ).train()
+    entries = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert len(entries) == len(tracker.entries) == 7
+    for entry, tracked in zip(entries, tracker.entries, strict=True):
+        tracked.pop("total_flos", None)
+        assert {key: value for key, value in entry.items() if key != "layer_ratios"} == tracked
+        assert all(isinstance(value, int | float) for value in tracked.values())
+    names = {"tokens_per_s", "memory_bytes", "peak_memory_bytes", "forward_ratio", "backward_ratio", "dense_batches"}
+    assert all(names <= set(entry) for entry in tracker.entries if "learning_rate" in entry)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_evaluation_loss_is_a_mean_over_tokens(tmp_path, batch):
+    """Windows of unequal length and with few labels count by their tokens, as in `evaluate_loss`."""
+    rng = np.random.default_rng(3)
+    windows = []
+    for index, (tokens, learned) in enumerate([(64, 64), (8, 8), (64, 3), (16, 0), (30, 20)]):
+        mask = np.arange(tokens) >= tokens - learned
+        windows.append(Window(f"{index}", rng.integers(3, 250, tokens), mask, (tokens,)))
+    held_out = WindowDataset(windows)
+    model = seeded_model()
+    trainer = LemoTrainer(
+        model=model,
+        args=arguments(tmp_path / "out", per_device_eval_batch_size=batch),
+        eval_dataset=held_out,
+        data_collator=WindowCollator(),
+        console=Console(file=io.StringIO()),
+    )
+    wanted = evaluate_loss(model, [WindowCollator()([held_out[i]]) for i in range(5)])
+    found = trainer.evaluate()
+    assert found["eval_loss"] == pytest.approx(wanted.nats, rel=1e-5)
+    assert trainer.predict(held_out).metrics["test_loss"] == pytest.approx(wanted.nats, rel=1e-5)
+
+
+def test_a_log_that_cannot_be_written_is_said_once_and_training_goes_on(tmp_path, monkeypatch):
+    """The disk is full for two entries, and one of them is half written."""
+    from pathlib import Path
+
+    opened, text = Path.open, io.StringIO()
+
+    class Full:
+        def __init__(self, file):
+            self.file = file
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *args):
+            self.file.close()
+
+        def write(self, line):
+            self.file.write(line[:9])
+            self.file.flush()
+            raise OSError(28, "No space left on device")
+
+    calls = []
+
+    def full(self, mode="r", **kwargs):
+        file = opened(self, mode, **kwargs)
+        calls.append(self.name == "metrics.jsonl" and mode == "a")
+        return Full(file) if calls[-1] and sum(calls) in (2, 3) else file
+
+    monkeypatch.setattr(Path, "open", full)
+    LemoTrainer(
+        model=seeded_model(),
+        args=arguments(tmp_path / "out", max_steps=5),
+        train_dataset=dataset(5),
+        data_collator=WindowCollator(),
+        metrics_path=tmp_path / "metrics.jsonl",
+        console=Console(file=text, width=300),
+    ).train()
+    entries = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in entries] == [1, 4, 5, 5]
+    assert text.getvalue().count("No space left on device") == 1

@@ -285,9 +285,10 @@ class _Step:
         ledger.moment = "between steps"
         ledger.add("libraries", self.constants.fixed_bytes)
         ledger.add("weights", sizes.parameters * self.e)
-        trained = sizes.adapter.parameters * sizes.adapter.element_bytes
-        # Weights, gradients and two moments.
-        ledger.add("adapter, gradients, optimizer", 4 * trained)
+        # Weights and gradients; two moments, and beside weights of 16 bits a copy, in fp32 or wider.
+        bytes_each, wide = sizes.adapter.element_bytes, max(WIDE, sizes.adapter.element_bytes)
+        each = 2 * bytes_each + (2 if bytes_each == wide else 3) * wide
+        ledger.add("adapter, gradients, optimizer", each * sizes.adapter.parameters)
         # Ids, labels and their shifted copy, positions, and the layout's three numbers of each row.
         ledger.add("batch and positions", (4 + (3 if setting.engine != "plain" else 0)) * INDEX * setting.rows)
         if setting.windows and setting.skips:

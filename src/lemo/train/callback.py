@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from lemo.runtime.attach import Handle
 from lemo.train.row_draw import RowDraw
 
 STATE_FILE = "lemo.json"
-_COUNTS = ("sparse_batches", "dense_batches")
+COUNTS = ("sparse_batches", "dense_batches")
 
 
 class LemoCallback(TrainerCallback):
@@ -71,6 +72,7 @@ class LemoCallback(TrainerCallback):
         self._device: torch.device | None = None
         self._status: Any = None
         self._logged: dict[str, Any] = {}
+        self._unwritten = False
 
     # What the Trainer calls, in the order in which it does.
 
@@ -140,25 +142,28 @@ class LemoCallback(TrainerCallback):
             return
         entry: dict[str, Any] = {"step": state.global_step, **{k: v for k, v in logs.items() if k != "total_flos"}}
         if "loss" in logs:
-            entry |= self._measured(args)
+            # LemoTrainer adds the figures itself, so that trackers get them too.
+            entry |= {} if "tokens_per_s" in logs else self.figures(args)
+            if self.handle is not None:
+                ratios = self.handle.ratios().items()
+                entry["layer_ratios"] = {str(layer): [round(x, 4) for x in pair] for layer, pair in ratios}
             self._logged = entry
-            self._say(_line(entry, state.max_steps))
+            self.say(_line(entry, state.max_steps))
         elif "eval_loss" in logs:
-            self._say(f"step {state.global_step}  validation loss {logs['eval_loss']:.4f}")
+            self.say(f"step {state.global_step}  validation loss {logs['eval_loss']:.4f}")
         if self.metrics_path is not None:
-            with self.metrics_path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
+            self._write(self.metrics_path, json.dumps(entry) + "\n")
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Adds the handle's counts to the checkpoint, on which the draws of the `random` scorer depend."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if folder.is_dir():
-            counts = {} if self.handle is None else {name: getattr(self.handle, name) for name in _COUNTS}
-            (folder / _state_file(args.process_index)).write_text(json.dumps(counts) + "\n", encoding="utf-8")
+            counts = {} if self.handle is None else {name: getattr(self.handle, name) for name in COUNTS}
+            (folder / state_file(args.process_index)).write_text(json.dumps(counts) + "\n", encoding="utf-8")
 
     def restore(self, checkpoint: str | Path, process: int = 0) -> None:
         """Takes up the counts of a checkpoint, if it has them: those of this process, where there are several."""
-        path = Path(checkpoint) / _state_file(process)
+        path = Path(checkpoint) / state_file(process)
         if self.handle is not None and path.exists():
             for name, value in json.loads(path.read_text(encoding="utf-8")).items():
                 setattr(self.handle, name, value)
@@ -185,8 +190,8 @@ class LemoCallback(TrainerCallback):
         dense = layers - len(ratios)
         return tuple((dense + sum(r[i] for r in ratios.values())) / layers for i in (0, 1))  # type: ignore[return-value]
 
-    def _measured(self, args: Any) -> dict[str, Any]:
-        """Speed since the last entry, memory now and at most, ratios of the last forward."""
+    def figures(self, args: Any) -> dict[str, float]:
+        """Speed since this was last asked, memory now and at most, ratios of the last forward: one number each."""
         now = time.perf_counter()
         seconds, tokens = now - self._marked, self.tokens - self._marked_tokens
         self._marked, self._marked_tokens = now, self.tokens
@@ -200,8 +205,20 @@ class LemoCallback(TrainerCallback):
         }
         if self.handle is not None:
             found["dense_batches"] = self.handle.dense_batches
-            found["layer_ratios"] = {str(k): [round(x, 4) for x in v] for k, v in self.handle.ratios().items()}
         return found
+
+    def _write(self, path: Path, line: str) -> None:
+        """Appends a line to the log, the whole of it or nothing. Training goes on where it cannot be written."""
+        size = path.stat().st_size if path.exists() else 0
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError as error:
+            with suppress(OSError):
+                os.truncate(path, size)
+            if not self._unwritten:
+                self.say(f"{path} cannot be written ({error}): training goes on, this log lacks entries", markup=False)
+            self._unwritten = True
 
     def _memory(self) -> dict[str, int]:
         """Memory now, and at most since training began."""
@@ -232,9 +249,9 @@ class LemoCallback(TrainerCallback):
             self._first_step = state.global_step - 1
         return state.global_step - self._first_step
 
-    def _say(self, line: str) -> None:
+    def say(self, line: str, *, markup: bool = True) -> None:
         """Prints one line, however long."""
-        self._terminal().print(line, highlight=False, soft_wrap=True)
+        self._terminal().print(line, highlight=False, soft_wrap=True, markup=markup)
 
     def _terminal(self) -> Any:
         """The console for lines."""
@@ -245,7 +262,7 @@ class LemoCallback(TrainerCallback):
         return self.console
 
 
-def _state_file(process: int) -> str:
+def state_file(process: int) -> str:
     """Where a process keeps its counts: each has batches of its own."""
     return STATE_FILE if process == 0 else f"lemo-{process}.json"
 

@@ -2,29 +2,41 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import random
 import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
+import torch
 from transformers import TrainerCallback
 
 import lemo
 from lemo.config import RunConfig, resolved
 from lemo.errors import ConfigError
 from lemo.measure.record import config_hash
-from lemo.train.callback import STATE_FILE
+from lemo.train.callback import COUNTS, state_file
 
 RUN_FILE, SAVE_FILE = "run.json", "save-now"
+ONCE_S = 1.0
+# Those did not store their settings, and their hash was of more keys.
+_EARLIER = ": its recipe differs, or an earlier version of lemo began it"
 
-# Keys that do not change what is trained.
-_FREE = ("logging_steps", "eval_steps", "save_steps", "report_to")
+# Keys of training that do not change what is trained: how often one looks and saves, and what a step keeps in memory.
+_FREE = (
+    *("logging_steps", "eval_steps", "save_steps", "save_total_limit", "report_to"),
+    *("gradient_checkpointing", "segment_rows", "engine", "recompute", "offload"),
+)
+Resume = bool | Literal["if possible"]
 
 
 @dataclass(frozen=True)
@@ -34,54 +46,66 @@ class RunFolder:
     Attributes:
         path: the output folder.
         identity: hash of everything that changes what is trained.
+        settings: all of that, nested.
         resume_from: checkpoint to take up, or None.
+        notes: what the user should know about checkpoints that cannot be taken up.
     """
 
     path: Path
     identity: str
+    settings: Mapping[str, Any]
     resume_from: Path | None = None
+    notes: tuple[str, ...] = ()
 
     @classmethod
-    def open(cls, run: RunConfig, *, resume: bool = False, processes: int = 1) -> RunFolder:
+    def open(cls, run: RunConfig, *, resume: Resume = False, processes: int = 1) -> RunFolder:
         """Decides whether a run may use its output folder, without writing anything.
 
         Args:
             run: the recipe.
-            resume: take up the last checkpoint.
+            resume: take up the last checkpoint; "if possible" begins anew where there is none.
             processes: how many train; a checkpoint's place in the data holds for as many as wrote it.
 
         Raises:
             ConfigError: no output is named; the folder holds another run, a finished run, or files of something else;
-                a checkpoint is there and `resume` was not asked for; `resume` without a checkpoint.
+                a checkpoint is there and `resume` was not asked for; `resume` without a checkpoint; an adapter without
+                a checkpoint.
         """
         if not run.output:
             raise ConfigError("output is empty: name the folder that receives the run")
-        folder = cls(Path(run.output), run_identity(run))
+        settings = _settings(run)
+        folder = cls(Path(run.output), config_hash(settings), settings)
         if folder.path.exists() and not folder.path.is_dir():
             raise ConfigError(f"output: {folder.path} is a file")
-        present = sorted(p.name for p in folder.path.iterdir()) if folder.path.is_dir() else []
+        found = [p.name for p in folder.path.iterdir()] if folder.path.is_dir() else []
+        present = sorted(name for name in found if name != f"{RUN_FILE}.new")
         if not present:
-            if resume:
+            if resume is True:
                 raise ConfigError(f"output: {folder.path} holds no run to resume")
             return folder
         if RUN_FILE not in present:
             raise ConfigError(f"output: {folder.path} holds files that are no run ({present[0]}, ...); name another")
-        if set(present) <= {RUN_FILE, "recipe.yaml"} and not resume:
+        if set(present) <= {RUN_FILE, "recipe.yaml"} and resume is not True:
             return folder  # a run that was refused before it did anything
         folder._check_identity()
         if folder.summary.exists():
             raise ConfigError(f"output: the run in {folder.path} is finished; name another folder to run again")
-        checkpoint = folder.last_checkpoint()
+        count = folder._started()["processes"]
+        checkpoint, notes = folder.last_checkpoint(count), folder._incomplete(count)
         if checkpoint is not None and not resume:
             raise ConfigError(f"output: {folder.path} holds {checkpoint.name} of this run; take it up with --resume")
-        if checkpoint is None and resume:
-            raise ConfigError(f"output: {folder.path} holds no complete checkpoint to resume")
-        if resume and folder._started()["processes"] != processes:
+        if resume and folder._steps() and count != processes:
             raise ConfigError(
-                f"output: the run in {folder.path} has {folder._started()['processes']} processes, not {processes}; "
-                "resume with as many"
+                f"output: the run in {folder.path} has {count} processes, not {processes}; resume with as many"
             )
-        return cls(folder.path, folder.identity, checkpoint)
+        if checkpoint is None and resume is True:
+            raise ConfigError("; ".join([f"output: {folder.path} holds no complete checkpoint to resume", *notes]))
+        if checkpoint is None and folder.adapter.exists():
+            raise ConfigError(
+                f"output: {folder.path} holds the adapter of this run, whose final evaluation did not end: measure it "
+                f"with lemo eval {folder.path}, or name another folder to train again"
+            )
+        return cls(folder.path, folder.identity, settings, checkpoint, notes)
 
     def _started(self) -> dict[str, Any]:
         """What the run noted when it began."""
@@ -92,46 +116,97 @@ class RunFolder:
             raise ConfigError(f"output: {self.path / RUN_FILE} cannot be read") from error
 
     def _check_identity(self) -> None:
-        if self._started()["config_hash"] != self.identity:
-            raise ConfigError(
-                f"output: {self.path} belongs to another run (its recipe differs from this one); name another folder"
-            )
+        started = self._started()
+        if started["config_hash"] != self.identity:
+            stored = started.get("settings")
+            differ = _EARLIER if stored is None else _differences(stored, self.settings)
+            raise ConfigError(f"output: {self.path} belongs to another run{differ}; name another folder")
 
-    def begin(self, recipe: str, processes: int = 1) -> None:
-        """Marks the folder as this run's and stores the resolved recipe."""
+    def begin(self, recipe: str, processes: int = 1, data: Mapping[str, Any] | None = None) -> list[str]:
+        """Marks the folder as this run's and stores the resolved recipe.
+
+        Args:
+            recipe: the resolved recipe.
+            processes: how many train.
+            data: `data_fingerprint` of each split, which must be that of the run's first start.
+
+        Returns:
+            What was found amiss and mended.
+
+        Raises:
+            ConfigError: other data than at the first start, or a log that cannot be read.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
+        self._check_data(data)
         described = {
             "config_hash": self.identity,
             "processes": processes,
             "lemo": lemo.__version__,
             "time": time.strftime("%FT%TZ", time.gmtime()),
+            "data": data,
+            "settings": self.settings,
         }
+        notes = self._set_aside_metrics()
         if self.resume_from is None:
-            (self.path / RUN_FILE).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
-        (self.path / "recipe.yaml").write_text(recipe, encoding="utf-8")
-        self._set_aside_metrics()
+            replace_text(self.path / RUN_FILE, json.dumps(described, indent=1) + "\n")
+        replace_text(self.path / "recipe.yaml", recipe)
+        return notes
 
-    def _set_aside_metrics(self) -> None:
+    def _check_data(self, data: Mapping[str, Any] | None) -> None:
+        """Refuses to go on with what was calibrated, evaluated or trained on other data."""
+        used = ("before.json", "plan", "checkpoints")
+        if data is None or not any((self.path / name).exists() for name in used):
+            return
+        stored = self._started().get("data")
+        if stored is not None and stored != data:
+            changes = [
+                f"{split} data had {_describe(stored.get(split))} and has {_describe(data.get(split))}"
+                for split in dict.fromkeys([*stored, *data])
+                if stored.get(split) != data.get(split)
+            ]
+            raise ConfigError(
+                f"output: the data of the run in {self.path} has changed since it began: {'; '.join(changes)}. Bring "
+                "the files back as they were, or name another folder"
+            )
+
+    def _set_aside_metrics(self) -> list[str]:
         """Log entries of steps that will be done again go to metrics.aborted.jsonl."""
         if not self.metrics.exists():
-            return
+            return []
         done = 0 if self.resume_from is None else int(self.resume_from.name.rpartition("-")[2])
-        lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-        again = [line for line in lines if json.loads(line)["step"] > done]
+        lines = self.metrics.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        kept, again, notes = [], [], []
+        for row, line in enumerate(lines, start=1):
+            try:
+                (again if json.loads(line)["step"] > done else kept).append(line.rstrip("\n") + "\n")
+            except (ValueError, KeyError, TypeError) as error:
+                if row < len(lines) or not isinstance(error, ValueError):
+                    raise ConfigError(f"{self.metrics}, row {row}: no log entry; repair or remove that line") from error
+                notes.append(f"{self.metrics}: the last line was cut off in writing, and is dropped")
         if again:
             with (self.path / "metrics.aborted.jsonl").open("a", encoding="utf-8") as file:
                 file.writelines(again)
-            self.metrics.write_text("".join(line for line in lines if line not in again), encoding="utf-8")
+        if again or notes:
+            replace_text(self.metrics, "".join(kept))
+        return notes
 
-    def last_checkpoint(self) -> Path | None:
-        """The newest checkpoint that was written to its end."""
-        found = []
-        for path in self.checkpoints.glob("checkpoint-*"):
-            number = re.fullmatch(r"checkpoint-(\d+)", path.name)
-            # Trainer writes its state last, and lemo its own after that.
-            if number and (path / "trainer_state.json").exists() and (path / STATE_FILE).exists():
-                found.append((int(number[1]), path))
+    def last_checkpoint(self, processes: int = 1) -> Path | None:
+        """The newest checkpoint that every process wrote to its end."""
+        found = [(step, path) for step, path in self._steps() if not _missing(path, processes)]
         return max(found)[1] if found else None
+
+    def _steps(self) -> list[tuple[int, Path]]:
+        """Folders of checkpoints by step, complete or not."""
+        paths = self.checkpoints.glob("checkpoint-*")
+        return [(int(found[1]), path) for path in paths if (found := re.fullmatch(r"checkpoint-(\d+)", path.name))]
+
+    def _incomplete(self, processes: int) -> tuple[str, ...]:
+        """What to say of checkpoints that are passed over."""
+        return tuple(
+            f"{path.name} is incomplete and passed over: it has no {', '.join(missing)}"
+            for _, path in sorted(self._steps())
+            if (missing := _missing(path, processes))
+        )
 
     @property
     def checkpoints(self) -> Path:
@@ -160,12 +235,63 @@ class RunFolder:
 
 
 def run_identity(run: RunConfig) -> str:
-    """Hash of everything that changes what is trained: not the output folder, logging or saving."""
+    """Hash of everything that changes what is trained: not the output folder, logging, saving or memory."""
+    return config_hash(_settings(run))
+
+
+def data_fingerprint(windows: Sequence[Any]) -> dict[str, Any]:
+    """Number of windows and tokens, and a hash of ids, tokens and what is learned of them."""
+    digest = hashlib.blake2b(digest_size=16)
+    for window in windows:
+        digest.update(f"{window.sample_id}|{len(window.tokens_T)}|{window.lengths}|".encode())
+        digest.update(np.ascontiguousarray(window.tokens_T, dtype="<u4").data)
+        if window.learned_T is not None:
+            digest.update(np.packbits(window.learned_T).data)
+    tokens = sum(len(window.tokens_T) for window in windows)
+    return {"windows": len(windows), "tokens": tokens, "hash": digest.hexdigest()}
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a file in one piece: whatever happens, it has its old content or the new."""
+    beside = path.with_name(f"{path.name}.new")
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+
+
+def _settings(run: RunConfig) -> dict[str, Any]:
+    """The keys that change what is trained."""
     values = resolved(run)
     del values["output"]
     for key in _FREE:
         del values["training"][key]
-    return config_hash(values)
+    return values
+
+
+def _differences(stored: Mapping[str, Any], now: Mapping[str, Any], most: int = 6) -> str:
+    """The keys of two settings that differ, with both values."""
+    flat = [{f"{a}.{b}": value for a, part in each.items() for b, value in part.items()} for each in (stored, now)]
+    texts = [{key: json.dumps(value) for key, value in each.items()} for each in flat]
+    differ = [key for key in dict.fromkeys([*texts[0], *texts[1]]) if texts[0].get(key) != texts[1].get(key)]
+    said = [f"{key} is {texts[0].get(key, 'not set')} there and {texts[1].get(key, 'not set')} here" for key in differ]
+    more = f", and {len(said) - most} keys more" if len(said) > most else ""
+    return f": {', '.join(said[:most])}{more}"
+
+
+def _missing(checkpoint: Path, processes: int) -> list[str]:
+    """Files that a checkpoint lacks. Trainer writes its state last, and lemo its own after that."""
+    names = ["trainer_state.json", *(state_file(rank) for rank in range(processes))]
+    if processes > 1:
+        names += [f"rng_state_{rank}.pth" for rank in range(processes)]
+    return [name for name in names if not (checkpoint / name).exists()]
+
+
+def _describe(split: Mapping[str, Any] | None) -> str:
+    if split is None:
+        return "nothing"
+    return f"{split['windows']:,} windows of {split['tokens']:,} tokens (hash {split['hash'][:8]})"
 
 
 class SaveOnRequest(TrainerCallback):
@@ -174,30 +300,63 @@ class SaveOnRequest(TrainerCallback):
     A checkpoint has adapter, optimizer, schedule, random state and position in the data.
 
     Attributes:
-        interrupted: whether training stopped because it was asked to.
+        asked: whether training was asked to stop, in this process.
+        interrupted: whether training stopped for it before its last step.
     """
 
     def __init__(self, folder: str | Path) -> None:
         """Watches for `save-now` in `folder`."""
         self.request = Path(folder) / SAVE_FILE
-        self.interrupted = False
+        self.asked = self.interrupted = False
         self.announce: Any = print
         # Several processes must save and stop at the same step: each flag counts when any of them has it.
         self.agree: Callable[..., tuple[bool, ...]] = lambda *flags: flags
+        # Counts that a checkpoint keeps; they go back to the step's beginning with the random state.
+        self.handle: Any = None
+        self._asked_s = 0.0
+        self._begun: tuple[Any, ...] = ()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Remembers what batches of a step change before its end, in case it has to be given up."""
+        if args.gradient_accumulation_steps > 1:
+            cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+            counts = {} if self.handle is None else {name: getattr(self.handle, name) for name in COUNTS}
+            self._begun = (random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda, counts)
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Gives up a step of several batches when asked to stop: the checkpoint is that of the step before."""
+        (asked,) = self.agree(self.asked)
+        if not asked or state.global_step == 0:
+            return  # before the first step there is nothing to save: it is done first
+        python, numpy, cpu, cuda, counts = self._begun
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda)
+        for name, value in counts.items():
+            setattr(self.handle, name, value)
+        self.interrupted = control.should_training_stop = True
+        # Where it is there already, it stays as it is: a launcher may not wait for another.
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        (control.should_save,) = self.agree(bool(_missing(folder, args.world_size)))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Asks the Trainer to save, and to stop, after this step."""
-        requested, self.interrupted = self.agree(self.request.exists(), self.interrupted)
+        requested, asked = self.agree(self.request.exists(), self.asked)
         if requested:
             control.should_save = True
             self.request.unlink(missing_ok=True)
-        if self.interrupted:
-            control.should_save = True
-            control.should_training_stop = True
+        if asked and state.global_step < state.max_steps:
+            self.interrupted = control.should_save = control.should_training_stop = True
 
     @contextmanager
     def signals(self) -> Iterator[None]:
-        """Inside, the first SIGINT or SIGTERM saves and stops after the step; the second aborts at once."""
+        """Inside, the first SIGINT or SIGTERM saves and stops after the batch at hand; a later SIGINT aborts at once.
+
+        A SIGTERM never aborts, and a SIGINT not within a second of the first signal: launchers pass on what a whole
+        process group has got already.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -205,10 +364,11 @@ class SaveOnRequest(TrainerCallback):
         before = {number: signal.getsignal(number) for number in caught}
 
         def handle(number: int, frame: Any) -> None:
-            self.interrupted = True
-            for each in caught:
-                signal.signal(each, signal.default_int_handler)
-            self.announce("stopping after this step with a full checkpoint; once more aborts at once")
+            if not self.asked:
+                self.asked, self._asked_s = True, time.monotonic()
+                self.announce("stopping after this batch with a full checkpoint; Ctrl-C again aborts")
+            elif number == signal.SIGINT and time.monotonic() - self._asked_s >= ONCE_S:
+                signal.default_int_handler(number, frame)
 
         try:
             for number in caught:

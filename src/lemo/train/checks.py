@@ -7,6 +7,7 @@ from typing import Any
 from lemo.config import LossRowsConfig, RunConfig
 from lemo.core.plan import check_context_window, check_far_share
 from lemo.errors import ConfigError
+from lemo.runtime.attach import Handle
 from lemo.train.loss_rows import check_local_share
 
 
@@ -54,6 +55,27 @@ def check_run(run: RunConfig) -> None:
         raise ConfigError("calibration.allocate gives layers ratios, thresholds do too: drop tune_steps and threshold")
     _check_loss_rows(run)
     _check_sparsity(run)
+
+
+def check_training(run: RunConfig) -> None:
+    """Raises ConfigError for what a model may be loaded with, but not trained with."""
+    if run.model.dtype == "float16":
+        raise ConfigError(
+            "model.dtype is float16, whose gradients overflow in training: set bfloat16, or float32 where the device "
+            "has no bfloat16"
+        )
+
+
+def check_dropout(run: RunConfig, model: Any, handle: Handle) -> None:
+    """Raises ConfigError where rows of exact forward, which run twice, would draw the adapter's dropout twice."""
+    exact = any(layer.is_exact for layer in handle.plan.layers)
+    generic = set(range(len(handle.plan.layers))) - set(handle.fused_layers())
+    if run.lora.dropout > 0 and exact and generic:
+        raise ConfigError(
+            f"lora.dropout is {run.lora.dropout}, but {len(generic)} layers run in the generic engine, which draws "
+            "another mask for a row's second run: set lora.dropout to 0, training.engine to fused, or "
+            "sparsity.enabled to false"
+        )
 
 
 def _check_loss_rows(run: RunConfig) -> None:
@@ -178,6 +200,7 @@ _POSITIVE = (
     "training.logging_steps",
     "training.eval_steps",
     "training.save_steps",
+    "training.save_total_limit",
     "training.refit_steps",
     "training.recall_steps",
     "training.early_stopping_evals",

@@ -25,9 +25,10 @@ from lemo.runtime.batch import LOCAL_ROWS
 from lemo.train.collate import IGNORE
 from lemo.train.data import load_windows
 from lemo.train.lora import add_adapter, check_targets, trainable_parameters
+from lemo.train.master import MasterWeights
 from lemo.train.model import extend_context, load_settings, resolve_path
 from lemo.train.planning import prompt_rows_are_local
-from lemo.train.rehearsal import SHAPES, random_batch, random_model, random_plan, shape_config
+from lemo.train.rehearsal import SHAPES, check_causal, random_batch, random_model, random_plan, shape_config
 
 ANSWER_SHARE = 0.1  # of rows, where only answers carry loss and nobody has looked at the data
 GAINS = 1.05  # a step gains when it is so many times as fast
@@ -65,6 +66,7 @@ def model_settings(run: RunConfig) -> Any:
     if (Path(resolve_path(path)) / "config.json").is_file():
         return shape_config(resolve_path(path), tokens=run.data.window_tokens)
     settings = load_settings(run.model)
+    check_causal(settings, path)
     extend_context(settings, run.model)
     return settings
 
@@ -331,6 +333,7 @@ def probe_step(run: RunConfig, found: Forecast, *, layers: int | None = None) ->
 
 def _two_steps(model: Any, setting: StepSetting, vocabulary: int, device: str) -> Probe:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    MasterWeights(optimizer)
     made = [
         random_batch(
             vocabulary,

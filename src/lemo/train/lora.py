@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from lemo.config import LoraConfig
 from lemo.errors import ConfigError
+from lemo.train.model import has_context
+
+CONTEXT_FILE = "lemo.json"
 
 
 def check_targets(model: Any, config: LoraConfig) -> None:
@@ -51,24 +55,59 @@ def add_adapter(model: Any, config: LoraConfig) -> Any:
 
 
 def save_adapter(model: Any, folder: str | Path, base_path: str) -> None:
-    """Saves the adapter in PEFT's format, which loads anywhere without lemo; `base_path` is written into it."""
+    """Saves the adapter in PEFT's format, which loads anywhere without lemo; `base_path` is written into it.
+
+    Where `load_model` extended the context, lemo.json says how: PEFT's files do not, and the adapter is for that RoPE.
+    """
     model.peft_config["default"].base_model_name_or_path = base_path
     try:
         model.save_pretrained(str(folder), save_embedding_layers=False)
     finally:
         model.peft_config["default"].base_model_name_or_path = None
+    context = getattr(model.get_base_model(), "extended_context", None)
+    written = Path(folder) / CONTEXT_FILE
+    if context is not None:
+        written.write_text(json.dumps(context, indent=2) + "\n", encoding="utf-8")
+    else:
+        written.unlink(missing_ok=True)
+
+
+def read_context(folder: str | Path) -> dict[str, Any] | None:
+    """How the context was extended that an adapter was trained in; None where it was not, or nothing says so.
+
+    Raises:
+        ConfigError: the file that says it cannot be read.
+    """
+    file = Path(folder) / CONTEXT_FILE
+    if not file.is_file():
+        return None
+    try:
+        context = json.loads(file.read_text(encoding="utf-8"))
+        if {"context_length", "rope_scaling"} <= context.keys() and context["config"]["rope_parameters"]:
+            return context
+        raise ValueError("keys are missing")
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{file}: cannot be read ({error}); it says how the adapter's context was extended"
+        ) from error
 
 
 def load_adapter(model: Any, folder: str | Path, *, trainable: bool = False) -> Any:
     """Wraps a model with a saved adapter.
 
     Raises:
-        ConfigError: the folder holds no adapter, or one that does not fit.
+        ConfigError: the folder holds no adapter, or one that does not fit, or was trained with another RoPE.
     """
     import peft
 
     if not (Path(folder) / "adapter_config.json").is_file():
         raise ConfigError(f"{folder} is no adapter: adapter_config.json is missing")
+    context = read_context(folder)
+    if context is not None and not has_context(model.config, context):
+        raise ConfigError(
+            f"{folder}: the adapter was trained in another context than the model has; set model.context_length="
+            f"{context['context_length']} and model.rope_scaling={context['rope_scaling']}"
+        )
     try:
         return peft.PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, autocast_adapter_dtype=False)
     except (ValueError, RuntimeError, OSError) as error:
@@ -81,8 +120,6 @@ def read_base_path(folder: str | Path) -> str | None:
     Raises:
         ConfigError: the folder holds no adapter that can be read.
     """
-    import json
-
     try:
         return json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (OSError, ValueError, KeyError) as error:

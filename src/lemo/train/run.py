@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -11,16 +12,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lemo.config import RunConfig, TrainingConfig, resolved
+from lemo.config import RunConfig, resolved
 from lemo.core.plan import Plan
 from lemo.errors import ConfigError
 from lemo.measure.memory import GIB
 from lemo.measure.record import config_hash, device_name, versions
 from lemo.runtime.attach import Handle, attach
-from lemo.train.checkpoint import RunFolder, SaveOnRequest
-from lemo.train.checks import check_run
+from lemo.train.arguments import is_trained, stopping, training_arguments, try_arguments
+from lemo.train.checkpoint import Resume, RunFolder, SaveOnRequest, data_fingerprint, replace_text
+from lemo.train.checks import check_dropout, check_run, check_training
 from lemo.train.data import DataReport, WindowDataset, load_windows
 from lemo.train.distributed import Processes
+from lemo.train.guards import check_weights
 from lemo.train.lora import add_adapter, check_targets, save_adapter, trainable_parameters
 from lemo.train.model import load_model, load_tokenizer, resolve_path
 from lemo.train.planning import (
@@ -77,14 +80,14 @@ class RunResult:
 
 
 def train(
-    run: RunConfig, evaluate: Evaluate, *, resume: bool = False, recipe: str | None = None, console: Any = None
+    run: RunConfig, evaluate: Evaluate, *, resume: Resume = False, recipe: str | None = None, console: Any = None
 ) -> RunResult:
     """Runs a recipe: data, model, plan, adapter, training, evaluation before and after, and everything saved.
 
     Args:
         run: the recipe.
         evaluate: measures loss, `lemo.eval.perplexity.evaluate_loss`.
-        resume: take up the last checkpoint in the output folder.
+        resume: take up the last checkpoint in the output folder; "if possible" begins anew where there is none.
         recipe: the resolved recipe as YAML, stored beside the output; written as JSON (which is YAML) when None.
         console: rich Console; None for standard error.
 
@@ -92,6 +95,7 @@ def train(
         LemoError: whatever makes the run impossible; nothing in the output folder is lost or overwritten.
     """
     check_run(run)
+    check_training(run)
     processes = Processes.start()
     with processes.together():
         folder = processes.from_main(lambda: RunFolder.open(run, resume=resume, processes=processes.count))
@@ -123,25 +127,54 @@ class _Session:
         self.reports: dict[str, Any] = {}
 
     def run_all(self, recipe: str) -> RunResult:
-        """Everything from loading to saving."""
+        """Everything from loading to saving. The adapter is saved before anything else can fail."""
+        for note in self.folder.notes:
+            self._say(note)
         with ExitStack() as stack:
             with self.processes.together():
                 model, handle, trainer = self._prepare(recipe, stack)
             # An error of one process ends the others here too: their collectives fail, or their launcher stops them.
             with self.saver.signals():
-                output = trainer.train(resume_from_checkpoint=_text(self.folder.resume_from))
-            with self.processes.together():
-                (self.saver.interrupted,) = self.processes.any(self.saver.interrupted)
-                if not self.saver.interrupted:
-                    self._measure("after", model, handle)
-                result = self._result(trainer, handle, output.global_step)
+                steps = self._train(trainer)
+                saved = not self.saver.interrupted
+                with self.processes.together():
+                    if saved and self.processes.is_main:
+                        self._save(model)
+            try:
+                with self.processes.together():
+                    if saved:
+                        self._measure("after", model, handle)
+                    result = self._result(trainer, handle, steps)
+            except BaseException:
+                if saved:
+                    self._say(
+                        f"the adapter is saved in {self.folder.adapter}, but the final evaluation failed; measure it "
+                        f"with lemo eval {self.folder.path}"
+                    )
+                raise
         with self.processes.together():
-            if self.processes.is_main and not result.interrupted:
-                save_adapter(model, self.folder.adapter, resolve_path(self.run.model.path))
-                if self.tokenizer is not None:
-                    self.tokenizer.save_pretrained(self.folder.adapter)
+            if self.processes.is_main and saved:
                 self._write_summary(result)
         return result
+
+    def _train(self, trainer: LemoTrainer) -> int:
+        """Trains to the end, or until asked to stop; the steps done so far."""
+        checkpoint = self.folder.resume_from
+        if checkpoint is not None and is_trained(self.run, checkpoint):
+            self._say(f"{checkpoint.name} is the end of training; nothing is left but to save the adapter")
+            return trainer.take_up(checkpoint)
+        return trainer.train(resume_from_checkpoint=_text(checkpoint)).global_step
+
+    def _save(self, model: Any) -> None:
+        """Saves the adapter, the whole of it or nothing."""
+        check_weights(model, "the adapter")
+        beside = self.folder.adapter.with_name("adapter.new")
+        save_adapter(model, beside, resolve_path(self.run.model.path))
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(beside)
+        if self.folder.adapter.exists():
+            shutil.rmtree(self.folder.adapter)
+        beside.replace(self.folder.adapter)
 
     def _prepare(self, recipe: str, stack: ExitStack) -> tuple[Any, Handle, LemoTrainer]:
         """Everything before the first step."""
@@ -150,6 +183,7 @@ class _Session:
         run = self.run
         # Whatever can be wrong is found before calibration takes minutes and before anything is written.
         self.arguments = training_arguments(run, self.folder.checkpoints, self.processes)
+        try_arguments(self.arguments, run)
         set_seed(run.training.seed)
         self.tokenizer = (
             load_tokenizer(run.model) if needs_tokenizer([*run.data.train, *run.data.validation_sources]) else None
@@ -165,16 +199,25 @@ class _Session:
         if run.data.validation_sources:
             self.validation, report = load_windows(run.data, self.tokenizer, "validation", vocabulary=vocabulary)
             self._say_data("validation data", report)
-        self.processes.from_main(lambda: self.folder.begin(recipe, self.processes.count))
+        for note in self.processes.from_main(lambda: self._begin(recipe)):
+            self._say(note)
         plan = self._plan(model)
         model = add_adapter(model, run.lora)
         self._say(f"adapter: {trainable_parameters(model):,} trainable parameters")
         names = ("loss", "segment_rows", "engine", "recompute", "offload")
         options = {name: getattr(run.training, name) for name in names}
         handle = stack.enter_context(attach(model, plan, **options))
+        check_dropout(run, model, handle)
+        self.saver.handle = handle
         trainer = self._trainer(model, handle)
         self._before(model, handle)
         return model, handle, trainer
+
+    def _begin(self, recipe: str) -> list[str]:
+        """Marks the folder as this run's; what was found amiss there."""
+        splits = {"training": self.dataset, "validation": self.validation}
+        data = {name: data_fingerprint(found.windows) for name, found in splits.items() if found is not None}
+        return self.folder.begin(recipe, self.processes.count, data)
 
     def _say(self, text: str) -> None:
         """Prints lines, however long."""
@@ -214,12 +257,13 @@ class _Session:
             data_collator=training_collator(self.run, self.tokenizer, model, handle.plan),
             callbacks=[
                 self.saver,
-                *stopping(self.run),
+                *stopping(self.run, self.folder.resume_from),
                 *refitting(self.run, self.tokenizer, model, handle, self.folder.plan),
             ],
             handle=handle,
             metrics_path=self.folder.metrics,
             console=self.console,
+            master_weights=True,
         )
 
     def _before(self, model: Any, handle: Handle) -> None:
@@ -231,7 +275,7 @@ class _Session:
             return
         self._measure("before", model, handle)
         if self.processes.is_main:
-            stored.write_text(json.dumps(self.reports, indent=1) + "\n", encoding="utf-8")
+            replace_text(stored, json.dumps(self.reports, indent=1) + "\n")
 
     def _measure(self, when: str, model: Any, handle: Handle) -> None:
         """Validation losses, dense and, where rows skip layers in forward, sparse."""
@@ -260,7 +304,8 @@ class _Session:
 
     def _result(self, trainer: LemoTrainer, handle: Handle, steps: int) -> RunResult:
         log = trainer.log_callback
-        parts = self.processes.gather((log.peak.peak_bytes, handle.dense_batches, list(handle.notes)))
+        notes = [*handle.notes, *trainer.guard.notes()]
+        parts = self.processes.gather((log.peak.peak_bytes, handle.dense_batches, notes))
         return RunResult(
             output=self.folder.path,
             steps=steps,
@@ -285,7 +330,7 @@ class _Session:
             "versions": versions(),
             "time": time.strftime("%FT%TZ", time.gmtime()),
         }
-        self.folder.summary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        replace_text(self.folder.summary, json.dumps(content, indent=1) + "\n")
         self._say(
             f"{result.steps} steps, {result.tokens_per_s:,.0f} tokens/s, "
             f"peak {result.peak_memory_bytes / GIB:.2f} GiB; adapter in {self.folder.adapter}",
@@ -296,85 +341,6 @@ class _Session:
         if title == "training data":
             lines.extend(describe_rows(self.run))
         self._say(f"{title}: " + "\n  ".join(lines))
-
-
-def training_arguments(run: RunConfig, checkpoints: Path, processes: Processes | None = None) -> Any:
-    """Transformers' TrainingArguments of a run, on every supported version.
-
-    Args:
-        run: the recipe.
-        checkpoints: folder for the Trainer's checkpoints.
-        processes: those of the run; None for a single one.
-
-    Raises:
-        ConfigError: an optimizer, schedule or tracker that Transformers does not know.
-    """
-    import torch
-    from transformers import TrainingArguments
-
-    training = run.training
-    values: dict[str, Any] = {
-        "output_dir": str(checkpoints),
-        **_checkpointing(TrainingArguments, training.gradient_checkpointing),
-        "learning_rate": training.learning_rate,
-        "max_steps": training.max_steps,
-        "num_train_epochs": training.epochs,
-        "per_device_train_batch_size": training.batch_size,
-        "per_device_eval_batch_size": 1,
-        "gradient_accumulation_steps": training.gradient_accumulation_steps,
-        "warmup_steps": training.warmup_steps,
-        "lr_scheduler_type": training.lr_scheduler,
-        "weight_decay": training.weight_decay,
-        "max_grad_norm": training.max_grad_norm,
-        "optim": training.optimizer,
-        "logging_steps": training.logging_steps,
-        "eval_strategy": "steps" if training.eval_steps and run.data.validation_sources else "no",
-        "eval_steps": training.eval_steps,
-        "save_strategy": "steps" if training.save_steps else "no",
-        "save_steps": training.save_steps or 500,
-        **_keeping_best(training),
-        "seed": training.seed,
-        "report_to": list(training.report_to) or "none",
-        "remove_unused_columns": False,
-        "prediction_loss_only": True,
-        "label_names": ["labels"],
-        "disable_tqdm": True,
-        "logging_nan_inf_filter": False,
-        "dataloader_pin_memory": torch.cuda.is_available(),
-        **(processes or Processes()).trainer_arguments(),
-    }
-    try:
-        return TrainingArguments(**values)
-    except ValueError as error:
-        raise ConfigError(f"training: {str(error).splitlines()[0]}") from error
-
-
-def stopping(run: RunConfig) -> list[Any]:
-    """The callback that ends a run whose validation loss no longer falls, where the recipe asks for it."""
-    from transformers import EarlyStoppingCallback
-
-    patience = run.training.early_stopping_evals
-    return [] if patience is None else [EarlyStoppingCallback(early_stopping_patience=patience)]
-
-
-def _keeping_best(training: TrainingConfig) -> dict[str, Any]:
-    """Keywords that keep the adapter of the lowest validation loss; they save at each evaluation."""
-    if training.early_stopping_evals is None:
-        return {}
-    return {
-        "save_strategy": "steps",
-        "save_steps": training.eval_steps,
-        "load_best_model_at_end": True,
-        "metric_for_best_model": "eval_loss",
-        "greater_is_better": False,
-    }
-
-
-def _checkpointing(arguments: type, on: bool) -> dict[str, Any]:
-    """Keywords for gradient checkpointing: Transformers 5.23 renamed them, 5.17 has the old names only."""
-    names = {f.name for f in dataclasses.fields(arguments)}
-    name = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
-    return {name: on, f"{name}_kwargs": {"use_reentrant": False}}
 
 
 def _text(path: Path | None) -> str | None:

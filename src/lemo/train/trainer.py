@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
 from transformers import Trainer
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
 from lemo.runtime.attach import Handle
 from lemo.train.callback import LemoCallback
+from lemo.train.guards import StepGuard, check_weights
+from lemo.train.master import MasterWeights
 from lemo.train.row_draw import RowDraw
 
 
 class LemoTrainer(Trainer):
-    """A Trainer that logs lemo's numbers. Adds logging only; the training loop is Transformers'.
+    """A Trainer that logs lemo's numbers and guards its weights; the training loop is Transformers'.
 
     Evaluation computes its loss in segments without logits, and with the samples' own labels when the collator is a
-    `LossRows` or `PromptRows`.
+    `LossRows` or `PromptRows`. `eval_loss` is a mean over tokens, whatever windows they are in.
 
     Attributes:
         handle: the attached plan, or None for a dense run.
         log_callback: where tokens, seconds and peak memory stand after training.
+        guard: skips steps whose loss or gradient is not finite, and knows which they were.
     """
 
     def __init__(
@@ -32,18 +39,22 @@ class LemoTrainer(Trainer):
         handle: Handle | None = None,
         metrics_path: str | Path | None = None,
         console: Any = None,
+        master_weights: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Takes what Trainer takes, and three things more.
+        """Takes what Trainer takes, and four things more.
 
         Args:
             *args: of Trainer.
             handle: the attached plan.
             metrics_path: file that gets a JSON line per log entry.
             console: rich Console for the log lines; None for standard error.
+            master_weights: an optimizer that this trainer makes keeps trained 16-bit parameters in fp32
+                (`lemo.train.master`); not under FSDP or DeepSpeed, which have their own way.
             **kwargs: of Trainer.
         """
         super().__init__(*args, **kwargs)
+        self.master_weights = master_weights
         self.handle = handle
         loss_rows = self.data_collator if isinstance(self.data_collator, RowDraw) else None
         self.log_callback = LemoCallback(
@@ -52,6 +63,17 @@ class LemoTrainer(Trainer):
         for noisy in (PrinterCallback, ProgressCallback):
             self.remove_callback(noisy)
         self.add_callback(self.log_callback)
+        self.guard = StepGuard(lambda text: self.log_callback.say(text, markup=False), self._sample_ids)
+        self.add_callback(self.guard)
+        self._tallies: list[Tensor] | None = None
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """As Trainer's; with fp32 copies of what is trained in 16 bits, if asked for."""
+        given = self.optimizer is not None
+        optimizer = super().create_optimizer(model)
+        if self.master_weights and not (given or self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            MasterWeights(optimizer)
+        return optimizer
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """As Trainer's; hooks and memory tracking end also when it raises."""
@@ -64,6 +86,49 @@ class LemoTrainer(Trainer):
         finally:
             self.log_callback.close()
 
+    def take_up(self, checkpoint: str | Path) -> int:
+        """Loads what training left behind in a checkpoint with nothing to train after it; returns its step."""
+        state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        best = Path(state.best_model_checkpoint or checkpoint)
+        # A run's folder may have been moved since.
+        found = best if best.is_dir() else Path(checkpoint).parent / best.name
+        self._load_from_checkpoint(str(found if self.args.load_best_model_at_end else checkpoint))
+        self.log_callback.restore(checkpoint, self.args.process_index)
+        self.state = state
+        return state.global_step
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """As Trainer's; the guard gets to see the loss."""
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self.guard.watch(loss, inputs)
+        return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As Trainer's; lemo's figures are among those that trackers get."""
+        if "loss" in logs and self.is_in_train:
+            logs.update(self.log_callback.figures(self.args))
+            if self.guard.skipped:
+                logs["skipped_steps"] = len(self.guard.skipped)
+        super().log(logs, *args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+        """As Trainer's, for checkpoints too; weights that are not finite are not saved.
+
+        Raises:
+            DivergedError: they are not.
+        """
+        shards = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        check_weights(self.model, f"step {self.state.global_step}", self.args if shards else None)
+        super().save_model(output_dir, *args, **kwargs)
+
+    def _sample_ids(self, rows_T: Sequence[Tensor]) -> list[str]:
+        """Ids of the training samples with these tokens, which may be padded; none where the dataset is not lemo's."""
+        windows, found = getattr(self.train_dataset, "windows", ()), []
+        for row in (row_T.cpu().numpy() for row_T in rows_T):
+            same = (w for w in windows if np.array_equal(w.tokens_T, row[: len(w.tokens_T)]))
+            found += [window.sample_id for window in same][:1]
+        return found
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As Trainer's, with the samples' own labels and no logits."""
         with self._evaluating():
@@ -73,6 +138,44 @@ class LemoTrainer(Trainer):
         """As Trainer's, with the samples' own labels."""
         with self._evaluating(loss_only=False):
             return super().predict(*args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's; the loss is a mean over tokens instead of one over batches."""
+        self._tallies = []
+        try:
+            output = super().evaluation_loop(*args, **kwargs)
+            tallies = [tally.cpu().double() for tally in self._tallies]
+        finally:
+            self._tallies = None
+        loss_N, tokens_N = torch.cat(tallies).unbind(1) if tallies else torch.zeros(2, 1)
+        key = f"{kwargs.get('metric_key_prefix', 'eval')}_loss"
+        if key in output.metrics and tokens_N.sum() > 0:
+            counted = tokens_N > 0
+            output.metrics[key] = float((loss_N * tokens_N)[counted].sum() / tokens_N.sum())
+        return output
+
+    def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's; remembers how many tokens the loss is of."""
+        found = super().prediction_step(model, inputs, *args, **kwargs)
+        labels_BT = inputs.get("labels")
+        if (
+            self._tallies is not None
+            and found[0] is not None
+            and isinstance(labels_BT, Tensor)
+            and labels_BT.dim() == 2
+        ):
+            tokens_B = (labels_BT[:, 1:] != -100).sum(1).to(found[0])
+            # As losses are gathered: of all processes, without samples that fill up the last batch.
+            tally_B2 = torch.stack([found[0].expand_as(tokens_B), tokens_B], dim=1)
+            self._tallies.append(self.gather_function(tally_B2.float()))
+        return found
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None, **kwargs: Any
+    ) -> Any:
+        """As Trainer's; in evaluation each batch's loss is its own mean, which `evaluation_loop` weighs."""
+        items = num_items_in_batch if self._tallies is None else None
+        return super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=items, **kwargs)
 
     @contextmanager
     def _evaluating(self, *, loss_only: bool = True) -> Any:
