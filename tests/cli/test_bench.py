@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 import lemo.cli.bench
 from lemo.cli.main import app
+from lemo.train.sources import write_npz
 from tests.train.tiny import tiny_llama
 
 
@@ -57,9 +58,36 @@ def test_out_of_memory_is_a_row_and_the_others_still_run(folder, monkeypatch):
     assert float(found["dense, layers recomputed"][0]) > 0
 
 
+def test_a_share_that_no_layer_can_skip_is_a_note_and_no_row(folder):
+    result = run(folder, "--tokens", 128, "--steps", 2, "--keep", 0.5, "--layers", 2)
+    assert result.exit_code == 0, result.output
+    assert set(rows(result.stdout)) == {"dense", "dense, layers recomputed"}
+    assert "keep 0.5: the first and last layer run densely" in result.stderr
+
+
+@pytest.mark.parametrize("verb", ["bench", "estimate", "init"])
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [('{"model_type": "zork"}', "zork"), ('{"model_ty', "JSON"), ('{"model_type": "vit"}', "no causal language model")],
+)
+def test_a_folder_that_holds_no_model_is_one_line(tmp_path, verb, config, words):
+    (tmp_path / "config.json").write_text(config)
+    data = [str(tmp_path / "d.npz")] if verb == "init" else []
+    for path in data:
+        write_npz(path, [[1, 2, 3]])
+    result = CliRunner().invoke(app, [verb, str(tmp_path), *data])
+    assert result.exit_code == 2 and "Traceback" not in result.output, result.output
+    assert result.stderr.count("error: ") == 1 and words in result.stderr and str(tmp_path) in result.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [(["no-such-shape"], "llama2-7b"), (["smollm2-135m", "--layers", "99"], "[1, 30]")],
+    [
+        (["no-such-shape"], "llama2-7b"),
+        (["smollm2-135m", "--layers", "99"], "[1, 30]"),
+        (["smollm2-135m", "--dtype", "int8"], "bfloat16, float16, float32, float64"),
+        (["smollm2-135m", "--dtype", "Tensor"], "--dtype Tensor"),
+    ],
 )
 def test_mistakes_are_one_line(arguments, words):
     result = run(*arguments)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -171,6 +172,36 @@ def test_a_known_shape_as_text_and_json():
     assert found["longest_tokens"] >= 131072
 
 
+def test_a_fit_is_the_fastest_of_those_it_may_choose_from():
+    """Offload beside it is faster and fits, but nobody said how much memory the host has."""
+    text = run("llama3-8b", "data.window_tokens=131072", "--card", "rtx-4090:60", "--fit")
+    listed = re.search(r"training.offload: true: [0-9.]+ GiB, ([0-9.]+) s a step, fits", text)
+    assert "the fastest that fits without memory of the host: " in text
+    assert "the fastest that fits: " in run("llama3-8b", "--card", "h200", "--fit")
+    fit = re.search(r"of the host: [0-9.]+ GiB, ([0-9.]+) s", text)
+    assert float(listed[1]) < float(fit[1])
+
+
+def test_the_card_that_is_assumed_is_named(monkeypatch):
+    monkeypatch.setattr("lemo.measure.card.here", lambda: None)
+    assert "no CUDA device: the card is taken to be h100" in run("smollm2-135m")
+    assert "taken to be" not in run("smollm2-135m", "--card", "l4")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (("llama9-7b",), ("llama9-7b", "opt-6.7b", "did you mean llama2-7b?")),
+        (("recipe.yam",), ("recipe.yam", "known shapes")),
+        (("smollm2-135m", "--data"), ("--data", "data.train is empty", "recipe")),
+    ],
+)
+def test_what_cannot_be_estimated_is_one_line_without_a_network(arguments, parts):
+    result = CliRunner().invoke(app, ["estimate", *arguments])
+    assert result.exit_code == 2 and result.stderr.count("error: ") == 1
+    assert all(part in result.stderr for part in parts)
+
+
 def test_a_dense_step_knows_one_kind_of_loss_rows():
     """As many rows carry loss as beside local ones; nothing skips."""
     found = [json.loads(run("llama3-8b", *more, "--json"))["estimate"] for more in ((), ("sparsity.enabled=false",))]
@@ -289,7 +320,8 @@ def folder(tmp_path, monkeypatch):
     tokenizer.chat_template = PLAIN
     tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "book.txt").write_text(words(2000))
-    (tmp_path / "chat.jsonl").write_text("".join(json.dumps({"messages": TALK}) + "\n" for _ in range(12)))
+    talks = ([{**TALK[0], "content": f"Be brief, {i:02}."}, *TALK[1:]] for i in range(12))
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

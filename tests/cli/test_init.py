@@ -180,7 +180,8 @@ def test_kinds_of_data_are_told_apart(tmp_path):
 
 
 def test_conversations_become_an_answer_only_recipe(model, tmp_path):
-    data = jsonl(tmp_path / "c.jsonl", [{"messages": TALK}] * 12)
+    talks = [{"messages": [{**TALK[0], "content": f"Be brief, {i:02}."}, *TALK[1:]]} for i in range(12)]
+    data = jsonl(tmp_path / "c.jsonl", talks)
     made = lemo("init", model, data, "--out", tmp_path / "r.yaml", "--preset", "quality", "--run", tmp_path / "run")
     assert made.exit_code == 0, made.output
     run = load_recipe(tmp_path / "r.yaml")

@@ -98,7 +98,8 @@ def test_a_conversation_shows_the_assistants_words(base, tmp_path):
 
 def test_maps_of_conversations_show_rows_of_prompts_that_carry_loss(base, tmp_path):
     """Drawn rows bring weights and marks, which a forward that only selects does not need."""
-    (tmp_path / "c.jsonl").write_text("".join(json.dumps({"messages": TALK}) + "\n" for _ in range(4)))
+    talks = [[{**TALK[0], "content": f"Be brief {i}."}, *TALK[1:]] for i in range(4)]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
     options = [f"data.train=[{tmp_path / 'c.jsonl'}]", "data.answer_only=true", "data.window_tokens=256"]
     found = []
     for share in (0, 0.5):

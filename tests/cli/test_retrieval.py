@@ -82,6 +82,7 @@ def test_a_model_folder_is_asked_and_everything_written(model, tmp_path, monkeyp
         (("--retrieval", "passkey", "--lengths", "4k"), "'4k' is no positive number"),
         (("--retrieval", "password", "--lengths", "400"), "known are needle, passkey"),
         (("--retrieval", "passkey:4", "--lengths", "400"), "4 prompts are fewer than the 8 depths"),
+        (("--retrieval", "passkey:2", "--lengths", "400"), "(--bins)"),
         (("--retrieval", "multi_key", "--lengths", "64"), "leave no room"),
         (("--lengths", "400"), "is for --retrieval"),
         (("--output", "loss.png"), "only --retrieval draws"),
@@ -119,4 +120,4 @@ def test_sparse_answers_are_those_under_the_plan():
     plan = Plan.uniform(model, forward_ratio=0.5, backward_ratio=0.5, block_size=16)
     with attach(model, plan, unsafe_no_bypass=True) as handle:
         report = evaluate_retrieval(model, tokenizer, {"single": 2}, [256], depths=2, sparse=handle)
-        assert report.mode.startswith("sparse") and handle.sparse_batches == 2
+        assert report.mode.startswith("sparse") and handle.sparse_evaluations == 2

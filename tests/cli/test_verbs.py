@@ -73,6 +73,13 @@ def test_train_writes_a_recipe_that_reproduces_the_run(base, trained):
     assert first["config_hash"] == second["config_hash"]
 
 
+def test_resume_if_possible_begins_where_there_is_nothing(base, tmp_path):
+    overrides = (f"output={tmp_path / 'run'}", "sparsity.enabled=false", "training.max_steps=1")
+    refused(lemo("train", base / "recipe.yaml", *overrides, "--resume"), "holds no run to resume")
+    result = lemo("train", base / "recipe.yaml", *overrides, "--resume-if-possible")
+    assert result.exit_code == 0 and (tmp_path / "run" / "adapter").is_dir()
+
+
 def test_eval_reads_a_run_and_agrees_with_it(trained, tmp_path):
     result = lemo("eval", trained, "--output", tmp_path / "eval.json", "--bins", "4")
     assert result.exit_code == 0, result.output
@@ -92,18 +99,33 @@ def test_eval_of_a_recipe_alone_is_dense_and_of_the_base(base, trained):
     assert f"{before:.4f}" in result.stdout and "sparse" not in result.stdout
 
 
-@pytest.mark.parametrize("window", [None, 16])
+@pytest.mark.parametrize("window", [None, 16, 64])
 def test_eval_looks_at_a_plan_that_changes_what_rows_see(base, tmp_path, window):
-    """Every row runs forward in both: within a window it does not see what a dense row sees."""
+    """Every row runs forward in all: within a window it does not see what a dense row sees, unless all are near."""
     plan = Plan.uniform(3, forward_ratio=1.0, backward_ratio=0.3, block_size=16, gradient="keys", context_window=window)
     plan.save(tmp_path / "plan")
     result = lemo("eval", base / "recipe.yaml", "--plan", tmp_path / "plan", "--output", tmp_path / "eval.json")
     assert result.exit_code == 0, result.output
     found = json.loads((tmp_path / "eval.json").read_text())
-    if window is None:
+    if window != 16:
         assert set(found) == {"dense"} and "its loss is the dense one" in result.stderr
     else:
         assert found["sparse (look-ahead), loss rows"]["nats"] != found["dense, loss rows"]["nats"]
+
+
+def test_positions_without_a_label_are_no_number(base, tmp_path):
+    """Answers alone carry loss: most bins of a row with one answer at its end are empty."""
+    row = {"text": "c" * 90, "qas": [{"question": "q", "answers": ["a"]}]}
+    (tmp_path / "qas.jsonl").write_text(json.dumps(row) + "\n")
+    data = f"data.validation=[{tmp_path}/qas.jsonl]", "data.answer_only=true"
+    result = lemo("eval", base / "recipe.yaml", *data, "--output", tmp_path / "eval.json")
+    assert result.exit_code == 0, result.output
+    assert "nan" not in result.output and " - " in result.stdout
+    assert "NaN" not in (tmp_path / "eval.json").read_text()
+    found = json.loads((tmp_path / "eval.json").read_text())["dense"]["by_position"]
+    assert found[0]["nats"] is None and found[-1]["nats"] > 0
+    many = lemo("eval", base / "recipe.yaml", "--bins", 65)
+    assert many.exit_code == 2 and "--bins" in many.stderr and "64" in many.stderr
 
 
 def test_inspect_draws_map_and_mask(base, trained, tmp_path):
@@ -214,6 +236,7 @@ def test_doctor_gives_a_verdict():
     assert result.exit_code == 0, result.output
     assert "This machine can train" in result.stdout
     assert torch.__version__ in result.stdout
+    assert "lemo[" not in result.stdout, "the README installs from a clone"
 
 
 def test_doctor_names_what_is_missing(monkeypatch):

@@ -117,6 +117,20 @@ def test_calibration_is_drawn_by_layer():
     assert "books, sequential: 0.9 at 2" in text and "sequential: 0.75 at 2" in text
 
 
+def test_a_last_line_that_was_cut_off_is_left_out(tmp_path):
+    folder = write_run(tmp_path / "a")
+    whole = read_run(folder, {}, "a").entries
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "lo')
+    assert read_run(folder, {}, "a").entries == whole
+
+
+def test_figures_that_are_not_finite_are_not_drawn():
+    run = RunLog("a", ({"step": 1, "loss": 1.0}, {"step": 2, "loss": float("nan")}, {"step": 3, "loss": 2.0}), {})
+    assert run.points("loss") == [(1, 1.0), (3, 2.0)]
+    assert "nan" not in run_page([run]).lower()
+
+
 def test_bad_logs_are_named(tmp_path):
     folder = write_run(tmp_path / "a")
     (folder / "metrics.jsonl").write_text('{"step": 1}\n{"loss": 2}\n')

@@ -86,3 +86,40 @@ def quieten() -> None:
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft|accelerate")
+
+
+def check_writable(paths: Sequence[Path]) -> None:
+    """Finds out before the work whether its results can be written; folders above them are made.
+
+    Raises:
+        OSError: one cannot be; what was there stays as it is.
+    """
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        there = path.exists()
+        path.open("ab").close()
+        if not there:
+            path.unlink()
+
+
+def check_device(name: str | None) -> str | None:
+    """The device of an option --device.
+
+    Raises:
+        ConfigError: there is none of that name, or this torch or machine lacks it.
+    """
+    import torch
+
+    if name is None:
+        return None
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        if name.partition(":")[0] == "cuda" and not torch.cuda.is_available():
+            built = torch.version.cuda is None
+            reason = "this torch was built without CUDA" if built else "torch sees no CUDA device"
+        raise ConfigError(f"--device {name}: {reason}") from error
+    if torch.device(name).type == "meta":
+        raise ConfigError("--device meta: it holds no numbers to compute with")
+    return name

@@ -12,6 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
+_DTYPES = ("bfloat16", "float16", "float32", "float64")
+
 
 @dataclass
 class Variant:
@@ -50,17 +52,22 @@ def bench(
     dtype: Annotated[str | None, typer.Option("--dtype", help="bfloat16 on a GPU, else float32.")] = None,
     loss_share: Annotated[float, typer.Option("--loss-share", help="Share of blocks that carry loss.")] = 0.3,
 ) -> None:
-    """Time training steps on this machine: dense, with recomputation, and with skipped rows. Needs no weights."""
+    """Time training steps on this machine: dense, with recomputation, and with rows that skip forward and backward.
+
+    Needs no weights. No preset skips rows in forward: `lemo estimate RECIPE --probe` runs a step of a recipe.
+    """
     import torch
 
     from lemo.cli.arguments import quieten
+    from lemo.errors import ConfigError
 
     quieten()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shape, tokens, kv, block = _read_source(source, tokens, kv)
-    kind = getattr(torch, dtype or ("bfloat16" if device == "cuda" else "float32"), None)
-    if not isinstance(kind, torch.dtype):
-        raise typer.BadParameter(f"--dtype: torch has no {dtype}")
+    name = dtype or ("bfloat16" if device == "cuda" else "float32")
+    if name not in _DTYPES:
+        raise ConfigError(f"--dtype {name}: training computes in one of {', '.join(_DTYPES)}")
+    kind = getattr(torch, name)
     runner = Runner(shape, tokens, layers, kind, device, loss_share, block)
     variants = _variants(runner.config, keep or [0.5, 0.3], kv, block)
     runner.run(variants, steps)
@@ -86,12 +93,16 @@ def _read_source(source: str, tokens: int | None, kv: str | None) -> tuple[str, 
 
 
 def _variants(config: Any, keeps: list[float], kv: str, block: int) -> list[Variant]:
-    """Dense twice, then each share."""
+    """Dense twice, then each share that leaves a layer rows to skip."""
     from lemo.train.rehearsal import random_plan
 
     found = [Variant("dense"), Variant("dense, layers recomputed", recompute=True)]
     for keep in keeps:
         plan = random_plan(config, forward_ratio=keep, backward_ratio=keep, kv=kv, block_size=block)
+        if all(layer.is_dense for layer in plan.layers):
+            why = "every row is kept" if keep == 1 else "the first and last layer run densely, and there is no other"
+            typer.echo(f"note: no row of the table for keep {keep:g}: {why}", err=True)
+            continue
         found.append(Variant(f"lemo, keep {keep:g}, kv {kv}", plan))
         found.append(Variant(f"lemo, keep {keep:g}, kv {kv}, recomputed", plan, recompute=True))
     return found

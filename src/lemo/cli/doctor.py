@@ -11,12 +11,13 @@ from typing import Any, Literal
 import typer
 
 _NEEDED = {"torch": (2, 11), "transformers": (5, 17), "peft": (0, 18), "accelerate": (1, 10), "safetensors": (0, 6)}
+# As the README installs: from a clone, in whose folder these lines are run.
 _EXTRAS = {
     "triton": "the GPU kernels of lemo's ops",
-    "datasets": "Hugging Face datasets folders as data: pip install 'lemo[datasets]'",
-    "trl": "TRL's trainers: pip install 'lemo[trl]'",
-    "gguf": "models from GGUF files, and the demo: pip install 'lemo[demo]'",
-    "trackio": "tracking of runs: pip install 'lemo[tracking]'",
+    "datasets": "Hugging Face datasets folders as data: pip install -e '.[datasets]'",
+    "trl": "TRL's trainers: pip install -e '.[trl]'",
+    "gguf": "models from GGUF files, and the demo: pip install -e '.[demo]'",
+    "trackio": "tracking of runs: pip install -e '.[tracking]'",
 }
 
 

@@ -17,6 +17,14 @@ STEP_TOKENS = 32_768
 CPU_TOKENS, CPU_STEP_TOKENS, CPU_STEPS = 1024, 4096, 20
 _SHORTEST, _COMMENT_COLUMN = 128, 36
 
+KINDS = {
+    "qas": "documents with questions",
+    "messages": "conversations",
+    "completion": "prompts with completions",
+    "tokens": "tokenised text",
+    "text": "text",
+}
+
 Line = tuple[str, Any, str]
 
 
@@ -123,10 +131,36 @@ def _text_window(wish: Wish, model: ModelFacts, data: DataFacts, machine: Machin
 
 def _fills(lengths: Sequence[int], window: int, *, holds_out: bool) -> bool:
     """Whether windows leave at most a quarter of the tokens over, and what is held out has one."""
-    parts = holds_out and len(lengths) < round(1 / HELD_OUT)  # then the end of each document is held out
+    parts = holds_out and _holds_out_ends(lengths)
     train = [int(n * (1 - HELD_OUT)) if parts else n for n in lengths]
     used = sum(n // window * window for n in train) >= 0.75 * sum(train)
     return used and (not parts or any(int(n * HELD_OUT) >= window for n in lengths))
+
+
+def missing_windows(wish: Wish, data: DataFacts) -> str | None:
+    """Why no window comes out of text for training or validation, when a length was asked for; None when some do."""
+    window = wish.window_tokens
+    if window is None or data.answers:
+        return None
+    parts = not wish.validation and _holds_out_ends(data.lengths)
+    longest, about = data.longest_tokens, "" if data.kind == "tokens" else "about "
+    trained = int(longest * (1 - HELD_OUT)) if parts else longest
+    if trained < window:
+        what, held = "no window", ""
+    elif parts and int(longest * HELD_OUT) < window:
+        what, held = "no window for validation", f", of which {HELD_OUT:.0%} are held out"
+    else:
+        return None
+    joined = ", or set data.packing: true" if data.tokens * HELD_OUT >= window else ""
+    return (
+        f"{what} of {window:,} tokens comes out: the longest document has {about}{longest:,}{held}; name a smaller "
+        f"--window{joined}"
+    )
+
+
+def _holds_out_ends(lengths: Sequence[int]) -> bool:
+    """Whether the end of each document is held out, because there are too few documents."""
+    return len(lengths) < round(1 / HELD_OUT)
 
 
 def draft_recipe(wish: Wish, model: ModelFacts, data: DataFacts, machine: MachineFacts) -> str:
@@ -141,7 +175,7 @@ def draft_recipe(wish: Wish, model: ModelFacts, data: DataFacts, machine: Machin
         "lora": _lora(),
         "training": _training(shape, machine),
     }
-    about = f"# {model.kind} with {model.layers} layers, {data.tokens:,} tokens of {_kind(data)}, {machine.name}"
+    about = f"# {model.kind} with {model.layers} layers, {data.tokens:,} tokens of {KINDS[data.kind]}, {machine.name}"
     parts = [
         "# Every key can be replaced on the command line: lemo train RECIPE training.learning_rate=1e-4",
         f"{about}; preset {wish.preset}:",
@@ -159,11 +193,6 @@ def _about(data: DataFacts, preset: Preset) -> str:
     if not data.answers:
         return preset.about
     return f"every row runs forward, those of answers carry loss, {preset.loss_share:.0%} of all pass gradient"
-
-
-def _kind(data: DataFacts) -> str:
-    words = {"qas": "documents with questions", "messages": "conversations", "tokens": "tokenised text", "text": "text"}
-    return words[data.kind]
 
 
 def _model(model: ModelFacts, shape: Shape, machine: MachineFacts) -> list[Line]:
@@ -187,7 +216,7 @@ def _model(model: ModelFacts, shape: Shape, machine: MachineFacts) -> list[Line]
 
 
 def _data(wish: Wish, data: DataFacts, shape: Shape, machine: MachineFacts) -> list[Line]:
-    lines: list[Line] = [("train", list(wish.train), "files or folders of .txt, .jsonl, .jsonl.gz or .npz")]
+    lines: list[Line] = [("train", list(wish.train), "files or folders of text, rows or tokens")]
     if wish.validation:
         lines.append(("validation", list(wish.validation), "its loss is measured before and after"))
     elif not data.answers or len(data.lengths) > 1:  # a single sample cannot be shared out
@@ -195,10 +224,11 @@ def _data(wish: Wish, data: DataFacts, shape: Shape, machine: MachineFacts) -> l
     lines.append(("window_tokens", shape.window_tokens, shape.why))
     if not machine.gpu:
         lines.append(("validation_windows", 2, "of it; few, since a CPU takes seconds for each"))
-    if data.kind == "messages" and data.field != "messages":
+    if data.kind == "messages" and data.field not in (None, "messages"):
         lines.append(("messages_field", data.field, "key of the conversation in each row"))
-    if data.field not in (None, "text", "messages") and data.kind != "messages":
-        lines.append(("text_field", data.field, "key of the text in each row"))
+    left = f"not used: {', '.join(data.unused)}" if data.unused else ""
+    if data.field is not None and data.kind != "messages" and (data.field != "text" or left):
+        lines.append(("text_field", data.field, "key of the text in each row" + (f"; {left}" if left else "")))
     if data.answers:
         share = data.supervised_share or 0.0
         lines.append(("answer_only", True, f"answers carry loss: {share:.1%} of the rows of the longest sample"))
@@ -281,7 +311,7 @@ def _training(shape: Shape, machine: MachineFacts) -> list[Line]:
     tokens = shape.accumulation * shape.window_tokens
     lines += [
         ("learning_rate", 2e-4, "usual for LoRA"),
-        ("warmup_steps", steps // 20, "the first of them runs at rate 0"),
+        ("warmup_steps", steps // 20, "the first of them runs at rate 0" if steps >= 20 else "none: the run is short"),
         ("batch_size", 1, "window at a time"),
         ("gradient_accumulation_steps", shape.accumulation, f"about {tokens:,} tokens a step"),
         ("gradient_checkpointing", machine.gpu, "less memory, more time" if machine.gpu else "memory suffices without"),

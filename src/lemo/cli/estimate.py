@@ -45,15 +45,21 @@ def estimate(
     import json
 
     from lemo.cli.arguments import quieten
+    from lemo.errors import ConfigError
+    from lemo.measure.card import here
     from lemo.measure.estimate import changes, fit_setting, gain, longest_tokens, make_estimate
     from lemo.train.forecast import data_gain, forecast, probe_step
 
     quieten()
     run = read_source(source, overrides, preset)
+    if data and not run.data.train:
+        raise ConfigError("--data: data.train is empty; name a recipe that has data, or add data.train=[FILE]")
     chosen = choose_card(card)
     found = forecast(run)
     now = make_estimate(found.sizes, found.setting, chosen)
     report: dict[str, Any] = {"model": run.model.path, "notes": list(found.notes), "estimate": now}
+    if card is None and here() is None:
+        report["notes"].append(f"this machine has no CUDA device: the card is taken to be {chosen.name} (--card)")
     report["longest_tokens"] = longest_tokens(found.sizes, found.setting, chosen)
     report["gain"] = gain(found.sizes, found.setting, chosen)
     report["changes"] = [] if now.fits else changes(found.sizes, found.setting, chosen)
@@ -84,6 +90,7 @@ def read_source(source: str, overrides: list[str] | None, preset: PresetName | N
         if preset is not None:
             raise ConfigError("--preset: the recipe has ratios of its own; override sparsity.forward_ratio and others")
         return load_recipe(source, given)
+    _check_model(source)
     named = PRESETS[(preset or PresetName.balanced).value]
     values: dict[str, Any] = {
         "model": {"path": source},
@@ -93,6 +100,31 @@ def read_source(source: str, overrides: list[str] | None, preset: PresetName | N
     }
     sources = override_values(values, given)
     return build_run(values, source, sources)
+
+
+def _check_model(source: str) -> None:
+    """Refuses a mistyped shape at once: a name without a slash is asked for on the hub only when it was used before.
+
+    Raises:
+        ConfigError: it is neither a shape nor a folder.
+    """
+    import difflib
+
+    from huggingface_hub import try_to_load_from_cache
+
+    from lemo.errors import ConfigError
+    from lemo.train.model import PACKAGE
+    from lemo.train.rehearsal import SHAPES
+
+    if source in SHAPES or "/" in source or source.startswith((PACKAGE, "~")) or Path(source).exists():
+        return
+    if isinstance(try_to_load_from_cache(source, "config.json"), str):
+        return
+    close = difflib.get_close_matches(source, SHAPES, n=1)
+    meant = f"; did you mean {close[0]}?" if close else ""
+    raise ConfigError(
+        f"{source!r} is no folder, no OWNER/NAME of a hub and none of the known shapes {', '.join(SHAPES)}{meant}"
+    )
 
 
 def choose_card(name: str | None) -> Card:
@@ -180,7 +212,7 @@ def _show_more(report: dict[str, Any], fit: bool, console: Any) -> None:
         for change in listed:
             console.print(f"  {change.text}: {_outcome(change.estimate)}", markup=False)
     if fit:
-        _show_fit(report["estimate"], report["fit"], console)
+        _show_fit(report["estimate"], report["fit"], listed, console)
     if "data" in report:
         gain = report["data"]
         console.print(
@@ -195,11 +227,14 @@ def _show_more(report: dict[str, Any], fit: bool, console: Any) -> None:
         console.print(f"one step here: {probe.peak_bytes / GIB:.2f} GiB {what} at the peak, {probe.seconds:.2f} s")
 
 
-def _show_fit(before: Estimate, found: Estimate | None, console: Any) -> None:
+def _show_fit(before: Estimate, found: Estimate | None, listed: list[Change], console: Any) -> None:
     if found is None:
         console.print("nothing fits: take a shorter length, fewer layers or a larger card", style="bold red")
         return
-    console.print(f"the fastest that fits: {_outcome(found)}")
+    faster = [e for e in (change.estimate for change in listed) if e.fits and e.time.total_s < found.time.total_s]
+    # Memory of the host is taken only where nothing else fits, since nobody asked how much of it there is.
+    limit = " without memory of the host" if any(e.host_bytes > found.host_bytes for e in faster) else ""
+    console.print(f"the fastest that fits{limit}: {_outcome(found)}")
     for key, value in fit_keys(before, found).items():
         console.print(f"  {key}: {value}", markup=False)
 

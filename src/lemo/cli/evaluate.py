@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +12,7 @@ import typer
 from lemo.cli.arguments import AdapterOption, Overrides, PlanOption, Source
 
 _PICTURES = (".html", ".png")
+_SAME = "the plan changes nothing in forward at this length"
 
 
 def evaluate(
@@ -18,7 +20,9 @@ def evaluate(
     overrides: Overrides = None,
     adapter: AdapterOption = None,
     plan: PlanOption = None,
-    bins: Annotated[int, typer.Option("--bins", min=1, help="Position bins over a window, or depths of facts.")] = 8,
+    bins: Annotated[
+        int, typer.Option("--bins", min=1, max=64, help="Position bins over a window, or depths of facts.")
+    ] = 8,
     output: Annotated[
         list[Path] | None,
         typer.Option("--output", help="File for the figures, JSON; with --retrieval also .html or .png; repeatable."),
@@ -42,11 +46,13 @@ def evaluate(
     multi_key, multi_value, two_hop, variable_tracking; 32 prompts of each length unless a number follows the task. The
     source may be a model's folder then, and prompts follow from training.seed.
     """
+    from lemo.cli.arguments import check_writable
     from lemo.errors import ConfigError
 
     outputs = output or []
     if taken := [path for path in outputs if path.exists()]:
         raise ConfigError(f"--output: {taken[0]} exists already")
+    check_writable(outputs)
     if retrieval is None:
         if lengths is not None:
             raise ConfigError("--lengths is for --retrieval; a loss is measured at data.window_tokens")
@@ -99,7 +105,16 @@ def _write(reports: dict[str, Any], path: Path, title: str) -> None:
         path.write_text(retrieval_page(reports, title), encoding="utf-8")
     else:
         values = {name: report.to_dict() for name, report in reports.items()}
-        path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(_without_nan(values), indent=1) + "\n", encoding="utf-8")
+
+
+def _without_nan(value: Any) -> Any:
+    """The figures with null for the mean of nothing: JSON has no NaN."""
+    if isinstance(value, dict):
+        return {name: _without_nan(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _retrieval(loaded: Any, wanted: str, lengths: str | None, depths: int) -> dict[str, Any]:
@@ -108,12 +123,13 @@ def _retrieval(loaded: Any, wanted: str, lengths: str | None, depths: int) -> di
 
     from lemo.cli.arguments import load_parts
     from lemo.core.plan import Plan
-    from lemo.eval.retrieval import evaluate_retrieval, parse_lengths, parse_tasks
+    from lemo.eval.retrieval import check_prompts, evaluate_retrieval, parse_lengths, parse_tasks
     from lemo.runtime.attach import attach
     from lemo.train.model import extend_context, load_settings, load_tokenizer
 
     run = loaded.run
     tasks, settings = parse_tasks(wanted), load_settings(run.model)  # mistakes are found before weights are read
+    check_prompts(tasks, depths)
     extend_context(settings, run.model)
     context = getattr(settings.get_text_config(), "max_position_embeddings", None)
     asked = parse_lengths(lengths or str(run.data.window_tokens), context)
@@ -137,18 +153,20 @@ def _retrieval(loaded: Any, wanted: str, lengths: str | None, depths: int) -> di
     reports = {"dense": measure()}
     if loaded.plan is not None:
         plan = Plan.load(loaded.plan)
-        if _changes_forward(plan):
+        if _changes_forward(plan, asked[-1]):
             with attach(model, plan) as handle:
                 reports["sparse (look-ahead)"] = measure(handle)
         else:
-            typer.echo("the plan changes nothing in forward, so its answers are the dense ones", err=True)
+            typer.echo(f"{_SAME}, so its answers are the dense ones", err=True)
     return reports
 
 
-def _changes_forward(plan: Any) -> bool:
-    """Whether rows skip layers in forward, or attend within a window."""
+def _changes_forward(plan: Any, tokens: int) -> bool:
+    """Whether, in samples of up to so many tokens, rows skip layers in forward or do not see all rows before them."""
     exact = any(layer.is_exact for layer in plan.layers)
-    return any(layer.forward_ratio < 1 for layer in plan.layers) or (exact and plan.context_window is not None)
+    # In its own chunk and the one before a row sees everything.
+    windowed = plan.context_window is not None and tokens > 2 * plan.context_window
+    return any(layer.forward_ratio < 1 for layer in plan.layers) or (exact and windowed)
 
 
 def _show_retrieval(reports: dict[str, Any]) -> None:
@@ -196,8 +214,8 @@ def _measure(loaded: Any, model: Any, tokenizer: Any, dataset: Any, bins: int) -
     plan = Plan.load(loaded.plan)
     run = replace(run, sparsity=replace(run.sparsity, block_size=plan.block_size))
     with attach(model, plan) as handle:
-        if not _changes_forward(plan):
-            typer.echo("the plan changes nothing in forward, so its loss is the dense one", err=True)
+        if not _changes_forward(plan, max(len(window.tokens_T) for window in dataset.windows)):
+            typer.echo(f"{_SAME}, so its loss is the dense one", err=True)
             return reports
         drawn = validation_batches(run, tokenizer, dataset, loss_rows=True, model=model)
         reports["dense, loss rows"] = evaluate_loss(model, drawn, handle=handle, bins=bins)
@@ -214,6 +232,6 @@ def _show(reports: dict[str, Any]) -> None:
     first = next(iter(reports.values()))
     table = Table("forward", "nats", "perplexity", "tokens", *(f"{p.start}-{p.end}" for p in first.by_position))
     for name, report in reports.items():
-        parts = [f"{part.nats:.3f}" for part in report.by_position]
+        parts = [f"{part.nats:.3f}" if part.tokens else "-" for part in report.by_position]
         table.add_row(name, f"{report.nats:.4f}", f"{report.perplexity:.2f}", f"{report.tokens:,}", *parts)
     Console(width=None if Console().is_terminal else 60 + 12 * len(first.by_position)).print(table)

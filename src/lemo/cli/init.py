@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from enum import Enum, StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lemo.cli.presets import PRESETS
+
+if TYPE_CHECKING:
+    from lemo.train.survey import DataFacts
 
 PresetName = Enum("PresetName", {name: name for name in PRESETS}, type=str)
 
@@ -23,7 +26,12 @@ class Machine(StrEnum):
 
 def init(
     model: Annotated[str, typer.Argument(help="Model folder, hub name or package:NAME.", show_default=False)],
-    data: Annotated[list[str], typer.Argument(help="Training files or folders.", show_default=False)],
+    data: Annotated[
+        list[str],
+        typer.Argument(
+            help="Training files or folders; data.text_field=KEY names the key of rows' text.", show_default=False
+        ),
+    ],
     out: Annotated[Path, typer.Option("--out", help="Recipe to write.")] = Path("recipe.yaml"),
     preset: Annotated[PresetName, typer.Option("--preset", help="How much is left out.")] = PresetName.balanced,
     validation: Annotated[
@@ -37,35 +45,76 @@ def init(
 
     Context length, kind of data, window, dtype, ratios and steps are found out or chosen, each with its reason.
     """
-    from dataclasses import replace
-
-    from lemo.cli.arguments import quieten
-    from lemo.cli.draft import Wish, draft_recipe
+    from lemo.cli.arguments import check_writable, quieten
+    from lemo.cli.draft import Wish, draft_recipe, missing_windows
     from lemo.cli.recipe import build_run, parse_yaml
     from lemo.config import ModelConfig
     from lemo.errors import ConfigError
     from lemo.train.model import load_tokenizer
-    from lemo.train.sources import needs_tokenizer
-    from lemo.train.survey import survey_data, survey_machine, survey_model
+    from lemo.train.sources import describe_unread, needs_tokenizer
+    from lemo.train.survey import survey_machine, survey_model
 
     if out.exists():
         raise ConfigError(f"--out: {out} exists already")
     quieten()
+    data, text_field = _split_field(data)
     files = [*data, *(validation or [])]
     needs_text = needs_tokenizer(files)
     facts = survey_model(model)
     tokenizer = load_tokenizer(ModelConfig(model, gguf_file=facts.gguf_file)) if needs_text else None
-    found = survey_data(data, tokenizer)
-    if validation:
-        longest = max(found.longest_tokens, survey_data(validation, tokenizer).longest_tokens)
-        found = replace(found, longest_tokens=longest)
+    found = _survey(data, validation or [], tokenizer, text_field)
     wish = Wish(tuple(data), tuple(validation or ()), run, preset.value, window)
     text = draft_recipe(wish, facts, found, survey_machine(machine.value))
     build_run(parse_yaml(text, str(out)), str(out))  # a recipe that would be refused is never written
-    out.parent.mkdir(parents=True, exist_ok=True)
+    check_writable([out])
     out.write_text(text, encoding="utf-8")
     documents = len(found.lengths)
     typer.echo(f"model: {facts.kind}, {facts.layers} layers, context of {facts.context_tokens or '?'} tokens")
     typer.echo(f"data: {documents:,} document{'s' if documents > 1 else ''}, about {found.tokens:,} tokens")
+    unread = describe_unread(files)
+    if unread:
+        typer.echo(unread)
+    if found.unused:
+        typer.echo(f"note: the first row has text that is not used: {', '.join(found.unused)}")
+    if (missing := missing_windows(wish, found)) is not None:
+        typer.echo(f"warning: {missing}", err=True)
     typer.echo(f"recipe: {out}")
     typer.echo(f"next: lemo train {out}")
+
+
+def _split_field(data: list[str]) -> tuple[list[str], str | None]:
+    """Files, and the key of the text where `data.text_field=KEY` stands among them."""
+    start = "data.text_field="
+    fields = [part.removeprefix(start) for part in data if part.startswith(start)]
+    return [part for part in data if not part.startswith(start)], fields[-1] if fields else None
+
+
+def _survey(data: list[str], validation: list[str], tokenizer: Any, text_field: str | None) -> DataFacts:
+    """Facts about training data, its longest sample that of validation data where that is longer.
+
+    Raises:
+        ConfigError: the two are of different kinds, or keep their text in different keys.
+    """
+    from dataclasses import replace
+
+    from lemo.cli.draft import KINDS
+    from lemo.errors import ConfigError
+    from lemo.train.survey import survey_data
+
+    found = survey_data(data, tokenizer, text_field)
+    if not validation:
+        return found
+    held = survey_data(validation, tokenizer, text_field)
+    if held.kind != found.kind and not {held.kind, found.kind} <= {"text", "tokens"}:
+        raise ConfigError(
+            f"--validation: {validation[0]} holds {KINDS[held.kind]}, the training data {KINDS[found.kind]}; both must "
+            "be of one kind"
+        )
+    fields = {facts.field for facts in (found, held)} - {None}
+    if len(fields) > 1:
+        raise ConfigError(
+            f"--validation: rows of {validation[0]} keep their text in {held.field!r}, training rows in "
+            f"{found.field!r}; both need the same key"
+        )
+    longest = max(found.longest_tokens, held.longest_tokens)
+    return replace(found, longest_tokens=longest, field=found.field or held.field)

@@ -31,7 +31,7 @@ def inspect(
     With --samples, training samples are shown as the model gets them; that needs no weights and no plan. Otherwise maps
     of one or two texts are drawn on the terminal and into the files of --out, the page with the text beneath.
     """
-    from lemo.cli.arguments import load_source
+    from lemo.cli.arguments import check_writable, load_source
     from lemo.errors import ConfigError
 
     loaded = load_source(source, overrides, adapter, plan)
@@ -39,6 +39,7 @@ def inspect(
     wrong = [path for path in files if path.suffix not in (".html", *(() if samples else (".png",)))]
     if wrong:
         raise ConfigError(f"--out: {wrong[0]} must end in .html" + ("" if samples else " or .png"))
+    check_writable(files)
     if samples:
         _show_samples(loaded.run, samples, tokens, files)
         return

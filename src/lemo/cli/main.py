@@ -11,11 +11,15 @@ from typer.core import TyperGroup
 
 import lemo
 from lemo.cli import bench, calibrate, doctor, estimate, evaluate, init, inspect, merge, report, schema, train
+from lemo.cli.failures import explain_failure
 from lemo.errors import LemoError
 
 
 class ErrorGroup(TyperGroup):
-    """Turns every LemoError into its message on standard error and exit code 2."""
+    """Turns every LemoError into its message on standard error and exit code 2.
+
+    Errors of files and of memory become one line too, and exit code 1.
+    """
 
     def invoke(self, ctx: Any) -> Any:
         """Runs a verb."""
@@ -27,6 +31,12 @@ class ErrorGroup(TyperGroup):
             for line in str(error).splitlines():
                 print(f"error: {line}", file=sys.stderr)
             raise typer.Exit(2) from error
+        except Exception as error:
+            line = None if ctx.params.get("debug") else explain_failure(error)
+            if line is None:
+                raise
+            print(f"error: {line}", file=sys.stderr)
+            raise typer.Exit(1) from error
 
 
 app = typer.Typer(

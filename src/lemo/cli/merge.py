@@ -20,15 +20,17 @@ def merge(
     The folder loads with plain Transformers and everything that reads its format. Nothing is left behind when the
     merged model's logits are further from the adapter model's than rounding explains.
     """
-    from lemo.cli.arguments import quieten
+    from lemo.cli.arguments import check_device, check_writable, quieten
     from lemo.errors import ConfigError
     from lemo.train.merge import merge_adapter, read_samples
     from lemo.train.model import load_tokenizer
 
     if out.exists():
         raise ConfigError(f"--out: {out} exists already")
+    check_device(device)
     quieten()
     run, adapter = _find(source, base)
+    check_writable([out])
     samples: Any = None
     if run.data.validation_sources:
         try:

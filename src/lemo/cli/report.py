@@ -18,6 +18,7 @@ def report(
 
     The page needs nothing beside it. A run that is still going or was stopped counts as far as it came.
     """
+    from lemo.cli.arguments import check_writable
     from lemo.cli.recipe import parse_yaml
     from lemo.errors import ConfigError
     from lemo.report.run_page import read_run, run_page
@@ -28,7 +29,7 @@ def report(
         if not recipe.is_file():
             raise ConfigError(f"{folder} is no output folder of a run: it holds no recipe.yaml")
         found.append(read_run(folder, parse_yaml(recipe.read_text(encoding="utf-8"), str(recipe)) or {}, name))
-    out.parent.mkdir(parents=True, exist_ok=True)
+    check_writable([out])
     out.write_text(run_page(found, title), encoding="utf-8")
     typer.echo(f"report: {out}")
 

@@ -14,6 +14,9 @@ def train(
     recipe: Recipe,
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Take up the last checkpoint in the output folder.")] = False,
+    resume_if_possible: Annotated[
+        bool, typer.Option("--resume-if-possible", help="The same, or begin where there is none, as requeued jobs do.")
+    ] = False,
 ) -> None:
     """Fine-tune a model as a recipe says.
 
@@ -28,7 +31,8 @@ def train(
     from lemo.train.run import train as run_training
 
     quieten()
-    result = run_training(run, evaluate_loss, resume=resume, recipe=dump_recipe(run))
+    how = resume or ("if possible" if resume_if_possible else False)
+    result = run_training(run, evaluate_loss, resume=how, recipe=dump_recipe(run))
     speaks = os.environ.get("RANK", "0") == "0"  # of several processes, the first
     for note in result.notes if speaks else ():
         typer.echo(f"note: {note}", err=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,12 +42,14 @@ class RunLog:
         return [
             (entry["step"], float(entry[key]) * scale)
             for entry in self.entries
-            if isinstance(entry.get(key), int | float)
+            if isinstance(entry.get(key), int | float) and math.isfinite(entry[key])
         ]
 
 
 def read_run(folder: str | Path, recipe: Mapping[str, Any], name: str) -> RunLog:
     """Reads the log of a run; a run that is not finished counts as far as it came.
+
+    A last line that was cut off in writing is left out.
 
     Raises:
         DataError: the folder has no log, or a file cannot be read.
@@ -56,12 +59,16 @@ def read_run(folder: str | Path, recipe: Mapping[str, Any], name: str) -> RunLog
     if not metrics.is_file():
         raise DataError(f"{folder}: holds no metrics.jsonl, so there is nothing to report")
     entries = []
-    for row, line in enumerate(metrics.read_text(encoding="utf-8").splitlines(), start=1):
+    lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines()
+    for row, line in enumerate(lines, start=1):
         try:
-            entries.append(json.loads(line))
-            entries[-1]["step"]
+            entry = json.loads(line)
+            entry["step"]
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{metrics}, row {row}: no log entry") from error
+            if row == len(lines) and isinstance(error, ValueError):
+                break  # cut off in writing
+            raise DataError(f"{metrics}, row {row}: no log entry; repair or remove that line") from error
+        entries.append(entry)
     found = {key: _read_json(folder / file) for key, file in _FILES.items()}
     return RunLog(name, tuple(entries), recipe, **found)
 
