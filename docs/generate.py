@@ -23,6 +23,10 @@ from lemo.config import RunConfig
 
 FOLDER = Path(__file__).parent / "reference"
 MADE = "*Made by `python -m docs.generate`.*"
+ERRORS = (
+    "Errors are a line on standard error and exit code 2; of files that cannot be read or written and of memory that "
+    "is full, exit code 1. `lemo --debug VERB ...` shows where."
+)
 _SECTION = re.compile(r"^\*?(Args|Attributes|Returns|Yields|Raises|Cost|Numerics|Source)\*?:(.*)$")
 _QUOTED = re.compile(r"(: |-> )'([^']*)'")  # annotations are texts
 _ENTRY = re.compile(r"^(\*{0,2}\w+): (.*)$")
@@ -160,7 +164,7 @@ def command_page() -> str:
     from lemo.cli.main import app
 
     group = typer.main.get_command(app)
-    lines = ["# Command line", "", MADE, "", "Errors are a line on standard error and exit code 2.", ""]
+    lines = ["# Command line", "", MADE, "", ERRORS, ""]
     for name in group.list_commands(typer.Context(group)):
         command = group.get_command(typer.Context(group), name)
         usage = " ".join(command.collect_usage_pieces(typer.Context(command, info_name=name)))

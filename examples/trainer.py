@@ -38,7 +38,7 @@ def main() -> lemo.Handle:
     plan = lemo.Plan.uniform(model, backward_ratio=0.12, gradient="keys", scorer="recent", context_window=1024)
     # 2. Loss on 12 % of the blocks of plain text, which attend to all rows, and on 25 % that attend as rows without
     #    loss do; in runs. Answers-only data needs no draw.
-    collator = lemo.LossRows(collator, share=0.12, local_share=0.25, span=1024, seed=0)
+    collator = lemo.LossRows(collator, share=0.12, local_share=0.25, span=1024, repeats_beyond=1024, seed=0)
     # 3. From here on the model's layers leave rows out in training; leaving the block undoes it.
     with lemo.attach(model, plan) as handle, tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(

@@ -64,7 +64,7 @@ def main() -> lemo.Handle:
         plan = lemo.Plan.uniform(trainer.model, block_size=16, **layers)
         # 2. Loss on 12 % of the blocks, which attend to all rows, and on 25 % that attend within chunks. For chats,
         #    SFTConfig(assistant_only_loss=True) does what is needed instead, and scorer="words" in the plan.
-        shares = {"share": 0.12, "local_share": 0.25, "span": 1024}
+        shares = {"share": 0.12, "local_share": 0.25, "span": 1024, "repeats_beyond": 32}
         trainer.data_collator = lemo.LossRows(trainer.data_collator, block_size=16, **shares)
         # 3. The layers leave rows out in training; SFTTrainer keeps its own loss.
         with lemo.attach(trainer.model, plan) as handle:
