@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_leaves
 
 # What the engine calls, by the modules that call it.
 KERNELS = {
-    "lemo.runtime.fused.layer": ("bypass_rows_", "bypass_rows_backward_", "write_rows_"),
+    "lemo.runtime.fused.forward": ("bypass_rows_", "write_rows_"),
+    "lemo.runtime.fused.backward": ("bypass_rows_backward_", "write_rows_"),
     "lemo.runtime.fused.attention": (
         "norm_rows",
         "norm_rows_backward",

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 
-import lemo.runtime.fused.layer as layer
+import lemo.runtime.fused.forward as layer
 import lemo.runtime.fused.mlp as mlp
 from lemo.runtime.fused.maps import LinearMap, MapGroup
 from tests.runtime.oracle import batch, tiny_model
@@ -80,14 +80,14 @@ def test_gradients_of_queries_meet_those_of_keys(mode, kv, inputs, policy, monke
 @pytest.mark.parametrize("recompute", ["none", "lin"])
 def test_exact_forward_of_all_rows_stays_in_the_stream(mode, inputs, wanted, recompute, monkeypatch):
     """Rows between attention and MLP are the stream's own; in the last layer, which runs some rows only, a copy."""
-    finish, found = layer._Forward._finish, []
+    finish, found = layer.LayerForward._finish, []
 
     def noted(work, middle):
         found.append(middle.untyped_storage().data_ptr() == work.stream.untyped_storage().data_ptr())
         assert found[-1] == (middle is work.stream)
         finish(work, middle)
 
-    monkeypatch.setattr(layer._Forward, "_finish", noted)
+    monkeypatch.setattr(layer.LayerForward, "_finish", noted)
     in_double(monkeypatch)
     model = tiny_model(dtype=torch.float64, num_hidden_layers=3)
     assert_equal_engines(model, plan_of(model, mode), inputs, recompute=recompute)

@@ -204,7 +204,12 @@ class FusedLayerMemory:
             work.add(saved=rows.back * self.width * self.e)
 
     def _mlp_forward(self, work: Scope) -> None:
+        from lemo.runtime.fused.joined import joined_width
+
         n, e, adapter = self.rows.queries, self.e, self.sizes.adapter
+        # Where the last map goes into the stream, base and adapter are one product (`fused.joined`).
+        joined = joined_width(self.ffn, adapter.down) if self._in_stream and adapter.down else 0
+        work.add(joined=self.width * joined * e)
         keep = self.level == "none" and not self.rows.exact
         if self.level == "none" and not keep:
             work.add(kept=self.ways * _kept_rows(self.rows) * self.ffn * e)
@@ -215,12 +220,12 @@ class FusedLayerMemory:
             work.add(normed=chunk * self.width * e, rstd=chunk * self.wide, low=chunk * sum(adapter.gates) * e)
             work.add(wide=self.ways * chunk * self.ffn * e)
             work.drop("normed", "rstd", "low")
-            work.add(next_act=chunk * self.ffn * e)
+            work.add(next_act=chunk * max(self.ffn, joined) * e)
             work.drop("act")  # of the chunk before
             if not keep:
                 work.drop("wide")
             work.names["act"] = work.names.pop("next_act")
-            update = 0 if self._in_stream and not adapter.down else chunk * self.width * e
+            update = 0 if self._in_stream else chunk * self.width * e
             work.add(low=chunk * adapter.down * e, update=update)
             work.drop("low", "update")
 

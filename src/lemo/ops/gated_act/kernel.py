@@ -66,7 +66,7 @@ def _launch_adapted(
     factors = [t for adapter in adapters for t in (adapter or (None, None))]
     ranks = [0 if adapter is None else adapter.low_nR.shape[1] for adapter in adapters]
     strides = [0 if t is None else t.stride(0) for t in (*tensors, *factors)]
-    block_rows, block = (16, 32) if interpreting() else (32, 128)
+    block_rows, block = (16, 32) if interpreting() else (64, 64)
     grid = (triton.cdiv(width, block) * triton.cdiv(rows, block_rows),)
     sizes = {"ROWS": block_rows, "BLOCK": block, "PADDED": padded(max(ranks))}
     with on_device_of(first):

@@ -153,7 +153,7 @@ class MapGroup:
         The adapter's product is written first and the base product accumulated onto it in fp32: one pass over the
         output instead of two.
         """
-        low = self._low(x_NI, which, rows_N)
+        low = self.low(x_NI, which, rows_N)
         outputs = []
         for i in which:
             weight, bias = self._base(i)
@@ -171,7 +171,7 @@ class MapGroup:
 
     def adapters(self, x_NI: Tensor, rows_N: Tensor | None) -> list[LowRank | None]:
         """What adapters add to `bases`, as factors; arguments as in `forward`."""
-        low = self._low(x_NI, tuple(range(len(self.parts))), rows_N)
+        low = self.low(x_NI, tuple(range(len(self.parts))), rows_N)
         pairs = ((low.get(part.number), second) for part, second in zip(self.parts, self.seconds, strict=False))
         found = [None if first is None or second is None else LowRank(first, second) for first, second in pairs]
         return found or [None] * len(self.parts)
@@ -247,7 +247,7 @@ class MapGroup:
         """Whether a gradient of some tensor is made from the input."""
         return any([gradients.wanted[place] for place in self._from_input])
 
-    def _low(self, x_NI: Tensor, which: tuple[int, ...], rows_N: Tensor | None = None) -> dict[int, Tensor]:
+    def low(self, x_NI: Tensor, which: tuple[int, ...], rows_N: Tensor | None = None) -> dict[int, Tensor]:
         """x·Aᵀ of the maps of parts `which` that have an adapter, all in one product: it is bound by reading x."""
         numbers, start, stop = self._span(which)
         if not numbers:
@@ -344,7 +344,7 @@ class MapGroup:
         if not seconds:
             return
         assert x_NI is not None
-        low = self._low(x_NI, tuple(grads))
+        low = self.low(x_NI, tuple(grads))
         for i in seconds:
             number, cut = self.parts[i]
             item = self.maps[number]

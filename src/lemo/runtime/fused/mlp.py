@@ -12,6 +12,7 @@ from lemo.core.bypass import Bypass
 from lemo.ops import gated_act, gated_act_backward, norm_rows, norm_rows_backward, write_rows_
 from lemo.ops.gated_act.op import MOST_RANK
 from lemo.ops.gated_act.reference import Adapters
+from lemo.runtime.fused.joined import JoinedMap
 from lemo.runtime.fused.maps import NOTHING, Gradients
 from lemo.runtime.fused.parts import LayerParts
 from lemo.runtime.rows import MlpRows
@@ -33,6 +34,7 @@ def run_mlp(
     rows_n: Tensor | None,
     keep: bool,
     only_m: Tensor | None = None,
+    joined: JoinedMap | None = None,
 ) -> dict[str, Tensor]:
     """The MLP up to its last map, which `write` applies chunk by chunk.
 
@@ -43,6 +45,7 @@ def run_mlp(
         rows_n: flat rows; None for the whole stream.
         keep: return the maps into the MLP, for backward.
         only_m: places of the rows for which they are returned; None for all.
+        joined: of the last map; the activation then stands in the first columns of its room, which `write` gets.
 
     Returns:
         `gate` and, for a gated MLP, `up`: (n, F), or (m, F) with `only_m`, without what adapters of a low rank add,
@@ -57,13 +60,15 @@ def run_mlp(
         adapters = _adapters(parts, normed, numbers)
         wide = _wide(parts, normed, numbers)
         del normed
-        act = gated_act(wide[0], wide[1] if parts.gated else None, parts.act, adapters=adapters)
+        room = None if joined is None else joined.room(len(wide[0]))
+        out = None if joined is None or room is None else room[:, : joined.inputs]
+        act = gated_act(wide[0], wide[1] if parts.gated else None, parts.act, adapters=adapters, out=out)
         if few is not None:
             few.take(rows, wide)
         elif keep:
             kept = dict(zip(("gate", "up"), wide, strict=False))
         del wide
-        write(rows, act, numbers)
+        write(rows, act if room is None else room, numbers)
     return kept if few is None else dict(zip(("gate", "up"), few.found(), strict=False))
 
 
