@@ -338,7 +338,7 @@ class QualityStudy:
         found: dict[str, list[float]] = {name: [] for name in METRICS}
         order: list[str] = []
         model.eval()
-        handle.sparse_batches = 0  # random draws are the same in every evaluation
+        handle.sparse_evaluations = 0  # random draws are the same in every evaluation
         sparse = method.plan is not None and method.rival is None
         for domain, batch, drawn_1T in self.validation(method):
             inputs = {k: v.to(self.device) for k, v in batch.items()}

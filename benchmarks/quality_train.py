@@ -22,6 +22,7 @@ from lemo.core.plan import LayerPlan, Plan
 from lemo.measure.memory import track_peak
 from lemo.runtime.attach import Handle
 from lemo.runtime.batch import supervised_rows
+from lemo.runtime.head import head_loss
 from lemo.runtime.model import causal_model
 
 
@@ -95,8 +96,7 @@ def backward(model: Any, handle: Handle, method: Method, batch: Sequence[Mapping
     for part in batch:
         if method.plan is not None and method.plan.oracle in GRADIENTS:
             look_at_gradient(model, handle, part, method.plan.oracle == "gradient_same")
-        with step_context(handle, method, part):
-            loss = model(**part, num_items_in_batch=labelled).loss
+        loss = loss_of(model, handle, method, part, labelled)
         loss.backward()
         total += float(loss.detach())
     return total
@@ -195,8 +195,23 @@ def in_force(model: Any, method: Method, plan: Plan | None) -> AbstractContextMa
     return RIVAL_CONTEXTS[method.rival](causal_model(model), plan)
 
 
-def step_context(handle: Handle, method: Method, batch: Mapping[str, Tensor]) -> Any:
-    """Inside, a forward of the method's training step may run; loss rows of methods of others may be skipped."""
-    if method.forced or method.plan is None:
-        return nullcontext()
-    return handle.supervised(torch.zeros_like(batch["input_ids"], dtype=torch.bool))
+def loss_of(model: Any, handle: Handle, method: Method, batch: Mapping[str, Tensor], labelled: int) -> Tensor:
+    """The loss of one sequence as part of a step with `labelled` rows; rows of it may be skipped where others do so.
+
+    lemo keeps every row that labels name. Methods that know no such rule run without labels, and what the decoder
+    gives goes into the loss afterwards.
+    """
+    if method.forced or method.plan is None or method.rival is not None:
+        return model(**batch, num_items_in_batch=labelled).loss
+    base, caught = causal_model(model), []
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    nothing_BT = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
+    hook = base.base_model.register_forward_hook(lambda module, args, output: caught.append(output.last_hidden_state))
+    try:
+        with handle.supervised(nothing_BT):
+            model(**inputs, logits_to_keep=1)
+    finally:
+        hook.remove()
+    shifted = torch.full_like(batch["labels"], -100)
+    shifted[:, :-1] = batch["labels"][:, 1:]
+    return head_loss(base, caught[-1], shifted, labelled)

@@ -224,7 +224,7 @@ class Runner:
                 if "dense" in forwards or not sparse:
                     self.ask(name, setting, seed, f"{task}/dense", exact_matches(model, prompts))
                 if sparse and "sparse" in forwards:
-                    handle.sparse_batches = 0
+                    handle.sparse_evaluations = 0
                     found = exact_matches(model, prompts, handle=handle, sparse=True)
                     self.ask(name, setting, seed, f"{task}/sparse", found)
                 if name == "dense":

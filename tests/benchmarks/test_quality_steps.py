@@ -12,7 +12,7 @@ from benchmarks.quality_costs import gain_at_64k
 from benchmarks.quality_grids import Cell
 from benchmarks.quality_methods import METHODS
 from benchmarks.quality_specs import exact
-from benchmarks.quality_train import Correction, backward, dense_backward, train
+from benchmarks.quality_train import Correction, at_progress, backward, dense_backward, loss_of, train
 from lemo import attach
 from tests.benchmarks.test_quality import WINDOW, _study, inputs  # noqa: F401  a fixture
 
@@ -66,6 +66,24 @@ def test_a_correction_adds_what_was_missing(inputs: Path):  # noqa: F811
         correction.apply(1, lambda: pytest.fail("looks in the first of two steps only"))
         for found, own, a, b in zip(_gradients(model), plain, sparse, dense, strict=True):
             torch.testing.assert_close(found, own + b - a, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["plain", "random_ltd_no_ramp"])
+def test_methods_of_others_skip_rows_with_loss(inputs: Path, name):  # noqa: F811
+    """Loss on every row, and yet as many rows run as the method says; with every row, the loss is the model's own."""
+    study, method = _study(inputs), METHODS[name]
+    model = study.fresh_adapter(0).train()
+    (part,) = next(study.training_batches(method, 0, 1))
+    assert bool((part["labels"][:, 1:] != -100).all())
+    rows = int(part["labels"][:, 1:].numel())
+    with attach(model, study.plan(method), self_test=False, unsafe_no_bypass=True) as handle:
+        assert backward(model, handle, method, [part]) > 0 and _gradients(model)
+        wanted = method.plan.forward_ratio
+        ratios = [ratio for index, ratio in handle.ratios().items() if not handle.plan.layers[index].is_dense]
+        assert ratios and all(f == b == pytest.approx(wanted, abs=0.1) for f, b in ratios)
+        handle.plan = at_progress(handle.plan, 1.0)
+        found = loss_of(model, handle, method, part, rows)
+    torch.testing.assert_close(found, model(**part).loss)
 
 
 def test_corrected_runs_train_and_cost_more(inputs: Path):  # noqa: F811
