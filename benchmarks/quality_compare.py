@@ -215,7 +215,7 @@ def write_comparisons(path: Path) -> int:
         return 0
     records = read_records(path)
     cells = Cells(records)
-    known = {(r.name, r.config_hash, r.bar) for r in records}
+    known = {(r.name, r.config_hash, r.bar, r.seeds) for r in records}
     for protocol in cells.protocols():
         for item in COMPARISONS:
             for label, steps, pairs in pairs_of(cells, item, protocol):
@@ -338,6 +338,7 @@ def _append(
     record = Record.measure(name, unit, samples, setting, script=SCRIPT, seeds=seeds, bar=bar)
     newest = max(sources, key=lambda r: r.time)
     record = dataclasses.replace(record, device=newest.device, versions=newest.versions, commit=newest.commit)
-    if (name, record.config_hash, bar) not in known:
-        known.add((name, record.config_hash, bar))
+    key = (name, record.config_hash, bar, record.seeds)
+    if key not in known:
+        known.add(key)
         record.append(path)

@@ -254,7 +254,7 @@ class Runner:
 def compare(path: Path) -> None:
     """Misses of skipping methods over those of dense LoRA, in points, over the tasks that count."""
     records = read_records(path)
-    known = {(r.name, r.config_hash) for r in records}
+    known = {(r.name, r.config_hash, r.seeds) for r in records}
     groups: dict[tuple, list[Record]] = {}
     for record in records:
         if record.name.startswith("retrieval/") and "cell" in record.setting:
@@ -282,7 +282,7 @@ def _counts(records: Sequence[Record], task: str) -> bool:
 
 
 def _compare(
-    records: Sequence[Record], name: str, mode: str, tasks: Sequence[str], path: Path, known: set[tuple[str, str]]
+    records: Sequence[Record], name: str, mode: str, tasks: Sequence[str], path: Path, known: set[tuple]
 ) -> None:
     """One Record of paired misses in points, over tasks and seeds; the error is over prompts."""
     baseline: list[float] = []
@@ -309,7 +309,7 @@ def _compare(
     record = dataclasses.replace(record, device=newest.device, versions=newest.versions, commit=newest.commit)
     gap = value_of(samples, "difference_of_means")
     print(f"{title}: {gap:+.2f} points, with its error {record.value:+.2f} ({len(candidate)} prompts)", flush=True)
-    if (title, record.config_hash) not in known:
+    if (title, record.config_hash, record.seeds) not in known:
         record.append(path)
 
 
