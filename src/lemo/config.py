@@ -37,7 +37,7 @@ class DataConfig:
     """What is read and how it is cut.
 
     Attributes:
-        train: files or folders (.txt, .jsonl, .jsonl.gz, .npz, datasets folders).
+        train: files or folders (.txt, .jsonl, .jsonl.gz, .json, .parquet, .npz, datasets folders).
         validation: the same, for evaluation.
         held_out_share: without `validation`, this share of the training data is held out for it: every n-th document,
             or the end of each where there are too few for that. 0 holds out nothing.
@@ -49,7 +49,8 @@ class DataConfig:
         packing: put several short documents into one window (documents never see each other).
         text_field: JSON key of the text.
         messages_field: JSON key of a conversation, a list of messages with `role` and `content`.
-        answer_only: supervise only the answers of `qas` rows and the assistant's words in conversations.
+        answer_only: supervise only the answers of `qas` rows, completions of prompts, and the assistant's words in
+            conversations.
         max_windows: at most this many training windows, spread evenly over the data; None for all.
         validation_windows: at most this many validation windows, spread evenly over the data.
     """
@@ -165,7 +166,8 @@ class CalibrationConfig:
         tune_windows: held-out samples for thresholds and the report.
         target: block score that predictors learn, see `core.target`.
         query_stride: look at every n-th query row when attention mass is profiled; 1 for all.
-        scorer: what ranks blocks in the calibrated plan, and while the stream for later layers is made.
+        scorer: what ranks blocks in the calibrated plan, and while the stream for later layers is made; None for
+            `predictor`. A recipe names it in `sparsity.scorer`.
         compare_dense_fit: also fit on the dense stream, for the report; about half as much time again.
         pooled_features: most directions that rows are projected on before pooling; one per head if that is less.
         predictor_width: width of the nets' middle maps.
@@ -189,7 +191,7 @@ class CalibrationConfig:
         "attention_mass", "mass_loss_rows", "mass_detrended", "mass_times_value", "mass_peak", "interaction"
     ] = "attention_mass"
     query_stride: int = 4
-    scorer: Literal["predictor", "random", "recent"] = "predictor"
+    scorer: Literal["predictor", "random", "recent", "words"] | None = None
     compare_dense_fit: bool = False
     pooled_features: int = 128
     predictor_width: int = 64

@@ -145,3 +145,9 @@ def test_a_plan_that_cannot_be_written_says_where(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(PlanError, match=r"file/plan: the plan cannot be written there \(Not a directory\)"):
         Plan.uniform(3).save(tmp_path / "file" / "plan")
+
+
+@pytest.mark.parametrize("plan", [None, "a folder"])
+def test_what_is_no_plan_is_refused(plan):
+    with pytest.raises(PlanError, match=r"plan must be a lemo\.Plan, got (NoneType|str); lemo\.Plan\.uniform"):
+        attach(tiny_model(), plan)

@@ -139,3 +139,17 @@ def test_backward_after_detach_says_so(reentrant):
     handle.detach()
     with pytest.raises(UnsupportedModelError, match=r"before handle\.detach"):
         loss.backward()
+
+
+@pytest.mark.parametrize("engine", ["generic", "fused"])
+def test_a_hook_that_is_given_rows_is_said(engine):
+    """Under exact forward the generic engine loses what a hook changes; the fused one gives it the whole stream."""
+    model, inputs = tiny_model(), batch(48)
+    plan = replace(plan_of(model, "exact keys"), scorer="recent")
+    model.model.layers[1].register_forward_hook(lambda module, args, output: output * 1.5)
+    dense = model(**inputs).loss
+    with attach(model, plan, engine=engine, self_test=False) as handle:
+        found = model(**inputs).loss
+    said = [note for note in handle.notes if "layer 1 has a forward hook" in note]
+    assert bool(said) == (engine == "generic")
+    assert torch.isclose(found, dense, rtol=1e-5) == (engine == "fused")

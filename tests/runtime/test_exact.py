@@ -17,6 +17,8 @@ from lemo.ops.scatter_rows.reference import bypass_reference
 from lemo.runtime.attach import attach
 from lemo.runtime.batch import read_layout
 from lemo.runtime.model import decoder_layers
+from lemo.runtime.pairs import attend_pairs
+from lemo.runtime.rows import RowRange
 from tests.runtime.oracle import FAMILIES, batch, gradients, relative, tiny_model
 from tests.runtime.test_laws import assert_same_gradients, sparse_plan
 
@@ -246,3 +248,13 @@ def test_dropout_is_refused_on_exact_forward():
     skipping = Plan.uniform(model, forward_ratio=0.5, backward_ratio=0.5, block_size=4)
     with attach(model, skipping, unsafe_no_bypass=True):
         assert torch.isfinite(model(**batch()).loss)
+
+
+def test_attention_of_pairs_has_no_second_derivative():
+    """Its backward is not differentiable, and says so instead of giving a derivative without it."""
+    rows = RowRange.of_batch(read_layout(batch(12), None, 4))
+    query, key, value, output = (torch.randn(2, 12, 4, dtype=torch.float64, requires_grad=True) for _ in range(4))
+    found = attend_pairs(query, key, value, output.detach(), torch.zeros(2, 12, dtype=torch.float64), rows, 0.5)
+    (grad,) = torch.autograd.grad(found.square().sum(), query, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()

@@ -228,6 +228,22 @@ def test_a_checkpoint_without_a_process_is_passed_over(base, tmp_path):
         )
 
 
+def test_a_checkpoint_whose_state_was_cut_off_is_passed_over(base, tmp_path, screen):
+    stopped(recipe(base, tmp_path / "run", training={"save_steps": 1}), 2, screen)
+    state = tmp_path / "run" / "checkpoints" / "checkpoint-2" / "trainer_state.json"
+    state.write_text(state.read_text()[:40])
+    opened = RunFolder.open(recipe(base, tmp_path / "run", training={"save_steps": 1}), resume=True)
+    assert opened.resume_from.name == "checkpoint-1"
+    assert opened.notes == (
+        "checkpoint-2 is incomplete and passed over: it has no trainer_state.json that can be read",
+    )
+
+
+def test_a_warmup_as_long_as_the_run_is_said(base, tmp_path, screen):
+    train(recipe(base, tmp_path / "run", training={"max_steps": 2, "warmup_steps": 2}), evaluate_loss, console=screen)
+    assert "warmup_steps (2) is not below training.max_steps (2)" in screen.file.getvalue()
+
+
 def test_other_data_than_at_the_start_is_refused(base, tmp_path, screen):
     text = tmp_path / "train.txt"
     shutil.copy(base / "train.txt", text)

@@ -350,6 +350,7 @@ def calibrate(
         DataError: batches that cannot be used.
     """
     config = config or CalibrationConfig()
+    config = replace(config, scorer=config.scorer or "predictor")
     batches = list(batches)
     if held_out is None:
         count = min(config.tune_windows, len(batches) - 1)

@@ -24,6 +24,7 @@ from lemo.runtime.calls import (
     held_layers,
     is_labelled,
     said_of_dense,
+    said_of_hooks,
 )
 from lemo.runtime.context import check_local_rows
 from lemo.runtime.fused.attachment import Engine, FusedEngine
@@ -257,6 +258,9 @@ class Handle:
             )
         for text in drop_hidden_labels(arguments, layout):
             self.note(text)
+        layers = decoder_layers(self.model)
+        for text in said_of_hooks(layers, fused):
+            self.note(text)
         draws, step, repeats = self.plan.scorer == "random" or self.plan.far_share < 1, self.sparse_evaluations, False
         if training:
             matters = draws or self.plan.mlp == "own"
@@ -268,7 +272,7 @@ class Handle:
             trains=training,
             repeats=repeats,
             in_place=self.in_place,
-            held=held_layers(self.model, decoder_layers(self.model), arguments),
+            held=held_layers(self.model, layers, arguments),
             maskless=self._wants_no_mask(layout),
             document_keys_D=document_keys(layout) if draws else None,
             fused=fused,
@@ -357,7 +361,7 @@ def attach(
         The handle; `with attach(...) as handle:` detaches at the end.
 
     Raises:
-        PlanError: a plan for another model, or one that skips rows without bypass.
+        PlanError: no plan, one for another model, or one that skips rows without bypass.
         UnsupportedModelError: a layer that cannot skip rows; the message says which and why.
         ConfigError: an unknown `loss`, `engine`, `recompute` or `offload`, or `offload` with the generic engine.
     """

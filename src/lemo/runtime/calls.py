@@ -139,6 +139,17 @@ def held_layers(model: Any, layers: Iterable[nn.Module], arguments: Mapping[str,
     return frozenset(held)
 
 
+def said_of_hooks(layers: Iterable[nn.Module], fused: frozenset[int]) -> Iterator[str]:
+    """What to tell of forward hooks on layers that the generic engine runs on rows."""
+    for index, layer in enumerate(layers):
+        hook = None if index in fused else why_hooked(layer, _PASSING_ON, FORWARD)
+        if hook is not None:
+            yield (
+                f"layer {index} has {hook} and runs in the generic engine: the hook is given the rows that run there, "
+                "not the whole stream, and under exact forward a change that it makes has no effect on other layers"
+            )
+
+
 def _observed(module: nn.Module) -> bool:
     return why_hooked(module, _PASSING_ON, FORWARD) is not None
 

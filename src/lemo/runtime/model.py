@@ -161,6 +161,8 @@ def fingerprint(model: nn.Module) -> str | None:
 
 def check_plan(model: Any, plan: Plan, layers: nn.ModuleList, unsafe_no_bypass: bool) -> None:
     """Raises PlanError unless the plan is for this model and safe; UnsupportedModelError when already attached."""
+    if not isinstance(plan, Plan):
+        raise PlanError(f"plan must be a lemo.Plan, got {type(plan).__name__}; lemo.Plan.uniform(model, ...) makes one")
     if "_lemo_handle" in model.__dict__ and model.__dict__["_lemo_handle"] is not None:
         raise UnsupportedModelError("the model has a plan attached already; detach it first")
     if len(plan.layers) != len(layers):

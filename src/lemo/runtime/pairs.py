@@ -48,6 +48,7 @@ class _PairsAttention(torch.autograd.Function):
         return output.clone()
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_HND: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, output, lse = ctx.saved_tensors
         rows = ctx.rows

@@ -285,7 +285,15 @@ def _missing(checkpoint: Path, processes: int) -> list[str]:
     names = ["trainer_state.json", *(state_file(rank) for rank in range(processes))]
     if processes > 1:
         names += [f"rng_state_{rank}.pth" for rank in range(processes)]
-    return [name for name in names if not (checkpoint / name).exists()]
+    missing = [name for name in names if not (checkpoint / name).exists()]
+    return missing or ([] if _is_json(checkpoint / names[0]) else [f"{names[0]} that can be read"])
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        return isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
+    except (OSError, ValueError):
+        return False
 
 
 def _describe(split: Mapping[str, Any] | None) -> str:

@@ -49,8 +49,14 @@ def check_run(run: RunConfig) -> None:
         raise ConfigError(
             f"data.window_tokens ({run.data.window_tokens}) exceeds model.context_length ({run.model.context_length})"
         )
-    if run.calibration.scorer == "random" and run.scorer != "random":
-        raise ConfigError("calibration.scorer is random, but sparsity.scorer is not; a run has one scorer")
+    if run.calibration.scorer not in (None, run.scorer):
+        raise ConfigError(
+            f"calibration.scorer is {run.calibration.scorer}, but the run's scorer is {run.scorer}: name it in "
+            "sparsity.scorer alone"
+        )
+    for key in ("training.seed", "calibration.seed"):
+        if _lookup(run, key) >= 2**32:
+            raise ConfigError(f"{key} must be below 2^32, as NumPy's seeds are, got {_lookup(run, key)}")
     if run.calibration.allocate == "budget" and (run.sparsity.policy == "threshold" or run.calibration.tune_steps):
         raise ConfigError("calibration.allocate gives layers ratios, thresholds do too: drop tune_steps and threshold")
     _check_loss_rows(run)
@@ -208,7 +214,9 @@ _POSITIVE = (
 _NOT_NEGATIVE = (
     "calibration.bypass_rank",
     "calibration.bypass_ridge",
+    "calibration.seed",
     "calibration.tune_steps",
+    "training.seed",
     "training.warmup_steps",
     "training.weight_decay",
     "training.max_grad_norm",

@@ -184,6 +184,11 @@ class _Session:
         # Whatever can be wrong is found before calibration takes minutes and before anything is written.
         self.arguments = training_arguments(run, self.folder.checkpoints, self.processes)
         try_arguments(self.arguments, run)
+        if 0 < run.training.max_steps <= run.training.warmup_steps:
+            self._say(
+                f"training.warmup_steps ({run.training.warmup_steps}) is not below training.max_steps "
+                f"({run.training.max_steps}): the learning rate never reaches training.learning_rate"
+            )
         set_seed(run.training.seed)
         self.tokenizer = (
             load_tokenizer(run.model) if needs_tokenizer([*run.data.train, *run.data.validation_sources]) else None
