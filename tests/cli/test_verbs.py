@@ -78,6 +78,9 @@ def test_resume_if_possible_begins_where_there_is_nothing(base, tmp_path):
     refused(lemo("train", base / "recipe.yaml", *overrides, "--resume"), "holds no run to resume")
     result = lemo("train", base / "recipe.yaml", *overrides, "--resume-if-possible")
     assert result.exit_code == 0 and (tmp_path / "run" / "adapter").is_dir()
+    again = lemo("train", base / "recipe.yaml", *overrides, "--resume-if-possible")
+    assert again.exit_code == 0 and "is finished; nothing is left to do" in again.stderr
+    refused(lemo("train", base / "recipe.yaml", *overrides, "--resume"), "is finished; name another folder")
 
 
 def test_eval_reads_a_run_and_agrees_with_it(trained, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from typing import Annotated
 
 import typer
@@ -28,17 +29,27 @@ def train(
 
     run = load_recipe(recipe, overrides or ())
     from lemo.eval.perplexity import evaluate_loss
+    from lemo.train.checkpoint import FinishedRunError
     from lemo.train.run import train as run_training
 
     quieten()
     how = resume or ("if possible" if resume_if_possible else False)
-    result = run_training(run, evaluate_loss, resume=how, recipe=dump_recipe(run))
     speaks = os.environ.get("RANK", "0") == "0"  # of several processes, the first
+    try:
+        result = run_training(run, evaluate_loss, resume=how, recipe=dump_recipe(run))
+    except FinishedRunError:
+        if not resume_if_possible:
+            raise
+        # A job that was queued once more has nothing left to do, which is no failure.
+        if speaks:
+            typer.echo(f"the run in {run.output} is finished; nothing is left to do", err=True)
+        return
     for note in result.notes if speaks else ():
         typer.echo(f"note: {note}", err=True)
     if result.interrupted:
         if speaks:
-            typer.echo(f"stopped after step {result.steps}; go on with: lemo train {recipe} ... --resume", err=True)
+            command = shlex.join(["lemo", "train", str(recipe), *(overrides or ()), "--resume"])
+            typer.echo(f"stopped after step {result.steps}; go on with: {command}", err=True)
         raise typer.Exit(130)
     width = max((len(name) for name in result.losses), default=0)
     for name, nats in result.losses.items() if speaks else ():

@@ -39,6 +39,10 @@ _FREE = (
 Resume = bool | Literal["if possible"]
 
 
+class FinishedRunError(ConfigError):
+    """The output folder holds this very run, and nothing of it is left to do."""
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """Paths of one run. Nothing is written before `begin`.
@@ -67,7 +71,8 @@ class RunFolder:
             processes: how many train; a checkpoint's place in the data holds for as many as wrote it.
 
         Raises:
-            ConfigError: no output is named; the folder holds another run, a finished run, or files of something else;
+            FinishedRunError: the run is finished.
+            ConfigError: no output is named; the folder holds another run, or files of something else;
                 a checkpoint is there and `resume` was not asked for; `resume` without a checkpoint; an adapter without
                 a checkpoint.
         """
@@ -89,7 +94,7 @@ class RunFolder:
             return folder  # a run that was refused before it did anything
         folder._check_identity()
         if folder.summary.exists():
-            raise ConfigError(f"output: the run in {folder.path} is finished; name another folder to run again")
+            raise FinishedRunError(f"output: the run in {folder.path} is finished; name another folder to run again")
         count = folder._started()["processes"]
         checkpoint, notes = folder.last_checkpoint(count), folder._incomplete(count)
         if checkpoint is not None and not resume:

@@ -19,7 +19,7 @@ from lemo.measure.memory import GIB
 from lemo.measure.record import config_hash, device_name, versions
 from lemo.runtime.attach import Handle, attach
 from lemo.train.arguments import is_trained, stopping, training_arguments, try_arguments
-from lemo.train.checkpoint import Resume, RunFolder, SaveOnRequest, data_fingerprint, replace_text
+from lemo.train.checkpoint import FinishedRunError, Resume, RunFolder, SaveOnRequest, data_fingerprint, replace_text
 from lemo.train.checks import check_dropout, check_run, check_training
 from lemo.train.data import DataReport, WindowDataset, load_windows
 from lemo.train.distributed import Processes
@@ -92,24 +92,38 @@ def train(
         console: rich Console; None for standard error.
 
     Raises:
+        FinishedRunError: nothing of the run is left to do.
         LemoError: whatever makes the run impossible; nothing in the output folder is lost or overwritten.
     """
     check_run(run)
     check_training(run)
     processes = Processes.start()
     with processes.together():
-        folder = processes.from_main(lambda: RunFolder.open(run, resume=resume, processes=processes.count))
+        folder = processes.from_main(lambda: _open_folder(run, resume, processes.count))
         if not run.data.train:
             raise ConfigError("data.train is empty: name at least one file or folder")
         # A missing file is found before minutes go into loading.
         for paths in (run.data.train, run.data.validation_sources):
             if paths:
                 list_sources(paths)
+    if folder is None:
+        processes.close()
+        raise FinishedRunError(f"output: the run in {run.output} is finished")
     console = (console or _console()) if processes.is_main else _silence()
     session = _Session(run, folder, evaluate, console, processes)
     result = session.run_all(recipe or json.dumps(resolved(run), indent=1) + "\n")
     processes.close()
     return result
+
+
+def _open_folder(run: RunConfig, resume: Resume, processes: int) -> RunFolder | None:
+    """The output folder; None where its run is finished, which is no error for a job that was queued once more."""
+    try:
+        return RunFolder.open(run, resume=resume, processes=processes)
+    except FinishedRunError:
+        if resume != "if possible":
+            raise
+        return None
 
 
 class _Session:
