@@ -94,7 +94,9 @@ def test_outputs_are_written_and_said_once(folder):
     assert summary["processes"] == WORLD and summary["losses"] == first["losses"]
     again = results(folder, "again")
     assert "finished" in again[0]["error"]
-    assert again[1]["error"].startswith("PeerError: process 0 of 2 stopped: ConfigError")
+    assert again[1]["error"].startswith("PeerError: process 0 of 2 stopped: FinishedRunError")
+    # A job that was queued once more is told so in every process, and none fails for another's sake.
+    assert all(result["error"].startswith("FinishedRunError") for result in results(folder, "requeued"))
 
 
 def test_a_signal_to_one_process_stops_both_at_the_same_step_and_the_run_resumes_to_the_same_bits(folder):

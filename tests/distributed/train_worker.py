@@ -8,10 +8,8 @@ import os
 import signal
 import sys
 import traceback
-from datetime import timedelta
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
 from lemo.config import (
@@ -27,6 +25,7 @@ from lemo.config import (
 from lemo.eval.perplexity import evaluate_loss
 from lemo.train.callback import LemoCallback
 from lemo.train.run import train
+from tests.distributed.group import join_group
 from tests.train.tiny import save_tiny_model, words
 
 WORLD = 2
@@ -103,15 +102,12 @@ def scenarios(folder: Path, rank: int):
     yield "resumed", lambda: run(folder, "cut", resume=True)
     yield "failing", lambda: failing(folder, rank)
     yield "again", lambda: run(folder, "whole")
+    yield "requeued", lambda: run(folder, "whole", resume="if possible")
 
 
 def main(rank: int, folder: Path) -> None:
     """Runs all scenarios on one process."""
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD)}
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}  # asked for by accelerate; the store is what is used
-    store = dist.FileStore(str(folder / "store"), WORLD)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=60))
+    join_group(rank, WORLD, folder, seconds=60)
     for name, scenario in scenarios(folder, rank):
         try:
             result = scenario()

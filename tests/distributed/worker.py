@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import traceback
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -13,6 +11,7 @@ import torch.distributed as dist
 
 from lemo.runtime.attach import attach
 from lemo.runtime.model import decoder_layers
+from tests.distributed.group import join_group
 from tests.integration.plans import BLOCK, documents, exact, keep_all, padded, skipping
 from tests.runtime.oracle import tiny_model
 
@@ -213,11 +212,7 @@ def scenarios(rank: int, folder: Path):
 
 def main(rank: int, folder: Path) -> None:
     """Runs all scenarios on one rank."""
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD)}
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}  # asked for by accelerate; the store is what is used
-    store = dist.FileStore(str(folder / "store"), WORLD)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=30))
+    join_group(rank, WORLD, folder, seconds=30)
     for name, run in scenarios(rank, folder):
         try:
             result = run()

@@ -9,11 +9,9 @@ import os
 import signal
 import sys
 import traceback
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
-import torch
 import torch.distributed as dist
 from transformers import Trainer
 
@@ -21,6 +19,7 @@ from lemo.config import SparsityConfig
 from lemo.train.checkpoint import SaveOnRequest
 from lemo.train.trainer import LemoTrainer
 from tests.distributed import train_worker
+from tests.distributed.group import join_group
 from tests.distributed.train_worker import WORLD
 
 
@@ -82,11 +81,7 @@ def cut(folder: Path, rank: int) -> dict:
 
 def main(rank: int, folder: Path) -> None:
     """Runs all scenarios on one process."""
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD)}
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}  # asked for by accelerate; the store is what is used
-    store = dist.FileStore(str(folder / "store"), WORLD)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=60))
+    join_group(rank, WORLD, folder, seconds=60)
     scenarios = {
         "loss": lambda: spoiled(folder, rank, "loss"),
         "gradient": lambda: spoiled(folder, rank, "gradient"),

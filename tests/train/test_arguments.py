@@ -14,16 +14,6 @@ from lemo.eval.perplexity import evaluate_loss
 from lemo.train.arguments import training_arguments, try_arguments
 from lemo.train.run import train
 from tests.train.test_run import recipe
-from tests.train.tiny import save_tiny_model, words
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("arguments")
-    save_tiny_model(folder / "model", layers=3)
-    (folder / "train.txt").write_text(words(400, seed=1))
-    (folder / "validation.txt").write_text(words(80, seed=2))
-    return folder
 
 
 @pytest.fixture

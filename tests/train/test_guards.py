@@ -2,34 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 
 import pytest
 import torch
-from rich.console import Console
 from transformers import Trainer
 
 from lemo.eval.perplexity import evaluate_loss
 from lemo.train.guards import DivergedError
 from lemo.train.run import train
 from tests.train.test_run import adapter_of, recipe
-from tests.train.tiny import save_tiny_model, words
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("guards")
-    save_tiny_model(folder / "model", layers=3)
-    (folder / "train.txt").write_text(words(400, seed=1))
-    (folder / "validation.txt").write_text(words(80, seed=2))
-    return folder
-
-
-@pytest.fixture
-def screen():
-    return Console(file=io.StringIO(), width=300)
 
 
 def spoil(monkeypatch, steps, value=math.nan, *, loss=False):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import os
 import shutil
@@ -11,7 +10,6 @@ import signal
 
 import pytest
 import torch
-from rich.console import Console
 
 from lemo.errors import ConfigError
 from lemo.eval.perplexity import evaluate_loss
@@ -19,21 +17,7 @@ from lemo.train import checkpoint as checkpoint_module
 from lemo.train.checkpoint import RunFolder, SaveOnRequest, run_identity
 from lemo.train.run import train
 from tests.train.test_run import adapter_of, recipe
-from tests.train.tiny import save_tiny_model, words
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("resume")
-    save_tiny_model(folder / "model", layers=3)
-    (folder / "train.txt").write_text(words(400, seed=1))
-    (folder / "validation.txt").write_text(words(80, seed=2))
-    return folder
-
-
-@pytest.fixture
-def screen():
-    return Console(file=io.StringIO(), width=400)
+from tests.train.tiny import words
 
 
 def stop_at(monkeypatch, step):

@@ -32,17 +32,6 @@ from lemo.train.model import load_model, load_tokenizer
 from lemo.train.planning import skeleton_plan, training_collator, validation_batches
 from lemo.train.run import train
 from tests.architecture.rules import ROOT
-from tests.train.tiny import save_tiny_model, words
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """Folder with a tiny model and text; runs go beside them."""
-    folder = tmp_path_factory.mktemp("base")
-    save_tiny_model(folder / "model", layers=3)
-    (folder / "train.txt").write_text(words(400, seed=1))
-    (folder / "validation.txt").write_text(words(80, seed=2))
-    return folder
 
 
 @pytest.fixture
