@@ -204,11 +204,12 @@ class FusedLayerMemory:
             work.add(saved=rows.back * self.width * self.e)
 
     def _mlp_forward(self, work: Scope) -> None:
-        from lemo.runtime.fused.joined import joined_width
+        from lemo.runtime.fused.joined import joined_width, pays
 
         n, e, adapter = self.rows.queries, self.e, self.sizes.adapter
         # Where the last map goes into the stream, base and adapter are one product (`fused.joined`).
-        joined = joined_width(self.ffn, adapter.down) if self._in_stream and adapter.down else 0
+        joins = self._in_stream and adapter.down and pays(n, self.ffn)
+        joined = joined_width(self.ffn, adapter.down) if joins else 0
         work.add(joined=self.width * joined * e)
         keep = self.level == "none" and not self.rows.exact
         if self.level == "none" and not keep:
@@ -225,7 +226,7 @@ class FusedLayerMemory:
             if not keep:
                 work.drop("wide")
             work.names["act"] = work.names.pop("next_act")
-            update = 0 if self._in_stream else chunk * self.width * e
+            update = 0 if self._in_stream and (joined or not adapter.down) else chunk * self.width * e
             work.add(low=chunk * adapter.down * e, update=update)
             work.drop("low", "update")
 

@@ -17,6 +17,11 @@ def joined_width(inputs: int, rank: int) -> int:
     return -(-(inputs + rank) // ALIGNED) * ALIGNED
 
 
+def pays(rows: int, inputs: int) -> bool:
+    """Whether joining moves fewer bytes: it copies the weight, and spares the output being read and written once."""
+    return rows > inputs
+
+
 @dataclass(frozen=True)
 class JoinedMap:
     """[x, x·Aᵀ]·[W, s·B]ᵀ: one pass over the output, where base and adapter by themselves take three.
@@ -35,7 +40,9 @@ class JoinedMap:
 
     @classmethod
     def of(cls, group: MapGroup, stream_NO: Tensor) -> JoinedMap | None:
-        """Of a group of one part; None where that cannot be, or dropout gives the adapter an input of its own.
+        """Of a group of one part; None where that cannot be or does not pay.
+
+        It cannot where dropout gives the adapter an input of its own.
 
         It copies the weight: to be held while the layer runs.
 
@@ -47,6 +54,8 @@ class JoinedMap:
         if rank == 0 or group.keys or item.bias_O is not None or stream_NO.dtype != item.weight_OI.dtype:
             return None
         second, inputs = group.seconds[0], item.weight_OI.shape[1]
+        if not pays(len(stream_NO), inputs):
+            return None
         assert second is not None
         rest = second.new_zeros(len(second), joined_width(inputs, rank) - inputs - rank)
         return cls(group, torch.cat([item.weight_OI, second, rest], 1), inputs, rank)
