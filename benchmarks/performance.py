@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.check_bars import BARS, Bar
+from benchmarks.op_figures import draw_roofline, op_section
 from benchmarks.peers.peer import parse_method
 from benchmarks.saved_figures import draw_saved, saved_section
 from lemo.measure.record import Record, read_records
@@ -163,16 +164,6 @@ def _shown(value: float, goal: float, met: bool) -> str:
     return next((text for text in texts if met or float(text) != goal), texts[-1])
 
 
-def op_table(records: Sequence[Record]) -> str:
-    """Newest figure of each op Record."""
-    newest = {r.name: r for r in sorted(records, key=lambda r: r.time) if r.name.startswith("ops/")}
-    if not newest:
-        return NOT_MEASURED
-    return markdown(
-        ["op", "value", "unit"], [[f"`{r.name[4:]}`", f"{r.value:.4g}", r.unit] for _, r in sorted(newest.items())]
-    )
-
-
 def page(records: Sequence[Record], figures: Sequence[str]) -> str:
     """The whole page."""
     scenes = read_scenes(records)
@@ -199,7 +190,7 @@ def page(records: Sequence[Record], figures: Sequence[str]) -> str:
         parts += ["## Methods, as `benchmarks/training.py` takes them", markdown(["method", "name"], rows)]
     if lines := refusals(scenes):
         parts += ["## What could not run", "\n".join(lines)]
-    return "\n\n".join([*parts, "## Ops", op_table(records)]) + "\n"
+    return "\n\n".join([*parts, *op_section(records, figures)]) + "\n"
 
 
 def _stem(scene: Scene) -> str:
@@ -332,7 +323,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     files = options.files or default_files()
     records = read_records(files)
-    figures = draw(read_scenes(records), options.docs) + draw_saved(records, options.docs)
+    folder = options.docs
+    figures = draw(read_scenes(records), folder) + draw_saved(records, folder) + draw_roofline(records, folder)
     (options.docs / "performance.md").write_text(page(records, figures), encoding="utf-8")
     print(f"{len(records)} Records, {len(figures)} figures: {options.docs / 'performance.md'}")
     return 0

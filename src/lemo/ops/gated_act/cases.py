@@ -104,8 +104,14 @@ def _backward_bytes(inputs: Inputs) -> int:
     return _moved(inputs, 5 + extra, 3 + extra)
 
 
-def _flops(inputs: Inputs) -> int:
-    return 0
+def _flops(inputs: Inputs, each: int = 6) -> int:
+    """Nominal: so many operations for each element, and the adapters' products."""
+    adapted = sum(2 * a.low_nR.shape[1] for a in inputs.get("adapters", ()) if a is not None)
+    return (each + adapted) * inputs["gate_nF"].numel()
+
+
+def _flops_backward(inputs: Inputs) -> int:
+    return _flops(inputs, 16)
 
 
 _SETTINGS: dict[str, dict[str, Any]] = {
@@ -166,7 +172,7 @@ SPECS = (
             Case("silu, 16384x11008", Shape(**LARGE).backward),
             Case("silu, 16384x11008, adapters of rank 8", Shape(**LARGE, ranks=(8, 8)).backward),
         ),
-        flops=_flops,
+        flops=_flops_backward,
         bytes_moved=_backward_bytes,
         naive=_naive_backward,
         ceiling="copy",

@@ -130,9 +130,14 @@ def _size(inputs: Inputs, name: str) -> int:
     return 0 if tensor is None else tensor.numel() * tensor.element_size()
 
 
-def _forward_bytes(inputs: Inputs) -> int:
+def _count(inputs: Inputs) -> int:
+    """How many rows are normed."""
     x, rows = inputs["x_NM"], inputs.get("rows_n")
-    count = x.numel() // x.shape[-1] if rows is None else len(rows)
+    return x.numel() // x.shape[-1] if rows is None else len(rows)
+
+
+def _forward_bytes(inputs: Inputs) -> int:
+    x, rows, count = inputs["x_NM"], inputs.get("rows_n"), _count(inputs)
     copies = 3 if inputs["keep_rows"] and rows is not None else 2
     return count * (copies * x.shape[-1] * x.element_size() + 4)
 
@@ -149,8 +154,14 @@ def _backward_case(name: str, **options: Any) -> Case:
     return Case(name, Shape(**options).backward, ulps=6.0)
 
 
-def _no_flops(inputs: Inputs) -> int:
-    return 0
+def _flops(inputs: Inputs) -> int:
+    """Nominal: square and sum, scale and weigh."""
+    return 4 * _count(inputs) * inputs["x_NM"].shape[-1]
+
+
+def _flops_backward(inputs: Inputs) -> int:
+    """Nominal: the norm again, a dot product of each row, and the gradient."""
+    return 9 * inputs["grad_nM"].numel()
 
 
 LARGE = (65536, 4096)
@@ -177,7 +188,7 @@ SPECS = (
             _forward_case("wide", shape=(7, 1030), rows=3),
         ),
         benchmark_shapes=(_forward_case("32768 of 65536 x 4096", shape=LARGE, rows=32768),),
-        flops=_no_flops,
+        flops=_flops,
         bytes_moved=_forward_bytes,
         naive=_naive_forward,
         prepare=_widened,
@@ -203,7 +214,7 @@ SPECS = (
         benchmark_shapes=(
             _backward_case("32768 of 65536 x 4096", shape=LARGE, rows=32768, residual=True, scattered=True),
         ),
-        flops=_no_flops,
+        flops=_flops_backward,
         bytes_moved=_backward_bytes,
         naive=_naive_backward,
         prepare=_prepare_backward,

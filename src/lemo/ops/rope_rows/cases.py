@@ -96,7 +96,9 @@ def _bytes_moved(inputs: Inputs) -> int:
 
 
 def _flops(inputs: Inputs) -> int:
-    return 0
+    """Two products and a sum for each rotated element."""
+    states, rest = _split(inputs)
+    return 3 * sum(s[..., : rest["cos_PR"].shape[1]].numel() for s in states)
 
 
 def _case(name: str, **options: Any) -> Case:

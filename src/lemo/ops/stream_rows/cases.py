@@ -214,8 +214,9 @@ def _bypass_flops(inputs: Inputs) -> int:
     return 4 * len(inputs["rows_s"]) * inputs["down_MR"].numel()
 
 
-def _no_flops(inputs: Inputs) -> int:
-    return 0
+def _write_flops(inputs: Inputs) -> int:
+    """One sum for each element and for each thing that is added."""
+    return (int("residual_nM" in inputs) + int(inputs.get("add", False))) * inputs["values_nM"].numel()
 
 
 _BYPASSES: dict[str, dict[str, Any]] = {
@@ -260,7 +261,7 @@ SPECS = (
             Case("added, odd width", Shape((41, 77), add=True, flags=True).write),
         ),
         benchmark_shapes=(Case("16384 of 32768 x 4096, residual", Shape((32768, 4096), 16384, residual=True).write),),
-        flops=_no_flops,
+        flops=_write_flops,
         bytes_moved=_write_bytes,
         naive=_naive_write,
         ceiling="copy",
