@@ -73,6 +73,10 @@ METHODS = {
         "the default: 12 % of the rows, those whose words the questions have, rare ones first",
         replace(_EXACT, scorer="words", context_window=1024),
     ),
+    "words_window_2048": Method(
+        "the default with a window of 2,048 for rows without gradient",
+        replace(_EXACT, scorer="words", context_window=2048),
+    ),
     **{
         name: Method(about, replace(_EXACT, scorer="predictor", oracle=oracle, context_window=1024, **more))
         for name, about, oracle, more in (
