@@ -39,8 +39,8 @@ class DataConfig:
     Attributes:
         train: files or folders (.txt, .jsonl, .jsonl.gz, .json, .parquet, .npz, datasets folders).
         validation: the same, for evaluation.
-        held_out_share: without `validation`, this share of the training data is held out for it: every n-th document,
-            or the end of each where there are too few for that. 0 holds out nothing.
+        held_out_share: without `validation`, this share of the training data is held out for it: documents evenly
+            spread, or the end of each where there are too few for that. 0 holds out nothing.
         window_tokens: tokens of one training sample.
         long_rows: what happens to a sample of `qas` or messages that is longer than the window: refuse it, shorten it
             so that first questions and answers stay, or leave it out. Plain text is cut into windows instead.

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import gzip
 import json
+import os
 import shutil
 
 import pytest
@@ -108,6 +111,107 @@ def test_other_errors_keep_their_traceback(base, monkeypatch):
 def test_a_device_that_is_not_there_is_named(base, tmp_path, device, part):
     result = lemo("merge", base / "done", "--out", tmp_path / "merged", "--device", device)
     assert result.exit_code == 2 and "error: --device" in result.stderr and part in result.stderr
+
+
+def during_training(monkeypatch, work):
+    """`lemo train` does this, and nothing else."""
+    monkeypatch.setattr("lemo.train.run.train", lambda *_, **__: work())
+
+
+def no_space(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_under_weights_is_no_damaged_file(base, tmp_path, monkeypatch):
+    """The error of safetensors is the same for both but for its text."""
+    import safetensors.torch
+
+    def full(*_, **__):
+        raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(safetensors.torch, "serialize_file", full)
+    path = tmp_path / "adapter_model.safetensors"
+    during_training(monkeypatch, lambda: safetensors.torch.save_file({"a": torch.zeros(2)}, path))
+    result = lemo("train", base / "recipe.yaml")
+    failed(result, f"{path} cannot be written: the disk is full")
+    assert "damaged" not in result.stderr
+
+
+def test_weights_that_cannot_be_written_are_no_damaged_file(base, tmp_path, monkeypatch):
+    from safetensors.torch import save_file
+
+    during_training(monkeypatch, lambda: save_file({"a": torch.zeros(2)}, tmp_path / "absent" / "a.safetensors"))
+    result = lemo("train", base / "recipe.yaml")
+    failed(result, "cannot be written")
+    assert "damaged" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0",
+        "PytorchStreamWriter failed writing file data/0: file write failed",
+        "basic_ios::clear: iostream error",
+    ],
+)
+def test_a_state_that_torch_cannot_write_is_named(base, tmp_path, monkeypatch, text):
+    def full(*_, **__):
+        raise RuntimeError(text)
+
+    monkeypatch.setattr(torch.serialization, "_save", full)
+    during_training(monkeypatch, lambda: torch.save({}, tmp_path / "optimizer.pt"))
+    failed(lemo("train", base / "recipe.yaml"), f"{tmp_path}/optimizer.pt cannot be written: the disk may be full")
+
+
+def test_a_full_disk_behind_an_open_file_names_it(base, tmp_path, monkeypatch):
+    def write():
+        with (tmp_path / "metrics.jsonl").open("w") as file:
+            no_space(file)
+
+    during_training(monkeypatch, write)
+    failed(lemo("train", base / "recipe.yaml"), f"{tmp_path}/metrics.jsonl cannot be written: the disk is full")
+
+
+def test_a_full_disk_in_a_copy_names_the_copy(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "_USE_CP_SENDFILE", False)
+    monkeypatch.setattr(shutil, "copyfileobj", no_space)
+    during_training(monkeypatch, lambda: shutil.copyfile(base / "train.txt", tmp_path / "copy.txt"))
+    failed(lemo("train", base / "recipe.yaml"), f"{tmp_path}/copy.txt cannot be written: the disk is full")
+
+
+def test_a_full_disk_without_any_path_is_still_said(base, monkeypatch):
+    during_training(monkeypatch, no_space)
+    failed(lemo("train", base / "recipe.yaml"), "cannot be written: the disk is full")
+
+
+@pytest.mark.parametrize("kind", ["empty", "pickled", "gzip"])
+def test_a_file_that_ends_too_early_is_named(base, tmp_path, monkeypatch, kind):
+    """Click would say no more than that it aborted."""
+    path = tmp_path / "state"
+    if kind == "gzip":
+        path.write_bytes(gzip.compress(words(200).encode())[:100])
+    else:
+        torch.save({"a": torch.zeros(100)}, path, _use_new_zipfile_serialization=False)
+        path.write_bytes(path.read_bytes()[: 50 if kind == "pickled" else 0])
+
+    def work():
+        if kind != "gzip":
+            return torch.load(path)
+        with gzip.open(path) as file:
+            return file.read()
+
+    during_training(monkeypatch, work)
+    result = lemo("train", base / "recipe.yaml")
+    failed(result, f"{path} ends too early")
+    assert "Aborted" not in result.output
+    debugged = lemo("--debug", "train", base / "recipe.yaml")
+    assert isinstance(debugged.exception, RuntimeError) and isinstance(debugged.exception.__cause__, EOFError)
+
+
+def test_a_state_that_was_cut_off_is_named():
+    for where in ("", "[enforce fail at inline_container.cc:145] . "):  # which is also where it writes
+        error = RuntimeError(f"{where}PytorchStreamReader failed reading zip archive: failed finding central directory")
+        assert "cut off" in explain_failure(error)
 
 
 def test_an_interrupt_is_no_failure(base, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -222,6 +223,33 @@ def test_folders_that_are_no_run_are_refused(base, trained, tmp_path):
     refused(lemo("train", base / "recipe.yaml", "lora.rank=3"), "another run")
     refused(lemo("eval", tmp_path), "no output folder of a run")
     refused(lemo("train", base / "absent.yaml"), "absent.yaml", "no such file")
+
+
+def test_a_run_that_is_not_finished_is_not_taken_for_its_base_model(trained, tmp_path):
+    """The newest checkpoint that holds an adapter is named, and can be used; a folder of `lemo calibrate` is no run."""
+    run = tmp_path / "run"
+    shutil.copytree(trained, run, ignore=shutil.ignore_patterns("adapter", "checkpoints", "summary.json"))
+    refused(lemo("eval", run), f"{run} holds no adapter", "not finished", "wait for a checkpoint", run / "recipe.yaml")
+    refused(lemo("merge", run, "--out", tmp_path / "merged"), "not finished", "no checkpoint yet")
+    for step in (2, 10):
+        shutil.copytree(trained / "adapter", run / "checkpoints" / f"checkpoint-{step}")
+        (run / "checkpoints" / f"checkpoint-{step}" / "lemo.json").write_text('{"sparse_batches": 2}')
+    (run / "checkpoints" / "checkpoint-11").mkdir()  # was not written to its end
+    newest = run / "checkpoints" / "checkpoint-10"
+    for arguments in (("eval", run), ("eval", run, "--retrieval", "passkey:1"), ("inspect", run, "--text", "abc")):
+        refused(lemo(*arguments), "not finished", f"--adapter {newest}", run / "recipe.yaml")
+    refused(lemo("merge", run, "--out", tmp_path / "merged"), "not finished", newest)
+    assert lemo("inspect", run, "--samples", "1").exit_code == 0, "samples need no weights"
+    found = []
+    for source in ((run, "--adapter", newest), (trained,)):
+        done = lemo("eval", *source)
+        assert done.exit_code == 0, done.output
+        found.append(done.stdout)
+    assert found[0] == found[1]
+    assert lemo("merge", newest, "--out", tmp_path / "merged").exit_code == 0
+    shutil.rmtree(run / "checkpoints")
+    (run / "run.json").unlink()
+    assert lemo("eval", run).exit_code == 0
 
 
 def test_calibrate_says_when_there_is_nothing_to_calibrate(base):

@@ -34,6 +34,8 @@ def unloaded(monkeypatch):
         ("tensorboard", {"report_to": ("tensorboard",)}, ("training.report_to: tensorboard cannot be used",)),
         ("bitsandbytes", {"optimizer": "adamw_bnb_8bit"}, ("training.optimizer: adamw_bnb_8bit", "adamw_torch")),
         (None, {"optimizer": "galore_adamw"}, ("training.optimizer: galore_adamw cannot be used",)),
+        (None, {"optimizer": "schedule_free_adamw"}, ("do not train with schedule_free_adamw", "adamw_torch")),
+        (None, {"optimizer": "lomo"}, ("do not train with lomo",)),
         (None, {"lr_scheduler": "cosine_with_min_lr"}, ("training.lr_scheduler: cosine_with_min_lr", "linear")),
         (None, {"lr_scheduler": "warmup_stable_decay"}, ("training.lr_scheduler: warmup_stable_decay",)),
     ],

@@ -34,7 +34,7 @@ def test_trained_norms_and_embeddings_load_in_plain_peft(tmp_path, scaling, engi
         data=DataConfig(train=(str(tmp_path / "train.txt"),), window_tokens=256),
         sparsity=SparsityConfig(forward_ratio=1.0, backward_ratio=0.6, scorer="random", block_size=16),
         lora=LoraConfig(rank=2, modules_to_save=("norm", "embed_tokens")),
-        training=TrainingConfig(max_steps=2, learning_rate=1e-2, engine=engine),
+        training=TrainingConfig(max_steps=2, learning_rate=1e-2, engine=engine, save_steps=1),
     )
     result = train(run, evaluate_loss, console=Console(file=io.StringIO()))
     assert result.steps == 2
@@ -44,7 +44,10 @@ def test_trained_norms_and_embeddings_load_in_plain_peft(tmp_path, scaling, engi
     if scaling == "yarn":
         settings.rope_parameters["original_max_position_embeddings"] = 128
     settings.max_position_embeddings = 256
-    changed = json.loads((tmp_path / "run" / "adapter" / "lemo.json").read_text())["config"]
+    changed = json.loads((tmp_path / "run" / "adapter" / "context.json").read_text())["config"]
+    for step in (1, 2):  # checkpoints say it as well
+        checkpoint = tmp_path / "run" / "checkpoints" / f"checkpoint-{step}"
+        assert json.loads((checkpoint / "context.json").read_text())["config"] == changed
     assert changed == {"max_position_embeddings": 256, "rope_parameters": settings.rope_parameters}
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "model", config=settings, dtype=torch.float32)
     original = {name: parameter.clone() for name, parameter in base.named_parameters()}

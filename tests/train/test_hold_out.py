@@ -71,6 +71,29 @@ def test_no_text_stands_in_both_splits(seeds, share):
         assert [d.name for d in held] == [f"d{i}" for i in range(every // 2, len(seeds), every)]
 
 
+@pytest.mark.parametrize("share", [0.02, 0.07, 0.1, 0.29, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.9])
+def test_the_share_is_the_share(share):
+    documents = texts(100)
+    held = [int(d.name[1:]) for d in split_documents(documents, share, "validation")]
+    assert len(held) == round(100 * share)
+    for first in range(0, 100, 20):  # evenly spread
+        assert abs(len([i for i in held if first <= i < first + 20]) - 20 * share) <= 1
+
+
+@given(st.integers(2, 60), st.floats(0.005, 0.99))
+def test_samples_are_held_out_by_share_and_both_parts_have_one(count, share):
+    documents = texts(count, turns=(Turn("q", "a"),))
+    train, held = (list(split_documents(documents, share, split)) for split in ("train", "validation"))
+    assert train and held and len(train) + len(held) == count
+    assert abs(len(held) - count * share) < 1 or len(held) == 1
+
+
+@pytest.mark.parametrize("every", [2, 3, 4, 5, 7, 10, 20, 50])
+def test_whole_shares_hold_out_what_they_always_did(every):
+    held = [d.name for d in split_documents(texts(120), 1 / every, "validation")]
+    assert held == [f"d{i}" for i in range(every // 2, 120, every)]
+
+
 def test_questions_about_one_text_are_held_out_by_row():
     documents = [Document(f"d{i}", f"f, row {i}", text="one", turns=(Turn(f"q{i // 2}", "a"),)) for i in range(8)]
     notes = []

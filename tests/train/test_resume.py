@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import os
 import shutil
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from lemo.train import checkpoint as checkpoint_module
 from lemo.train.checkpoint import RunFolder, SaveOnRequest, run_identity
 from lemo.train.run import train
 from tests.train.test_run import adapter_of, recipe
-from tests.train.tiny import words
+from tests.train.tiny import byte_tokenizer, save_empty_checkpoint, words
 
 
 def stop_at(monkeypatch, step):
@@ -196,12 +198,8 @@ def test_a_resumed_run_stops_early_where_the_whole_one_does(base, tmp_path, scre
 def test_a_checkpoint_without_a_process_is_passed_over(base, tmp_path):
     run = recipe(base, tmp_path / "run")
     RunFolder.open(run).begin("{}\n", 2)
-    names = ["trainer_state.json", "lemo.json", "lemo-1.json", "rng_state_0.pth", "rng_state_1.pth"]
     for step in (2, 4):
-        folder = tmp_path / "run" / "checkpoints" / f"checkpoint-{step}"
-        folder.mkdir(parents=True)
-        for name in names:
-            (folder / name).write_text("{}")
+        save_empty_checkpoint(tmp_path / "run" / "checkpoints" / f"checkpoint-{step}", 2)
     assert RunFolder.open(run, resume=True, processes=2).resume_from.name == "checkpoint-4"
     for name in ("rng_state_1.pth", "lemo-1.json"):
         (tmp_path / "run" / "checkpoints" / "checkpoint-4" / name).unlink()
@@ -212,15 +210,80 @@ def test_a_checkpoint_without_a_process_is_passed_over(base, tmp_path):
         )
 
 
-def test_a_checkpoint_whose_state_was_cut_off_is_passed_over(base, tmp_path, screen):
-    stopped(recipe(base, tmp_path / "run", training={"save_steps": 1}), 2, screen)
-    state = tmp_path / "run" / "checkpoints" / "checkpoint-2" / "trainer_state.json"
-    state.write_text(state.read_text()[:40])
-    opened = RunFolder.open(recipe(base, tmp_path / "run", training={"save_steps": 1}), resume=True)
-    assert opened.resume_from.name == "checkpoint-1"
-    assert opened.notes == (
-        "checkpoint-2 is incomplete and passed over: it has no trainer_state.json that can be read",
-    )
+def test_checkpoints_whose_files_were_cut_off_are_passed_over(base, tmp_path, screen):
+    """A power cut or a full disk leaves files empty, short, or not there; the checkpoint before is good."""
+    run = recipe(base, tmp_path / "run", training={"save_steps": 1})
+    stopped(run, 2, screen)
+    last = tmp_path / "run" / "checkpoints" / "checkpoint-2"
+    names = ["trainer_state.json", "lemo.json", "optimizer.pt", "scheduler.pt", "rng_state.pth"]
+    for path in [last / name for name in [*names, "adapter_model.safetensors"]]:
+        whole = path.read_bytes()
+        for left in (b"", whole[: len(whole) // 2], None):
+            path.unlink() if left is None else path.write_bytes(left)
+            opened = RunFolder.open(run, resume=True)
+            readable = "" if left is None else " that can be read"
+            assert opened.resume_from.name == "checkpoint-1", path
+            assert opened.notes == (f"checkpoint-2 is incomplete and passed over: it has no {path.name}{readable}",)
+        path.write_bytes(whole)
+    assert RunFolder.open(run, resume=True).resume_from.name == "checkpoint-2"
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_torch", "adafactor", "adagrad"])
+def test_a_resumed_bf16_run_comes_to_the_same_bits(base, tmp_path, screen, optimizer):
+    """PEFT loads adapters in fp32; the Trainer's parameters stay of 16 bits, and their fp32 copies go on."""
+    sections = {"model": {"dtype": "bfloat16"}, "training": {"optimizer": optimizer, "max_steps": 6}}
+    whole = train(recipe(base, tmp_path / "whole", **sections), evaluate_loss, console=screen)
+    run = recipe(base, tmp_path / "run", **sections)
+    stopped(run, 3, screen)
+    resumed = train(run, evaluate_loss, resume=True, console=screen)
+    assert resumed.losses == whole.losses and same_adapter(tmp_path / "run", tmp_path / "whole")
+    assert {x.dtype for x in adapter_of(tmp_path / "run").values()} == {torch.bfloat16}
+
+
+def test_the_best_adapter_of_a_bf16_run_is_in_bf16(base, tmp_path, screen):
+    training = {"early_stopping_evals": 1, "eval_steps": 1, "max_steps": 2}
+    run = recipe(base, tmp_path / "run", model={"dtype": "bfloat16"}, training=training)
+    train(run, evaluate_loss, console=screen)
+    assert {x.dtype for x in adapter_of(tmp_path / "run").values()} == {torch.bfloat16}
+
+
+def test_what_an_interrupted_run_saved_stays_beside_the_best(base, tmp_path, screen):
+    """With a limit of one, Trainer keeps the best checkpoint alone when training ends."""
+    training = {"early_stopping_evals": 5, "eval_steps": 1, "save_total_limit": 1, "learning_rate": 1.0}
+    stopped(recipe(base, tmp_path / "run", training={**training, "warmup_steps": 0}), 3, screen)
+    assert (tmp_path / "run" / "checkpoints" / "checkpoint-3").is_dir()
+
+
+def test_how_often_to_save_and_log_may_change_on_resume(base, tmp_path, screen):
+    free = {"max_steps": 6, "save_total_limit": None, "save_steps": None, "logging_steps": 1}
+    stopped(recipe(base, tmp_path / "run", training=free), 2, screen)
+    changed = {**free, "save_steps": 1, "logging_steps": 2, "eval_steps": 3}
+    train(recipe(base, tmp_path / "run", training=changed), evaluate_loss, resume=True, console=screen)
+    found = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert found == {f"checkpoint-{step}" for step in (2, 3, 4, 5, 6)}
+    lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [x["step"] for x in lines if "learning_rate" in x] == [1, 2, 4, 6]
+    assert [x["step"] for x in lines if "eval_loss" in x] == [3, 6]
+
+
+def test_the_first_step_of_an_epoch_is_given_up_and_done_again(base, tmp_path, screen, monkeypatch):
+    """The epoch's order is drawn before its first step, and by the resumed run once more; dropout draws after it."""
+    training = {"max_steps": -1, "epochs": 3.0, "batch_size": 1, "gradient_accumulation_steps": 4, "warmup_steps": 0}
+    sections = {"training": training, "lora": {"dropout": 0.1}, "sparsity": {"enabled": False}}
+    whole = train(recipe(base, tmp_path / "whole", **sections), evaluate_loss, console=screen)
+    each = whole.steps // 3
+    after = SaveOnRequest.on_substep_end
+
+    def signalled(self, args, state, control, **kwargs):
+        self.asked = self.asked or state.global_step == each
+        return after(self, args, state, control, **kwargs)
+
+    run = recipe(base, tmp_path / "run", **sections)
+    with monkeypatch.context() as patch:
+        patch.setattr(SaveOnRequest, "on_substep_end", signalled)
+        assert train(run, evaluate_loss, console=screen).steps == each
+    resumed = train(run, evaluate_loss, resume=True, console=screen)
+    assert resumed.losses == whole.losses and same_adapter(tmp_path / "run", tmp_path / "whole")
 
 
 def test_a_warmup_as_long_as_the_run_is_said(base, tmp_path, screen):
@@ -242,6 +305,36 @@ def test_other_data_than_at_the_start_is_refused(base, tmp_path, screen):
         train(run, evaluate_loss, resume=True, console=screen)
     text.write_text(before)
     assert train(run, evaluate_loss, resume=True, console=screen).steps == 4
+
+
+def test_a_template_that_writes_the_date_is_resumed_the_next_day(base, tmp_path, screen, monkeypatch):
+    shutil.copytree(base / "model", tmp_path / "model")
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}{% for m in messages %}[{{ m.role }}] {{ m.content }}<end>"
+    tokenizer.chat_template += "{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = [[{"role": "user", "content": words(9, n)}, {"role": "assistant", "content": words(4, n)}] for n in range(9)]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    data = {"train": (str(tmp_path / "chat.jsonl"),), "validation": (), "answer_only": True, "packing": True}
+    sections = {"model": {"path": str(tmp_path / "model")}, "data": data, "loss_rows": {"share": 1.0}}
+    run = recipe(base, tmp_path / "run", **sections)
+    stopped(run, 2, screen)
+
+    class Tomorrow(datetime.date):
+        @classmethod
+        def today(cls):
+            return datetime.date.fromordinal(cls.now + 1)
+
+    Tomorrow.now = datetime.date.today().toordinal()
+    monkeypatch.setattr(
+        "lemo.train.chat.datetime", SimpleNamespace(date=Tomorrow, datetime=datetime.datetime, time=datetime.time)
+    )
+    assert train(run, evaluate_loss, resume=True, console=screen).steps == 4
+    with pytest.raises(ConfigError, match="the data of the run"):  # it is the date that the run began which counts
+        monkeypatch.setattr(RunFolder, "date", lambda folder: Tomorrow.today())
+        stopped(dataclasses.replace(run, output=str(tmp_path / "other")), 2, screen)
+        monkeypatch.setattr(RunFolder, "date", lambda folder: datetime.date(2001, 2, 3))
+        train(dataclasses.replace(run, output=str(tmp_path / "other")), evaluate_loss, resume=True, console=screen)
 
 
 def test_a_requeued_job_begins_and_goes_on_with_one_command(base, tmp_path, screen):

@@ -32,6 +32,7 @@ from lemo.train.model import load_model, load_tokenizer
 from lemo.train.planning import skeleton_plan, training_collator, validation_batches
 from lemo.train.run import train
 from tests.architecture.rules import ROOT
+from tests.train.tiny import save_empty_checkpoint
 
 
 @pytest.fixture
@@ -186,10 +187,7 @@ def test_output_folders_are_never_overwritten(base, tmp_path, quiet):
 def test_a_resumed_run_logs_each_step_once(base, tmp_path):
     run = recipe(base, tmp_path / "run")
     RunFolder.open(run).begin("{}\n")
-    checkpoint = tmp_path / "run" / "checkpoints" / "checkpoint-2"
-    checkpoint.mkdir(parents=True)
-    for name in ("trainer_state.json", "lemo.json"):
-        (checkpoint / name).write_text("{}")
+    save_empty_checkpoint(tmp_path / "run" / "checkpoints" / "checkpoint-2")
     (tmp_path / "run" / "metrics.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in (1, 2, 3)))
     RunFolder.open(run, resume=True).begin("{}\n")
     assert (tmp_path / "run" / "metrics.jsonl").read_text().splitlines() == ['{"step": 1}', '{"step": 2}']

@@ -11,6 +11,7 @@ import pytest
 from lemo.errors import DataError
 from lemo.train.documents import Turn
 from lemo.train.sources import list_sources, read_documents, write_npz
+from tests.train.tiny import words
 
 
 def write_rows(path, rows):
@@ -143,3 +144,30 @@ def test_write_npz_refuses_what_it_cannot_store(tmp_path, documents, message):
     with pytest.raises(DataError, match=message):
         write_npz(tmp_path / "x.npz", documents)
     assert not (tmp_path / "x.npz").exists()
+
+
+def test_damaged_archives_are_named(tmp_path):
+    rows = "\n".join(json.dumps({"text": words(30, seed=i)}) for i in range(100))
+    whole, said = gzip.compress(rows.encode(), mtime=0), []
+    for place in range(100, len(whole), 100):
+        (tmp_path / "a.jsonl.gz").write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        with pytest.raises(DataError, match=r"a\.jsonl\.gz, row \d+: ") as raised:
+            list(read_documents([tmp_path / "a.jsonl.gz"]))
+        said.append(str(raised.value))
+    assert any("cannot be read (Error -3 while decompressing" in text for text in said)
+
+
+def test_one_array_is_no_npz(tmp_path):
+    with open(tmp_path / "a.npz", "wb") as file:
+        np.save(file, np.arange(10, dtype=np.uint16))
+    with pytest.raises(DataError, match=r"a\.npz: holds one array, as np\.save writes it"):
+        list(read_documents([tmp_path / "a.npz"]))
+
+
+def test_integers_that_python_does_not_read_are_named(tmp_path):
+    row = '{"text": "abc", "id": ' + "9" * 5000 + "}"
+    with pytest.raises(DataError, match=r"a\.jsonl, row 2: cannot be read \(Exceeds the limit"):
+        list(read_documents([write_rows(tmp_path / "a.jsonl", ['{"text": "x"}', row])]))
+    (tmp_path / "a.json").write_text(f"[{row}]")
+    with pytest.raises(DataError, match=r"a\.json: cannot be read \(Exceeds the limit"):
+        list(read_documents([tmp_path / "a.json"]))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -53,3 +55,15 @@ def words(count: int, seed: int = 0) -> str:
 
     rng = random.Random(seed)
     return " ".join("".join(rng.choices("abcdefgh", k=rng.randint(2, 6))) for _ in range(count))
+
+
+def save_empty_checkpoint(folder: Path, processes: int = 1) -> None:
+    """The files that make a checkpoint of a run whole, with nothing in them."""
+    folder.mkdir(parents=True)
+    states = ["lemo.json", *(f"lemo-{rank}.json" for rank in range(1, processes))]
+    for name in ("trainer_state.json", *states):
+        (folder / name).write_text("{}")
+    random = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
+    for name in ("optimizer.pt", "scheduler.pt", *random):
+        torch.save({}, folder / name)
+    save_file({"x": torch.zeros(1)}, folder / "adapter_model.safetensors")

@@ -39,11 +39,20 @@ class Loaded:
     plan: Path | None
 
 
-def load_source(source: Path, overrides: list[str] | None, adapter: Path | None, plan: Path | None) -> Loaded:
+def load_source(
+    source: Path, overrides: list[str] | None, adapter: Path | None, plan: Path | None, *, weights: bool = True
+) -> Loaded:
     """Reads a recipe, or the resolved recipe in a run's folder with the adapter and plan beside it.
 
+    Args:
+        source: a recipe or a folder.
+        overrides: values that replace the recipe's.
+        adapter: folder of an adapter that is taken instead of the run's own.
+        plan: folder of a plan that is taken instead.
+        weights: whether an adapter is needed, where there has been a run.
+
     Raises:
-        ConfigError: the folder holds no run, or the recipe is wrong.
+        ConfigError: the folder holds no run or one that is not finished, or the recipe is wrong.
     """
     from lemo.cli.recipe import load_recipe
 
@@ -56,11 +65,34 @@ def load_source(source: Path, overrides: list[str] | None, adapter: Path | None,
         raise ConfigError(f"{source} is no output folder of a run: it holds no recipe.yaml")
     run = load_recipe(recipe, overrides or ())
     own_adapter, own_plan = source / "adapter", source / "plan"
+    # `lemo calibrate` writes recipe and plan too: no run has begun there, and the plan is of the base model.
+    begun = any((source / name).exists() for name in ("run.json", "checkpoints"))
+    if weights and begun and adapter is None and not own_adapter.is_dir():
+        newest = newest_checkpoint(source)
+        hint = "wait for a checkpoint" if newest is None else f"name its newest checkpoint with --adapter {newest}"
+        raise ConfigError(f"{say_unfinished(source)}; {hint}, or {recipe} as the source for the base model")
     return Loaded(
         run,
         adapter or (own_adapter if own_adapter.is_dir() else None),
         plan or (own_plan if own_plan.is_dir() else None),
     )
+
+
+def say_unfinished(folder: Path) -> str:
+    """What is the matter with a run's folder that has no adapter."""
+    return f"{folder} holds no adapter: the run in it is not finished"
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint of a run that holds an adapter."""
+    found = [
+        (int(path.name.rpartition("-")[2]), path)
+        for path in (folder / "checkpoints").glob("checkpoint-*")
+        if path.name.rpartition("-")[2].isdecimal()
+        and (path / "adapter_config.json").is_file()
+        and any(path.glob("adapter_model.*"))
+    ]
+    return max(found)[1] if found else None
 
 
 def load_parts(loaded: Loaded, paths: Sequence[str]) -> tuple[Any, Any]:

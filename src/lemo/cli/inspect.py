@@ -34,7 +34,7 @@ def inspect(
     from lemo.cli.arguments import check_writable, load_source
     from lemo.errors import ConfigError
 
-    loaded = load_source(source, overrides, adapter, plan)
+    loaded = load_source(source, overrides, adapter, plan, weights=not samples)
     files = out or []
     wrong = [path for path in files if path.suffix not in (".html", *(() if samples else (".png",)))]
     if wrong:

@@ -33,6 +33,8 @@ class ErrorGroup(TyperGroup):
             raise typer.Exit(2) from error
         except Exception as error:
             line = None if ctx.params.get("debug") else explain_failure(error)
+            if isinstance(error, EOFError) and line is None:  # of which Click would say no more than "Aborted!"
+                raise RuntimeError("a file ends too early") from error
             if line is None:
                 raise
             print(f"error: {line}", file=sys.stderr)

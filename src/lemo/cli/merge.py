@@ -46,7 +46,7 @@ def merge(
 
 def _find(source: Path, base: str | None) -> tuple[Any, Path]:
     """The run with its base model, and the adapter's folder."""
-    from lemo.cli.arguments import load_source
+    from lemo.cli.arguments import load_source, newest_checkpoint, say_unfinished
     from lemo.config import RunConfig
     from lemo.errors import ConfigError
     from lemo.train.lora import read_base_path
@@ -54,12 +54,16 @@ def _find(source: Path, base: str | None) -> tuple[Any, Path]:
 
     is_run = (source / "recipe.yaml").is_file()
     named = None if is_run else read_base_path(source)
-    folder = source if is_run else source.parent
+    folder = source if is_run else source.absolute().parent
+    if not is_run and folder.name == "checkpoints":
+        folder = folder.parent
     if (folder / "recipe.yaml").is_file():  # it knows how the context was extended, also of the adapter inside a run
-        loaded = load_source(folder, None, None, None)
-        adapter = loaded.adapter if is_run else source
+        loaded = load_source(folder, None, None if is_run else source, None, weights=False)
+        adapter = loaded.adapter
         if adapter is None:
-            raise ConfigError(f"{source} holds no adapter: the run in it is not finished")
+            newest = newest_checkpoint(folder)
+            hint = "it has no checkpoint yet" if newest is None else f"its newest checkpoint is {newest}: merge that"
+            raise ConfigError(f"{say_unfinished(folder)}; {hint}")
         run = loaded.run
         return (run if base is None else replace(run, model=replace(run.model, path=base))), adapter
     if not (base or named):

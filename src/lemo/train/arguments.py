@@ -10,9 +10,14 @@ from typing import Any
 from lemo.config import RunConfig, TrainingConfig
 from lemo.errors import ConfigError
 from lemo.train.distributed import Processes
+from lemo.train.master import MasterWeights
 
 # What libraries raise that are missing, too old, or not told enough.
-_REFUSALS = (ImportError, ValueError, TypeError, RuntimeError, AttributeError)
+_REFUSALS = (ImportError, ValueError, TypeError, RuntimeError, AttributeError, KeyError, NotImplementedError)
+# Schedules that follow the validation loss, so that Trainer knows a best checkpoint.
+_BY_LOSS = ("reduce_lr_on_plateau", "greedy")
+# They train other weights than they save unless told, or step inside backward, before a bad gradient is seen.
+_UNFIT = ("schedule_free", "lomo", "adalomo")
 
 
 def training_arguments(run: RunConfig, checkpoints: Path, processes: Processes | None = None) -> Any:
@@ -49,7 +54,7 @@ def training_arguments(run: RunConfig, checkpoints: Path, processes: Processes |
         "eval_steps": training.eval_steps,
         "save_strategy": "steps" if training.save_steps else "no",
         "save_steps": training.save_steps or 500,
-        "save_total_limit": training.save_total_limit,
+        "save_total_limit": _limit(training),
         **_keeping_best(training),
         "seed": training.seed,
         "report_to": list(training.report_to) or "none",
@@ -86,13 +91,19 @@ def try_arguments(arguments: Any, run: RunConfig) -> None:
             raise ConfigError(
                 f"training.report_to: {tracker} cannot be used ({_first_line(error)}); install it or leave it out"
             ) from error
-    model = torch.nn.Linear(1, 1, bias=False, device=arguments.device)
+    if training.optimizer.startswith(_UNFIT):
+        raise ConfigError(
+            f"training.optimizer: recipes do not train with {training.optimizer}, whose steps or weights are not those "
+            "that are checked and saved; name another, such as adamw_torch"
+        )
+    model = torch.nn.Linear(8, 8, bias=False, device=arguments.device, dtype=getattr(torch, run.model.dtype))
     try:
         made, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
         # A class of optimizers takes parameters; what else there is wants a whole model.
         is_class = isinstance(made, type) and issubclass(made, torch.optim.Optimizer)
         plain = is_class and not {"params", "model", "optimizer_dict"} & set(options)
         optimizer = made(model.parameters(), **options) if plain else torch.optim.SGD(model.parameters())
+        _step_once(optimizer, model.weight)
     except _REFUSALS as error:
         raise ConfigError(
             f"training.optimizer: {training.optimizer} cannot be used ({_first_line(error)}); install what it needs "
@@ -113,6 +124,16 @@ def try_arguments(arguments: Any, run: RunConfig) -> None:
             f"training.lr_scheduler: {training.lr_scheduler} cannot be used ({_first_line(error)}); recipes give "
             "schedules no options of their own: name another, such as cosine or linear"
         ) from error
+
+
+def _step_once(optimizer: Any, weight: Any) -> None:
+    """One step with fp32 copies, and the state that a checkpoint would have."""
+    import torch
+
+    MasterWeights(optimizer)
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
 
 
 def stopping(run: RunConfig, resume_from: Path | None = None) -> list[Any]:
@@ -154,6 +175,12 @@ def _idle_evaluations(state: dict[str, Any]) -> int:
     stored = state.get("stateful_callbacks", {}).get("EarlyStoppingCallback", {})
     stored = stored[-1] if isinstance(stored, list) else stored
     return int(stored.get("attributes", {}).get("early_stopping_patience_counter", 0))
+
+
+def _limit(training: TrainingConfig) -> int | None:
+    """Checkpoints to keep. With 1 Trainer keeps the best alone, and deletes what an interrupted run has just saved."""
+    keeps_best = training.early_stopping_evals is not None or training.lr_scheduler in _BY_LOSS
+    return 2 if keeps_best and training.save_total_limit == 1 else training.save_total_limit
 
 
 def _keeping_best(training: TrainingConfig) -> dict[str, Any]:

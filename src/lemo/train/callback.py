@@ -16,6 +16,8 @@ from transformers import TrainerCallback
 from lemo.errors import ConfigError
 from lemo.measure.memory import GIB, Peak, resident_bytes, track_peak
 from lemo.runtime.attach import Handle
+from lemo.train.files import replace_text
+from lemo.train.lora import write_context
 from lemo.train.row_draw import RowDraw
 
 STATE_FILE = "lemo.json"
@@ -155,11 +157,13 @@ class LemoCallback(TrainerCallback):
             self._write(self.metrics_path, json.dumps(entry) + "\n")
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Adds the handle's counts to the checkpoint, on which the draws of the `random` scorer depend."""
+        """Adds to the checkpoint how the context was extended, and the handle's counts, on which draws depend."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if folder.is_dir():
+            if args.process_index == 0 and kwargs.get("model") is not None:
+                write_context(kwargs["model"], folder)
             counts = {} if self.handle is None else {name: getattr(self.handle, name) for name in COUNTS}
-            (folder / state_file(args.process_index)).write_text(json.dumps(counts) + "\n", encoding="utf-8")
+            replace_text(folder / state_file(args.process_index), json.dumps(counts) + "\n")
 
     def restore(self, checkpoint: str | Path, process: int = 0) -> None:
         """Takes up the counts of a checkpoint, if it has them: those of this process, where there are several."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
 import itertools
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,8 @@ from lemo.errors import DataError
 Messages = Sequence[dict[str, Any]]
 Span = tuple[int, int]
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\b")
+_DIRECTIVE = re.compile(r"%[-_0^#]?[A-Za-z]")
+_date: datetime.date | None = None  # set by `dated`
 
 
 @dataclass(frozen=True)
@@ -32,12 +36,33 @@ class Conversation:
     ends_turns: bool
 
 
+def chat_date() -> datetime.date:
+    """The date that chat templates see: that of `dated`, outside of it today's."""
+    return _date or datetime.date.today()
+
+
+@contextmanager
+def dated(date: datetime.date) -> Iterator[None]:
+    """Within, chat templates that write the date write this one, so that samples are the same on another day.
+
+    It holds for the whole process, threads included. Afterwards the date is what it was before.
+    """
+    global _date
+    before, _date = _date, date
+    try:
+        yield
+    finally:
+        _date = before
+
+
 def render_chat(tokenizer: Any, messages: Messages, place: str, tools: Sequence[dict[str, Any]] = ()) -> Conversation:
     """Tokens of a conversation; learned are the assistant's messages with what ends each turn.
 
-    The tokens are those of `apply_chat_template`. Where the template marks the assistant's words itself
-    (`{% generation %}`), its marks count. Otherwise the template is applied to growing beginnings of the conversation,
-    and what a message adds behind the generation prompt is the assistant's.
+    The tokens are those of `apply_chat_template` on the day `chat_date()`, at midnight. Where the template marks the
+    assistant's words itself (`{% generation %}`), its marks count. Otherwise the template is applied to growing
+    beginnings of the conversation, and what a message adds behind the generation prompt is the assistant's. An empty
+    thought that the template writes before an answer is part of the prompt, if it ends the prompt for a model that is
+    not to think (`enable_thinking=False`).
 
     Args:
         tokenizer: Transformers tokenizer with a chat template.
@@ -68,8 +93,8 @@ def fit_messages(
 ) -> tuple[Messages, Conversation]:
     """A conversation of at most `most_tokens`, shortened.
 
-    Later exchanges are left out first. If the first one alone is too long, its longest message loses its end, the
-    assistant's excepted.
+    Later exchanges are left out first. If the first one alone is too long, its longest message loses its end, those
+    of the assistant excepted, of whatever weight.
 
     Raises:
         DataError: the first answer does not fit.
@@ -85,7 +110,8 @@ def fit_messages(
                 return messages[:end], rendered
     rendered = render_chat(tokenizer, messages[: ends[0]], place, tools)
     kept = [dict(message) for message in messages[: ends[0]]]
-    longest = max(range(len(kept) - 1), key=lambda i: len(kept[i]["content"]), default=None)
+    others = [i for i, message in enumerate(kept) if message["role"] != "assistant"]
+    longest = max(others, key=lambda i: len(kept[i]["content"]), default=None)
     excess = len(rendered.tokens) - most_tokens
     while longest is not None and excess > 0:
         ids = tokenizer(kept[longest]["content"], add_special_tokens=False, verbose=False)["input_ids"]
@@ -96,8 +122,8 @@ def fit_messages(
         excess = len(rendered.tokens) - most_tokens
     if excess > 0:
         raise DataError(
-            f"{place}: the first exchange does not fit {most_tokens:,} tokens even without its longest message; raise "
-            "data.window_tokens"
+            f"{place}: the first exchange does not fit {most_tokens:,} tokens even without its longest message that is "
+            "no answer; raise data.window_tokens"
         )
     return kept, rendered
 
@@ -156,11 +182,13 @@ class _Template:
         tokenizer: whose it is.
         place: of the conversation, for messages to the user.
         tools: given to the template.
+        date: given to templates that ask for it.
     """
 
     tokenizer: Any
     place: str
     tools: list[dict[str, Any]] | None = None
+    date: datetime.date = field(default_factory=chat_date)
 
     @property
     def source(self) -> str:
@@ -178,6 +206,8 @@ class _Template:
         Raises:
             DataError: the template refuses the conversation.
         """
+        if "strftime_now" in self.source:
+            options["chat_template"] = _date_macro(self.source, self.date) + self.source
         try:
             return self.tokenizer.apply_chat_template(list(messages), tools=self.tools, **options)
         except Exception as error:  # templates raise jinja2 errors of many kinds
@@ -210,23 +240,97 @@ def _by_prefixes(template: _Template, messages: Messages) -> tuple[list[int], li
     """Tokens and mask from what each assistant message adds to the text before it."""
     whole = template.apply(messages, tokenize=False)
     answers: list[Span] = []
-    at = 0
     for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = template.apply(messages[:index], tokenize=False, add_generation_prompt=True)
-        after = template.apply(messages[: index + 1], tokenize=False)
-        if not (len(before) >= at and after.startswith(before) and whole.startswith(after.rstrip())):
-            raise DataError(
-                f"{template.place}: the chat template writes message {index + 1} differently when others follow, so "
-                "the assistant's words cannot be told apart; use a template with generation tags"
+        if message["role"] == "assistant":
+            least = answers[-1][1] if answers else 0
+            first = index == 0
+            answers.append(
+                _first_span(template, messages, whole) if first else _span(template, messages, index, whole, least)
             )
-        at = len(after.rstrip())
-        answers.append((len(before), at))
     if not template.is_fast:
         return _by_pieces(template, whole, answers)
     tokens, spans = token_spans(template.tokenizer, whole)
     return tokens, mark_answers(whole, spans, answers)
+
+
+def _first_span(template: _Template, messages: Messages, whole: str) -> Span:
+    """Where in `whole` the answer is that begins the conversation: nothing stands ahead of it to apply a template to.
+
+    Raises:
+        DataError: its text is not there exactly once when it is alone, or it is written differently when others follow.
+    """
+    alone = template.apply(messages[:1], tokenize=False).rstrip()
+    content = messages[0]["content"]
+    said = content if content in alone else content.strip()
+    if alone.count(said) != 1:
+        raise DataError(
+            f"{template.place}: the conversation begins with the assistant, and the chat template writes the text of "
+            f"that message {alone.count(said)} times, so it cannot be found; begin with a user's or system message"
+        )
+    if not whole.startswith(alone):
+        raise _rewritten(template, 0)
+    return alone.index(said), len(alone)
+
+
+def _span(template: _Template, messages: Messages, index: int, whole: str, least: int) -> Span:
+    """Where in `whole` the answer of message `index` is, with what ends its turn; it begins at `least` or later.
+
+    Raises:
+        DataError: the template writes the message differently when others follow, or not behind its own prompt.
+    """
+    said = messages[index]["content"].strip()
+    before = template.apply(messages[:index], tokenize=False, add_generation_prompt=True)
+    after = template.apply(messages[: index + 1], tokenize=False).rstrip()
+    if not after.removeprefix(before).lstrip().startswith(said):
+        # A reasoning model's template writes an empty thought here, as it prompts a model that is not to think.
+        quiet = template.apply(messages[:index], tokenize=False, add_generation_prompt=True, enable_thinking=False)
+        if after.startswith(quiet) and after.removeprefix(quiet).lstrip().startswith(said):
+            start = template.apply(messages[:index], tokenize=False)
+            least = max(least, len(start.rstrip()) if quiet.startswith(start.rstrip()) else len(quiet))
+            found = _find_answer(whole, quiet, after[len(quiet) :], least)
+            if found is None:
+                raise _rewritten(template, index)
+            return found
+    if not after.startswith(before):
+        raise DataError(
+            f"{template.place}: the chat template's prompt for an answer ends in {_shortened(before[-40:])}, which it "
+            f"does not write ahead of message {index + 1}; data with this template is supported only with generation "
+            "tags"
+        )
+    if not (len(before) >= least and whole.startswith(after)):
+        raise _rewritten(template, index)
+    return len(before), len(after)
+
+
+def _find_answer(whole: str, prompt: str, answer: str, least: int) -> Span | None:
+    """Where `answer` is in `whole` behind `prompt`, or behind a beginning of it of at least `least` characters.
+
+    Templates leave the empty thought at the prompt's end out of earlier turns. None when it is in neither place.
+    """
+    for start in range(len(prompt), least - 1, -1):
+        if whole.startswith(answer, start) and whole.startswith(prompt[:start]):
+            return start, start + len(answer)
+    return None
+
+
+def _rewritten(template: _Template, index: int) -> DataError:
+    """The error for a message that cannot be found again."""
+    return DataError(
+        f"{template.place}: the chat template writes message {index + 1} differently when others follow, so the "
+        "assistant's words cannot be told apart; use a template with generation tags"
+    )
+
+
+def _date_macro(source: str, date: datetime.date) -> str:
+    """A first line for a template that defines `strftime_now` with this date, and writes nothing.
+
+    Transformers' own function, which it hides, tells today's time. The template's rest stays as it is: the line break
+    belongs to the tag ahead of it.
+    """
+    day = datetime.datetime.combine(date, datetime.time())
+    parts = sorted(set(_DIRECTIVE.findall(source)))
+    replaced = "".join(f" | replace({part!r}, {day.strftime(part)!r})" for part in parts)
+    return f"{{% macro strftime_now(format) %}}{{{{ format{replaced} }}}}{{% endmacro %}}\n"
 
 
 def _by_pieces(template: _Template, whole: str, answers: Sequence[Span]) -> tuple[list[int], list[bool]]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
-import os
 import random
 import re
 import signal
@@ -25,6 +25,8 @@ from lemo.config import RunConfig, resolved
 from lemo.errors import ConfigError
 from lemo.measure.record import config_hash
 from lemo.train.callback import COUNTS, state_file
+from lemo.train.chat import chat_date
+from lemo.train.files import faults, replace_text
 
 RUN_FILE, SAVE_FILE = "run.json", "save-now"
 ONCE_S = 1.0
@@ -120,6 +122,12 @@ class RunFolder:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"output: {self.path / RUN_FILE} cannot be read") from error
 
+    def date(self) -> datetime.date:
+        """The day that the run began, which chat templates may write into samples; today for one that begins."""
+        if not (self.path / RUN_FILE).exists():
+            return chat_date()
+        return datetime.date.fromisoformat(self._started().get("date", chat_date().isoformat()))
+
     def _check_identity(self) -> None:
         started = self._started()
         if started["config_hash"] != self.identity:
@@ -148,6 +156,7 @@ class RunFolder:
             "processes": processes,
             "lemo": lemo.__version__,
             "time": time.strftime("%FT%TZ", time.gmtime()),
+            "date": chat_date().isoformat(),
             "data": data,
             "settings": self.settings,
         }
@@ -256,16 +265,6 @@ def data_fingerprint(windows: Sequence[Any]) -> dict[str, Any]:
     return {"windows": len(windows), "tokens": tokens, "hash": digest.hexdigest()}
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Writes a file in one piece: whatever happens, it has its old content or the new."""
-    beside = path.with_name(f"{path.name}.new")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
-
-
 def _settings(run: RunConfig) -> dict[str, Any]:
     """The keys that change what is trained."""
     values = resolved(run)
@@ -286,19 +285,8 @@ def _differences(stored: Mapping[str, Any], now: Mapping[str, Any], most: int = 
 
 
 def _missing(checkpoint: Path, processes: int) -> list[str]:
-    """Files that a checkpoint lacks. Trainer writes its state last, and lemo its own after that."""
-    names = ["trainer_state.json", *(state_file(rank) for rank in range(processes))]
-    if processes > 1:
-        names += [f"rng_state_{rank}.pth" for rank in range(processes)]
-    missing = [name for name in names if not (checkpoint / name).exists()]
-    return missing or ([] if _is_json(checkpoint / names[0]) else [f"{names[0]} that can be read"])
-
-
-def _is_json(path: Path) -> bool:
-    try:
-        return isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
-    except (OSError, ValueError):
-        return False
+    """What a checkpoint lacks. Trainer writes its state last, and lemo its own after that."""
+    return faults(checkpoint, [state_file(rank) for rank in range(processes)], processes)
 
 
 def _describe(split: Mapping[str, Any] | None) -> str:
@@ -328,13 +316,30 @@ class SaveOnRequest(TrainerCallback):
         self.handle: Any = None
         self._asked_s = 0.0
         self._begun: tuple[Any, ...] = ()
+        self._before_epoch: tuple[Any, ...] | None = None
+        self._epochs = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Takes how often to log, evaluate and save from the recipe as it is now, not from the checkpoint."""
+        state.compute_steps(args, state.max_steps)
+        self._epochs = 0
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Remembers what the epoch's data draws from: a resumed run that begins with the epoch draws it again."""
+        self._epochs += 1
+        if args.gradient_accumulation_steps > 1 and self._epochs > 1:
+            self._before_epoch = self._draws()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Remembers what batches of a step change before its end, in case it has to be given up."""
         if args.gradient_accumulation_steps > 1:
-            cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
-            counts = {} if self.handle is None else {name: getattr(self.handle, name) for name in COUNTS}
-            self._begun = (random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda, counts)
+            self._begun, self._before_epoch = self._before_epoch or self._draws(), None
+
+    def _draws(self) -> tuple[Any, ...]:
+        """Where random numbers and the handle's counts stand."""
+        cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+        counts = {} if self.handle is None else {name: getattr(self.handle, name) for name in COUNTS}
+        return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda, counts
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Gives up a step of several batches when asked to stop: the checkpoint is that of the step before."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any, Literal
 
 from lemo.errors import DataError
@@ -20,10 +21,10 @@ def split_documents(
 ) -> Iterator[Document]:
     """The documents of one split; both together are all of them, and no text stands in both.
 
-    With at least n = 1/share documents, every n-th is held out. With fewer, the end of each is, unless a document is a
-    sample of its own (questions, conversations), which stays whole: then the last one is. Documents of the same text
-    count as one and stay together. Where all rows are about one text, the rows are held out instead, and a note says
-    so.
+    With at least 1/share documents, that share of them is held out, evenly spread: of 0.1 every tenth. With fewer, the
+    end of each is, unless a document is a sample of its own (questions, conversations), which stays whole: then the
+    last one is. Documents of the same text count as one and stay together. Where all rows are about one text, the rows
+    are held out instead, and a note says so.
 
     Args:
         documents: all of them.
@@ -54,8 +55,17 @@ def split_documents(
         notes.append(f"{repeated:,} of {len(found):,} documents repeat the text of another: {copies}")
     if count < every and not whole:
         return (_part(document, share, split) for document in found)
-    chosen = {count - 1} if count < every else set(range(every // 2, count, every))
+    chosen = {count - 1} if count < every else _choose(count, share)
     return (d for d, group in zip(found, groups, strict=True) if (group in chosen) == (split == "validation"))
+
+
+def _choose(count: int, share: float) -> set[int]:
+    """The groups held out of `count`, at least two: evenly spread, at least one, and never all."""
+    exact = Fraction(share).limit_denominator(1_000_000)  # 29 of 100 for 0.29, which is a little less
+    ahead = (round(1 / share) - 1) // 2  # the first stands in the middle of its stretch
+    chosen = {i for i in range(count) if int((i + 1 + ahead) * exact) > int((i + ahead) * exact)}
+    chosen = chosen or {count - 1}
+    return chosen if len(chosen) < count else chosen - {0}
 
 
 def _number(documents: Sequence[Document], key: Callable[[Document], bytes]) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,10 @@ from lemo.config import LoraConfig
 from lemo.errors import ConfigError
 from lemo.train.model import has_context
 
-CONTEXT_FILE = "lemo.json"
+CONTEXT_FILE = "context.json"
+# The name that it had; checkpoints have a file of that name which says something else.
+_OLD_CONTEXT_FILE = "lemo.json"
+_KEYS = {"context_length", "rope_scaling"}
 
 
 def check_targets(model: Any, config: LoraConfig) -> None:
@@ -57,19 +61,38 @@ def add_adapter(model: Any, config: LoraConfig) -> Any:
 def save_adapter(model: Any, folder: str | Path, base_path: str) -> None:
     """Saves the adapter in PEFT's format, which loads anywhere without lemo; `base_path` is written into it.
 
-    Where `load_model` extended the context, lemo.json says how: PEFT's files do not, and the adapter is for that RoPE.
+    Where `load_model` extended the context, context.json says how: see `write_context`.
     """
     model.peft_config["default"].base_model_name_or_path = base_path
     try:
         model.save_pretrained(str(folder), save_embedding_layers=False)
     finally:
         model.peft_config["default"].base_model_name_or_path = None
-    context = getattr(model.get_base_model(), "extended_context", None)
-    written = Path(folder) / CONTEXT_FILE
+    write_context(model, folder)
+
+
+def write_context(model: Any, folder: str | Path) -> None:
+    """Writes beside an adapter how `load_model` extended the context: PEFT's files do not say it.
+
+    Without an extension the file is removed where there is one of an earlier adapter.
+
+    Args:
+        model: what `load_model` gave, with an adapter or without.
+        folder: of the adapter, or a checkpoint; it exists.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    context = getattr(base, "extended_context", None)
+    file, old = Path(folder) / CONTEXT_FILE, Path(folder) / _OLD_CONTEXT_FILE
     if context is not None:
-        written.write_text(json.dumps(context, indent=2) + "\n", encoding="utf-8")
-    else:
-        written.unlink(missing_ok=True)
+        file.write_text(json.dumps(context, indent=2) + "\n", encoding="utf-8")
+        return
+    file.unlink(missing_ok=True)
+    with suppress(OSError, ValueError):
+        if _is_context(json.loads(old.read_text(encoding="utf-8"))):
+            old.unlink()
 
 
 def read_context(folder: str | Path) -> dict[str, Any] | None:
@@ -79,17 +102,27 @@ def read_context(folder: str | Path) -> dict[str, Any] | None:
         ConfigError: the file that says it cannot be read.
     """
     file = Path(folder) / CONTEXT_FILE
-    if not file.is_file():
-        return None
+    is_old = not file.exists()
+    if is_old:
+        file = Path(folder) / _OLD_CONTEXT_FILE
+        if not file.is_file():
+            return None
     try:
         context = json.loads(file.read_text(encoding="utf-8"))
-        if {"context_length", "rope_scaling"} <= context.keys() and context["config"]["rope_parameters"]:
+        if is_old and not _is_context(context):
+            return None
+        if context.keys() >= _KEYS and context["config"]["rope_parameters"]:
             return context
         raise ValueError("keys are missing")
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{file}: cannot be read ({error}); it says how the adapter's context was extended"
         ) from error
+
+
+def _is_context(found: Any) -> bool:
+    """Whether what a file of the old name holds is about a context."""
+    return isinstance(found, dict) and not _KEYS.isdisjoint(found)
 
 
 def load_adapter(model: Any, folder: str | Path, *, trainable: bool = False) -> Any:

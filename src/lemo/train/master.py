@@ -25,6 +25,7 @@ class MasterWeights:
     them, of an earlier version, starts from the parameters as they are.
 
     Attributes:
+        optimizer: whose groups have the copies.
         pairs: (parameter, its copy).
     """
 
@@ -35,12 +36,17 @@ class MasterWeights:
             optimizer: one that has not stepped.
         """
         self.pairs: list[tuple[Tensor, Tensor]] = []
+        self.optimizer = optimizer
         for group in optimizer.param_groups:
             group["params"] = [self._copied(parameter) for parameter in group["params"]]
+        for parameter, copy in self.pairs:
+            if parameter in optimizer.state:  # made with the optimizer, as Adagrad does
+                state = optimizer.state.pop(parameter)
+                optimizer.state[copy] = {name: _widened(value, parameter) for name, value in state.items()}
         if self.pairs:
             optimizer.register_step_pre_hook(self._take_gradients)
             optimizer.register_step_post_hook(self._round)
-            optimizer.register_load_state_dict_post_hook(self._restore)
+            optimizer.register_load_state_dict_post_hook(lambda optimizer: self.restore())
 
     def _copied(self, parameter: Tensor) -> Tensor:
         if not parameter.is_floating_point() or parameter.element_size() > 2:
@@ -61,9 +67,16 @@ class MasterWeights:
                 optimizer.state[copy][MASTER] = copy.data
                 parameter.data.copy_(copy.data)
 
-    def _restore(self, optimizer: torch.optim.Optimizer) -> None:
+    def restore(self) -> None:
+        """Takes the copies from the optimizer's state, after that was loaded; twice does no harm."""
         for parameter, copy in self.pairs:
-            state = optimizer.state.get(copy, {})
+            state = self.optimizer.state.get(copy, {})
             copy.data.copy_(state.get(MASTER, parameter.data))
             if MASTER in state:
                 state[MASTER] = copy.data
+
+
+def _widened(value: Any, parameter: Tensor) -> Any:
+    """A value of an optimizer's state in fp32, where it is of 16 bits and as large as the parameter."""
+    narrow = isinstance(value, Tensor) and value.shape == parameter.shape and value.dtype == parameter.dtype
+    return value.float() if narrow else value

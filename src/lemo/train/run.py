@@ -19,10 +19,12 @@ from lemo.measure.memory import GIB
 from lemo.measure.record import config_hash, device_name, versions
 from lemo.runtime.attach import Handle, attach
 from lemo.train.arguments import is_trained, stopping, training_arguments, try_arguments
-from lemo.train.checkpoint import FinishedRunError, Resume, RunFolder, SaveOnRequest, data_fingerprint, replace_text
+from lemo.train.chat import dated
+from lemo.train.checkpoint import FinishedRunError, Resume, RunFolder, SaveOnRequest, data_fingerprint
 from lemo.train.checks import check_dropout, check_run, check_training
 from lemo.train.data import DataReport, WindowDataset, load_windows
 from lemo.train.distributed import Processes
+from lemo.train.files import replace_text
 from lemo.train.guards import check_weights
 from lemo.train.lora import add_adapter, check_targets, save_adapter, trainable_parameters
 from lemo.train.model import load_model, load_tokenizer, resolve_path
@@ -195,6 +197,7 @@ class _Session:
         from transformers import set_seed
 
         run = self.run
+        stack.enter_context(dated(self.processes.from_main(self.folder.date)))
         # Whatever can be wrong is found before calibration takes minutes and before anything is written.
         self.arguments = training_arguments(run, self.folder.checkpoints, self.processes)
         try_arguments(self.arguments, run)

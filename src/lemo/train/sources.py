@@ -6,6 +6,7 @@ import gzip
 import itertools
 import json
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -205,7 +206,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                     yield row, _object(_parse(line, f"{path}, row {row}"), f"{path}, row {row}")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}, row {row + 1}: not UTF-8 text") from error
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}, row {row + 1}: cannot be read ({error})") from error
 
 
@@ -257,6 +258,8 @@ def _parse(text: str, place: str) -> Any:
         raise DataError(f"{place}: not valid JSON ({error.msg} at {line}column {error.colno})") from error
     except RecursionError as error:
         raise DataError(f"{place}: not valid JSON (nested too deeply)") from error
+    except ValueError as error:  # Python reads no integer of more than some thousand digits
+        raise DataError(f"{place}: cannot be read ({str(error).split(';')[0]})") from error
 
 
 def _object(values: Any, place: str) -> dict[str, Any]:
@@ -278,12 +281,15 @@ def _filled(rows: Iterable[Any]) -> Iterator[tuple[int, dict[str, Any]]]:
 def _read_npz(path: Path, name: str) -> Iterator[Document]:
     """Pre-tokenised documents, see `write_npz`."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        arrays = np.load(path, allow_pickle=False)
+        if isinstance(arrays, np.ndarray):
+            raise DataError(f"{path}: holds one array, as np.save writes it; write it with lemo.train.data.write_npz")
+        with arrays:
             missing = {"tokens", "bounds"} - set(arrays.files)
             if missing:
                 raise DataError(f"{path}: has no array {' and no array '.join(sorted(missing))}")
             tokens, bounds = arrays["tokens"], arrays["bounds"]
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{path}: cannot be read as .npz ({error})") from error
     if tokens.dtype not in (np.uint16, np.uint32) or tokens.ndim != 1:
         raise DataError(f"{path}: 'tokens' must be a flat uint16 or uint32 array, got {tokens.dtype} {tokens.shape}")

@@ -66,14 +66,32 @@ class LemoTrainer(Trainer):
         self.guard = StepGuard(lambda text: self.log_callback.say(text, markup=False), self._sample_ids)
         self.add_callback(self.guard)
         self._tallies: list[Tensor] | None = None
+        self._masters: MasterWeights | None = None
+        self._shown_loss: Tensor | None = None
 
     def create_optimizer(self, model: Any = None) -> Any:
         """As Trainer's; with fp32 copies of what is trained in 16 bits, if asked for."""
         given = self.optimizer is not None
         optimizer = super().create_optimizer(model)
         if self.master_weights and not (given or self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            MasterWeights(optimizer)
+            self._masters = MasterWeights(optimizer)
         return optimizer
+
+    def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
+        """As Trainer's; some optimizers do not say when they have loaded their state."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self._masters is not None:
+            self._masters.restore()
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """As Trainer's; what PEFT widens to fp32 when it loads an adapter gets its dtype back."""
+        with _keeping_dtypes(self.model):
+            super()._load_from_checkpoint(*args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        """As Trainer's; dtypes stay."""
+        with _keeping_dtypes(self.model):
+            super()._load_best_model()
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """As Trainer's; hooks and memory tracking end also when it raises."""
@@ -98,10 +116,15 @@ class LemoTrainer(Trainer):
         return state.global_step
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """As Trainer's; the guard gets to see the loss."""
+        """As Trainer's; the guard gets to see the loss.
+
+        What is logged has the last finite loss in the place of one that is not: Trainer's sum would never lose it.
+        """
         loss = super().training_step(model, inputs, *args, **kwargs)
         self.guard.watch(loss, inputs)
-        return loss
+        last = torch.zeros_like(loss) if self._shown_loss is None else self._shown_loss
+        self._shown_loss = torch.where(torch.isfinite(loss), loss, last)
+        return self._shown_loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As Trainer's; lemo's figures are among those that trackers get."""
@@ -185,3 +208,13 @@ class LemoTrainer(Trainer):
             if self.handle is not None and loss_only and self.args.prediction_loss_only:
                 stack.enter_context(self.handle.loss_only())
             yield
+
+
+@contextmanager
+def _keeping_dtypes(model: Any) -> Any:
+    """Inside, parameters may be cast; behind it, those are as wide as before."""
+    before = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    yield
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != before.get(name, parameter.dtype):
+            parameter.data = parameter.data.to(before[name])

@@ -1,0 +1,53 @@
+"""Files of a run: written in one piece, and looked at before they are relied on."""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from pathlib import Path
+
+_WEIGHTS = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a file in one piece: whatever happens, it has its old content or the new."""
+    beside = path.with_name(f"{path.name}.new")
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+
+
+def faults(checkpoint: Path, states: list[str], processes: int) -> list[str]:
+    """What is amiss with a Trainer's checkpoint: a word for each file that is not there, or not whole.
+
+    Args:
+        checkpoint: folder.
+        states: JSON files that must be there, beside the Trainer's own.
+        processes: how many wrote it.
+    """
+    random = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
+    names = ["trainer_state.json", *states, "optimizer.pt", "scheduler.pt", *random]
+    names += [next((name for name in _WEIGHTS if (checkpoint / name).exists()), _WEIGHTS[0])]
+    missing = [name for name in names if not (checkpoint / name).exists()]
+    return missing or [f"{name} that can be read" for name in names if not _is_whole(checkpoint / name)]
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file ends where its kind says: torch's are archives whose index comes last."""
+    try:
+        if path.suffix == ".json":
+            return isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
+        if path.suffix == ".safetensors":
+            from safetensors import SafetensorError, safe_open
+
+            try:
+                with safe_open(path, framework="pt"):
+                    return True
+            except SafetensorError:
+                return False
+        return zipfile.is_zipfile(path)
+    except (OSError, ValueError):
+        return False
