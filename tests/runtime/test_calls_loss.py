@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from accelerate import Accelerator
 
 from lemo import attach
 from tests.runtime.oracle import batch, gradients, tiny_model
@@ -78,3 +81,40 @@ def test_training_in_eval_mode_is_noted_once():
         for _ in range(2):
             model(**inputs)
         assert len(handle.notes) == 1 and "eval mode" in handle.notes[0]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_foreign_forward_is_noted_once(when):
+    """It computes its own loss, whenever it was put on the model."""
+    model, inputs = tiny_model(dtype=WIDE), batch(48)
+
+    def replace_forward():
+        own = model.forward
+        model.forward = lambda *args, **kwargs: own(*args, **kwargs)
+
+    if when == "before":
+        replace_forward()
+    with attach(model, plan_of(model, "exact keys"), engine="generic", self_test=False) as handle:
+        if when == "after":
+            assert model(**inputs).logits is None and handle.notes == []
+            replace_forward()
+        for _ in range(2):
+            assert model(**inputs).logits is not None
+        assert len(handle.notes) == 1 and "own loss stays" in handle.notes[0]
+
+
+def test_mixed_precision_of_accelerate_keeps_the_segmented_loss():
+    """Its forward around the model's own changes nothing else; a second handle finds a forward that is not its own."""
+    model, inputs = tiny_model(), batch(48)
+    plan = replace(plan_of(model, "exact keys"), scorer="recent")
+    handle = attach(model, plan, engine="generic", self_test=False)
+    model = Accelerator(mixed_precision="bf16", cpu=True).prepare(model)
+    output = model(**inputs)
+    output.loss.backward()
+    assert output.logits is None and handle.notes == [] and handle.sparse_batches == 1 and gradients(model)
+    handle.detach()
+    dense = float(model(**inputs).loss.detach())
+    assert abs(float(output.loss.detach()) - dense) < 0.02 * dense
+    with attach(model, plan, engine="generic", self_test=False) as handle:
+        assert model(**inputs).logits is not None
+        assert handle.sparse_batches == 1 and any("own loss stays" in note for note in handle.notes)

@@ -8,6 +8,10 @@ import pytest
 import torch
 
 from lemo import attach
+from lemo.ops.backend import HostCopy
+from lemo.runtime import batch as batch_module
+from lemo.runtime.batch import read_layout
+from lemo.runtime.model import reads_positions
 from tests.runtime.oracle import batch, tiny_model
 from tests.runtime.test_exact import in_double
 from tests.runtime.test_fused import BOUND, MODES, assert_equal_engines, plan_of, run
@@ -129,3 +133,54 @@ def test_ratios_without_real_rows(engine):
     with attach(model, plan_of(model, "exact keys"), engine=engine, self_test=False) as handle:
         model(**inputs)
         assert set(handle.ratios().values()) == {(0.0, 0.0)}
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_supervised_padding_without_labels(engine, last):
+    """A mask of rows drops no item from a loss that never had it, also on the last row of all."""
+    model, inputs = tiny_model(dtype=WIDE), batch(40, rows=2, supervised_from=20)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    inputs["attention_mask"][1, 30:] = 0
+    inputs["labels"][1, 30:] = -100
+    inputs["num_items_in_batch"] = int((inputs["labels"][:, 1:] != -100).sum())
+    rows = torch.ones(2, 40, dtype=torch.bool)
+    rows[:, -1] = last
+    plan = replace(plan_of(model, "exact keys"), scorer="recent")
+    with attach(model, plan, engine=engine, self_test=False) as handle:
+        wanted = float(model(**inputs).loss.detach())
+        with handle.supervised(rows):
+            assert abs(float(model(**inputs).loss.detach()) - wanted) <= BOUND * wanted
+        assert not any("padding" in note for note in handle.notes)
+
+
+@pytest.mark.parametrize("family", ["opt", "llama"])
+@pytest.mark.parametrize("dense", [(), (1,)])
+def test_documents_by_positions(family, dense):
+    """Apart in both engines, also where the model's own mask does not see the borders, as OPT's."""
+    model = tiny_model(family, dtype=WIDE)
+    assert reads_positions(model) == (family != "opt")
+    inputs = packed("restarting")
+    alone = {name: tensor[:, BORDER:] for name, tensor in inputs.items()}
+    wanted = float(model(**alone).loss.detach())
+    plan = replace(plan_of(model, "exact keys", dense=dense), scorer="recent")
+    assert_equal_engines(model, plan, inputs)
+    assert abs(float(run(model, plan, inputs, "generic")[0]) - wanted) <= BOUND * wanted
+
+
+def test_all_copies_begin_before_the_host_waits(monkeypatch):
+    """Lengths, positions and mask are on their way to the host when it waits for the first of them."""
+    events = []
+
+    class Watched(HostCopy):
+        def __init__(self, tensor):
+            events.append("begin")
+            super().__init__(tensor)
+
+        def read(self):
+            events.append("read")
+            return super().read()
+
+    monkeypatch.setattr(batch_module, "HostCopy", Watched)
+    read_layout(packed("lengths restarting"), None, 4)
+    assert events == ["begin", "begin", "read", "read"]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from torch.nn.modules.module import register_module_forward_hook
 
 from lemo import attach
 from lemo.errors import UnsupportedModelError
@@ -153,3 +155,77 @@ def test_a_hook_that_is_given_rows_is_said(engine):
     said = [note for note in handle.notes if "layer 1 has a forward hook" in note]
     assert bool(said) == (engine == "generic")
     assert torch.isclose(found, dense, rtol=1e-5) == (engine == "fused")
+
+
+def test_what_hooks_inside_a_layer_keep_stays():
+    """Whoever holds what a norm was given holds the stream; the layer then writes into a copy."""
+    model, inputs, kept = tiny_model(dtype=WIDE), batch(48), []
+    layer = model.model.layers[1]
+    with attach(model, exact(model), engine="generic", self_test=False) as handle:
+        wanted = model(**inputs).loss.detach()
+        hook = layer.input_layernorm.register_forward_pre_hook(lambda m, a: kept.append((a[0], a[0].detach().clone())))
+        assert torch.equal(model(**inputs).loss, wanted)
+        assert kept and all(torch.equal(x, before) for x, before in kept)
+        assert handle._insides.observed(model.model.layers) == {1}
+        hook.remove()
+        assert not handle._insides.observed(model.model.layers)
+        layer.mlp = type(layer.mlp)(model.config).to(WIDE)
+        layer.mlp.register_forward_hook(lambda *_: None)
+        assert handle._insides.observed(model.model.layers) == {1}
+
+
+def test_what_global_hooks_keep_stays():
+    """Torch calls them for every module; the fused engine, which calls few, leaves the layers to the other."""
+    model, inputs, kept = tiny_model(dtype=WIDE), batch(48), []
+    plan = exact(model, dense=(0,))
+    wanted = run(model, plan, inputs, "generic")[0]
+
+    def keep(module, args, output):
+        if isinstance(output, torch.Tensor):
+            kept.append((output, output.detach().clone()))
+
+    with attach(model, plan, engine="fused", self_test=False) as handle:
+        assert len(handle.fused_layers()) == 4
+        hook = register_module_forward_hook(keep)
+        try:
+            with pytest.raises(UnsupportedModelError, match="global forward hook"):
+                handle.fused_layers()
+            handle.detach()
+            assert torch.equal(run(model, plan, inputs, "generic")[0], wanted)
+        finally:
+            hook.remove()
+    assert kept and all(torch.equal(x, before) for x, before in kept)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_what_a_replaced_embedding_keeps_stays(engine):
+    model, inputs, kept = tiny_model(dtype=WIDE), batch(48), []
+    own = model.model.embed_tokens.forward
+
+    def embed(ids):
+        kept.append(own(ids))
+        return kept[-1]
+
+    with torch.no_grad():
+        wanted = own(inputs["input_ids"])
+    model.model.embed_tokens.forward = embed
+    run(model, exact(model), inputs, engine)
+    assert torch.equal(kept[-1].detach(), wanted)
+
+
+@pytest.mark.parametrize("mode", ["skip", "exact keys", "exact rows"])
+def test_a_step_leaves_no_tensors_to_the_collector(mode):
+    """With Python's search for cycles off, the number of tensors does not grow from step to step."""
+    model, counts = tiny_model(), []
+    gc.collect()
+    gc.disable()
+    try:
+        with attach(model, plan_of(model, mode), engine="generic", self_test=False) as handle:
+            for seed in range(5):
+                model(**batch(96, supervised_from=60, seed=seed)).loss.backward()
+                model.zero_grad(set_to_none=True)
+                handle.selections = {}
+                counts.append(sum(issubclass(type(x), torch.Tensor) for x in gc.get_objects()))
+    finally:
+        gc.enable()
+    assert len(set(counts[2:])) == 1

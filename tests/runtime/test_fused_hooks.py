@@ -7,7 +7,7 @@ from types import MethodType
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
-from peft import LoraConfig, get_peft_model
+from peft import LNTuningConfig, LoraConfig, get_peft_model
 
 from lemo import attach
 from lemo.core.plan import LayerPlan, Plan
@@ -207,6 +207,49 @@ def test_hooks_on_the_norm_before_the_head_run(kind, mode, when, monkeypatch):
     assert relative(loss, wanted_loss) < 1e-10 and relative(loss, plain) > 1e-3
     scale = torch.stack([g.norm() for g in wanted.values()]).norm()
     assert all(float((got[name] - gradient).norm() / scale) < 1e-10 for name, gradient in wanted.items())
+
+
+def test_a_hook_on_the_last_layer_is_given_all_rows(monkeypatch):
+    """What the last layer returns is the dense model's stream, and a note says what that costs."""
+    in_double(monkeypatch)
+    model, inputs, seen = tiny_model(dtype=torch.float64), batch(48), []
+    decoder_layers(model)[-1].register_forward_hook(lambda m, a, out: seen.append(out.detach().clone()))
+    model(**inputs)
+    with attach(model, plan_of(model, "exact keys"), engine="fused", self_test=False) as handle:
+        model(**inputs)
+        assert any("the last layer has a forward hook" in note for note in handle.notes)
+    assert relative(seen[1], seen[0]) < 1e-10
+
+
+def test_a_norm_that_is_not_there_yet_is_not_deferred(monkeypatch):
+    """FSDP2 gathers the weights of a decoder that is a unit of its own when the decoder is called."""
+    model, inputs = tiny_model(), batch(48)
+    wanted = run(model, plan_of(model, "exact keys"), inputs, "fused")[0]
+    monkeypatch.setattr(model.model.norm.weight, "full_tensor", None, raising=False)
+    with attach(model, plan_of(model, "exact keys"), engine="fused", self_test=False) as handle:
+        assert relative(model(**inputs).loss, wanted) < 1e-5
+        assert any("norm is sharded" in note for note in handle.notes)
+
+
+@pytest.mark.parametrize("place", ["input_layernorm", "model.norm"])
+def test_tuned_norms_are_no_plain_norms(place, asked, monkeypatch):
+    """PEFT's LNTuning puts a module around the norm: layers go to the generic engine, the last norm runs itself."""
+    in_double(monkeypatch)
+    model = get_peft_model(tiny_model(dtype=torch.float64), LNTuningConfig(target_modules=[place]))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(1.5)
+    inputs, plan = batch(48), plan_of(model, "exact keys")
+    wanted_loss, wanted, _ = run(model, plan, inputs, "generic")
+    with attach(model, plan, engine="auto", self_test=False) as handle:
+        model.zero_grad(set_to_none=True)
+        loss = model(**inputs).loss
+        loss.backward()
+        assert handle.fused_layers() == (ALL if place == "model.norm" else set())
+        assert any("not a plain norm" in note for note in handle.notes)
+    assert relative(loss, wanted_loss) < 1e-10
+    assert wanted and all(relative(x, wanted[name]) < 1e-8 for name, x in gradients(model).items())
 
 
 def test_a_trained_copy_of_the_norm_has_its_hooks_run(monkeypatch):

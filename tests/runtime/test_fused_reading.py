@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -230,3 +232,19 @@ def test_factors_of_shards_are_made_in_the_layers_call(monkeypatch):
     got = run(model, plan, inputs, "fused")
     assert seen == [1, 2, 1, 1, 1, 1, 1]
     assert torch.equal(got[0], wanted[0]) and all(torch.equal(got[1][n], g) for n, g in wanted[1].items())
+
+
+def test_layers_that_are_compiled_one_by_one():
+    """The fused engine stays outside of what the compiler sees; loss and gradients are the same numbers."""
+    model, inputs = tiny_model(), batch(48)
+    plan = replace(plan_of(model, "exact keys"), scorer="recent")
+    with attach(model, plan, engine="fused", self_test=False):
+        for layer in model.model.layers:
+            layer.compile(backend="eager")
+        for _ in range(2):
+            model.zero_grad(set_to_none=True)
+            loss = model(**inputs).loss
+            loss.backward()
+    wanted_loss, wanted, _ = run(tiny_model(), plan, inputs, "fused")
+    got = gradients(model)
+    assert torch.equal(loss, wanted_loss) and all(torch.equal(got[name], x) for name, x in wanted.items())

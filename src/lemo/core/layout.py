@@ -46,7 +46,7 @@ class Layout:
         local_K: supervised blocks whose supervised rows all attend locally; None where there is no such block.
         twin: the same with its per-row tensors on the CPU, where the batch is on another device.
         ids_BT: (B, T) token ids, on whatever device they came; None where the batch has none.
-        hidden_row_S: (S,) int64 ascending flat rows of padding that are marked as carrying loss, on the CPU; None
+        hidden_row_S: (S,) int64 ascending flat rows of padding that a label marks as carrying loss, on the CPU; None
             without one.
         unseen_borders: documents meet where the model's own attention sees no border.
     """
@@ -117,6 +117,7 @@ class Layout:
         block_size: int = 64,
         device: torch.device | str | None = None,
         local_BT: Tensor | None = None,
+        labelled_BT: Tensor | None = None,
     ) -> Layout:
         """Cuts a batch into documents and blocks.
 
@@ -127,6 +128,7 @@ class Layout:
             block_size: C, rows per block.
             device: where the per-row tensors go; the device of `document_BT` when None.
             local_BT: (B, T) bool, rows that carry loss and attend locally; None for none.
+            labelled_BT: (B, T) bool, those of `supervised_BT` that a label marks; None for all.
 
         Raises:
             ConfigError: `block_size` is not a positive integer.
@@ -154,7 +156,7 @@ class Layout:
         document_of_row, position_of_row, block_of_row = of_row
         # Sent before the host waits for the batch's own flags.
         on_device = of_row if device.type == "cpu" else send_all(of_row, device)
-        found = _supervised(supervised_BT, local_BT, block_of_row, len(block_document))
+        found = _supervised((supervised_BT, local_BT, labelled_BT), block_of_row, len(block_document))
         supervised, supervised_row, hidden_row, local = found
         guards = torch.zeros_like(supervised)
         guards[first_block_D] = guards[first_block_D + blocks_D - 1] = True
@@ -198,20 +200,25 @@ def _of_rows(
 
 
 def _supervised(
-    supervised_BT: Tensor | None, local_BT: Tensor | None, block_of_row: Tensor, blocks: int
+    marks: tuple[Tensor | None, Tensor | None, Tensor | None], block_of_row: Tensor, blocks: int
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """(K,) supervised blocks, supervised rows, padding marked so or None, and (K,) local blocks or None, on the CPU."""
+    """(K,) supervised blocks, supervised rows, labelled padding or None, and (K,) local blocks or None, on the CPU.
+
+    `marks` are (B, T): rows that carry loss, those that attend locally, and those that a label marks; None for all.
+    """
+    supervised_BT, local_BT, labelled_BT = marks
     supervised = torch.zeros(blocks, dtype=torch.bool)
     if supervised_BT is None:
         return supervised, torch.zeros(0, dtype=torch.int64), None, None
-    flags = [supervised_BT.detach().bool()]
-    if local_BT is not None:
-        flags.append(local_BT.detach().to(flags[0].device).bool())
-    # Both in one copy: the host waits for the device once.
+    device = supervised_BT.device
+    flags = [x.detach().to(device).bool() for x in (supervised_BT, local_BT, labelled_BT) if x is not None]
+    # All in one copy: the host waits for the device once.
     flags_N = torch.stack(flags).to("cpu").flatten(1)
     marked_row = flags_N[0].nonzero().squeeze(-1)
     real = block_of_row[marked_row] >= 0
     supervised_row, hidden_row = marked_row[real], marked_row[~real]
+    if labelled_BT is not None:
+        hidden_row = hidden_row[flags_N[-1, hidden_row]]
     hidden = hidden_row if len(hidden_row) else None
     block = block_of_row[supervised_row]
     supervised[block] = True

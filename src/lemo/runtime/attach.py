@@ -16,17 +16,17 @@ from lemo.errors import ConfigError, UnsupportedModelError
 from lemo.runtime.attention import NAME, register_mask
 from lemo.runtime.batch import LOCAL_ROWS, BatchContext, RunDense, document_keys, read_layout
 from lemo.runtime.calls import (
-    Draws,
+    FOREIGN_FORWARD,
     Turn,
     check_capturing,
     check_supervised,
     drop_hidden_labels,
-    held_layers,
     is_labelled,
+    may_go_maskless,
     said_of_dense,
-    said_of_hooks,
 )
 from lemo.runtime.context import check_local_rows
+from lemo.runtime.draws import Draws
 from lemo.runtime.fused.attachment import Engine, FusedEngine
 from lemo.runtime.fused.call import Recompute
 from lemo.runtime.fused.offload import Offload
@@ -39,8 +39,10 @@ from lemo.runtime.model import (
     check_plan,
     decoder_layers,
     mlp_names,
+    reads_positions,
     why_dense,
 )
+from lemo.runtime.observed import Insides, held_layers, said_of_hooks
 
 _LOG = logging.getLogger("lemo")
 MASK_LIMIT_TOKENS = 8192  # longest sequence for which the model may still build a (T, T) mask of its own
@@ -72,7 +74,7 @@ class Handle:
         self._supervised: Tensor | None = None
         self._loss_only = False
         self._real_rows = 0
-        self._attached, self._turn, self._draws = False, Turn(), Draws()
+        self._attached, self._turn, self._draws, self._insides = False, Turn(), Draws(), Insides()
         self._fused = FusedEngine(self, options["engine"], options["recompute"], options["offload"])
 
     def __enter__(self) -> Handle:
@@ -189,19 +191,18 @@ class Handle:
         # A peer may have kept the forward that it found while lemo was attached, and call it inside its own or later.
         if self._turn.is_own or not self._attached:
             return inner(*args, **kwargs)
-        with self._turn.taken():
-            return self._run_model(inner, own, args, kwargs)
-
-    def _run_model(self, inner: Callable, own: bool, args: tuple, kwargs: dict[str, Any]) -> Any:
-        names = own_parameters(self.model)
-        arguments = dict(zip(names, args, strict=False)) | kwargs
+        arguments = dict(zip(own_parameters(self.model), args, strict=False)) | kwargs
         training = self.model.training and torch.is_grad_enabled()
-        labelled = is_labelled(arguments)
+        with self._turn.taken(training or self._options["sparse_eval"]):
+            return self._run_model(inner, own, training, arguments)
+
+    def _run_model(self, inner: Callable, own: bool, training: bool, arguments: dict[str, Any]) -> Any:
+        labelled, names = is_labelled(arguments), own_parameters(self.model)
         local_BT = arguments.pop(LOCAL_ROWS, None)
         context = self._open(arguments, training, torch.compiler.is_compiling(), local_BT)
         if (training or context is not None) and arguments.get("use_cache") is None and "use_cache" in names:
             arguments["use_cache"] = False
-        segmented = labelled and own and self._segmented(training, arguments)
+        segmented = labelled and self._segmented(training, own, arguments)
         if arguments.get("loss_weights") is not None and not segmented:
             raise ConfigError("loss_weights need the segmented loss, which does not run here; see the handle's notes")
         with self._running(context):
@@ -212,11 +213,16 @@ class Handle:
                 output = inner(**arguments)
         if context is not None:
             self._close(context)
+            if context.trains:
+                self._draws.keep(arguments, context.step, output)
         return output
 
-    def _segmented(self, training: bool, arguments: dict[str, Any]) -> bool:
+    def _segmented(self, training: bool, own: bool, arguments: dict[str, Any]) -> bool:
         wanted = self._options["loss"] == "segmented" and not self._options["logits"]
         if not wanted or not (training or self._loss_only):
+            return False
+        if not own:
+            self.note(FOREIGN_FORWARD)
             return False
         reason = why_not_segmented(self.model, arguments)
         if reason is not None:
@@ -229,6 +235,7 @@ class Handle:
     ) -> BatchContext | None:
         """The batch for the layers, or None when this forward runs densely."""
         sparse_eval = self._options["sparse_eval"] and not training
+        self._draws.announce(arguments, self.model.training and not training)
         if local_BT is not None and (training or sparse_eval):
             check_local_rows(self.plan)
         dense = all(x.is_dense for x in self.plan.layers) and self._options["engine"] != "fused"
@@ -246,7 +253,8 @@ class Handle:
             if training and any(x.is_exact for x in self.plan.layers):
                 check_no_dropout(self.model, fused)
             # What else the host can do comes before: this waits for the device.
-            layout = read_layout(arguments, self._supervised, self.plan.block_size, local_BT)
+            sees = reads_positions(self.model)
+            layout = read_layout(arguments, self._supervised, self.plan.block_size, local_BT, sees)
         except RunDense as reason:
             self.dense_batches += training
             self.note(f"a batch ran densely: {reason}")
@@ -256,11 +264,10 @@ class Handle:
                 "torch.compile of the whole model leaves its layers uncompiled where rows are selected; compile the "
                 "layers one by one instead (layer.compile())"
             )
-        for text in drop_hidden_labels(arguments, layout):
-            self.note(text)
         layers = decoder_layers(self.model)
-        for text in said_of_hooks(layers, fused):
+        for text in (*drop_hidden_labels(arguments, layout), *said_of_hooks(layers, fused)):
             self.note(text)
+        inside = () if len(fused) == len(layers) else self._insides.observed(layers)
         draws, step, repeats = self.plan.scorer == "random" or self.plan.far_share < 1, self.sparse_evaluations, False
         if training:
             matters = draws or self.plan.mlp == "own"
@@ -272,21 +279,14 @@ class Handle:
             trains=training,
             repeats=repeats,
             in_place=self.in_place,
-            held=held_layers(self.model, layers, arguments),
-            maskless=self._wants_no_mask(layout),
+            held=held_layers(self.model, layers, arguments, inside),
+            maskless=layout.tokens > MASK_LIMIT_TOKENS and may_go_maskless(self.model, layout),
             document_keys_D=document_keys(layout) if draws else None,
             fused=fused,
             recompute=self._fused.recompute(),
             offload=self._fused.offload(),
             adapters=self._fused.factors(fused),
         )
-
-    def _wants_no_mask(self, layout: Any) -> bool:
-        """Whether the model's own (T, T) mask must be avoided, so that every layer runs by rows."""
-        implementation = self.model.config.get_text_config()._attn_implementation
-        builds = implementation == "eager" or (implementation == "sdpa" and not layout.is_plain)
-        builds = builds and all("_lemo_layer" in x.__dict__ for x in decoder_layers(self.model))
-        return builds and layout.tokens > MASK_LIMIT_TOKENS
 
     @contextmanager
     def _running(self, context: BatchContext | None) -> Iterator[None]:
@@ -373,8 +373,8 @@ def attach(
     layers = decoder_layers(model)
     check_not_wrapped(layers)
     check_plan(handle.model, plan, layers, unsafe_no_bypass)
-    if "forward" in handle.model.__dict__ and loss == "segmented":
-        handle.note("the model's forward was replaced by another library; its own loss stays in force")
+    if loss == "segmented" and "forward" in handle.model.__dict__:
+        handle.note(FOREIGN_FORWARD)
     names = mlp_names(model)
     if plan.mlp == "own" and not names:
         kind = handle.model.config.get_text_config().model_type

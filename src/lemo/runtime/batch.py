@@ -15,6 +15,7 @@ from lemo.core.policy import select
 from lemo.core.score import Random, ScoreInputs, Scorer, scorer_named, scores_by_layer
 from lemo.core.selection import RowSet, Selection
 from lemo.errors import ConfigError
+from lemo.ops.backend import HostCopy, on_device_of
 from lemo.runtime.context import parts_rows
 from lemo.runtime.fused.call import Recompute
 from lemo.runtime.fused.factors import AdapterFactors
@@ -165,7 +166,11 @@ def document_keys(layout: Layout) -> Tensor | None:
 
 
 def read_layout(
-    inputs: Mapping[str, Any], supervised_BT: Tensor | None, block_size: int, local_BT: Tensor | None = None
+    inputs: Mapping[str, Any],
+    supervised_BT: Tensor | None,
+    block_size: int,
+    local_BT: Tensor | None = None,
+    reads_positions: bool = True,
 ) -> Layout:
     """Documents and supervised rows of a call of the model.
 
@@ -179,6 +184,7 @@ def read_layout(
         supervised_BT: (B, T) rows that carry loss, beside those that labels name.
         block_size: C.
         local_BT: (B, T) bool, rows that carry loss and attend locally; None for none.
+        reads_positions: the model's own attention finds the borders of documents in `position_ids`.
 
     Raises:
         ConfigError: `local_BT` is not (B, T).
@@ -191,15 +197,16 @@ def read_layout(
     batch, tokens = source.shape[:2]
     labelled_BT = supervised_rows(inputs)
     if supervised_BT is None:
-        supervised_BT = labelled_BT
+        supervised_BT, labelled_BT = labelled_BT, None
     elif labelled_BT is not None:
         supervised_BT = supervised_BT.to(labelled_BT.device) | labelled_BT
     # Documents may be read from the device: what it is to compute has been sent by then.
     document_BT, unseen = _documents(inputs, batch, tokens)
+    unseen = unseen or not (reads_positions or _is_whole(document_BT))
     if local_BT is not None and tuple(local_BT.shape) != (batch, tokens):
         raise ConfigError(f"{LOCAL_ROWS} must be ({batch}, {tokens}) as the tokens are, got {tuple(local_BT.shape)}")
     sizes = {"block_size": block_size, "device": source.device}
-    layout = Layout.build(document_BT, supervised_BT, local_BT=local_BT, **sizes)
+    layout = Layout.build(document_BT, supervised_BT, local_BT=local_BT, labelled_BT=labelled_BT, **sizes)
     return replace(layout, ids_BT=inputs.get("input_ids"), unseen_borders=unseen)
 
 
@@ -216,36 +223,51 @@ def supervised_rows(inputs: Mapping[str, Any]) -> Tensor | None:
 
 
 def _documents(inputs: Mapping[str, Any], batch: int, tokens: int) -> tuple[Tensor, bool]:
-    """(B, T) documents on the CPU, -1 for padding; and whether the model's own attention misses their borders."""
+    """(B, T) documents on the CPU, -1 for padding; and whether borders lie where `position_ids` have none."""
     mask, position_ids = inputs.get("attention_mask"), inputs.get("position_ids")
+    if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+        raise RunDense("the attention mask is not one (B, T) tensor, so documents and padding cannot be read from it")
     if position_ids is not None and (mask is not None or position_ids.dim() != 2):
         position_ids = None  # dense attention finds no documents in it then
-    seq_idx, cumulative = inputs.get("seq_idx"), inputs.get("cu_seq_lens_q")
+    named = inputs.get("seq_idx"), inputs.get("cu_seq_lens_q"), position_ids, mask
+    # All on their way before the host waits for the first.
+    copies = [None if x is None else _begin_copy(x.detach()) for x in named]
+    seq_idx, cumulative, positions, mask = (None if x is None else x.read().cpu() for x in copies)
     unseen = False
+    restarts_BT = None if positions is None else _restarts(positions, batch, tokens)
     if seq_idx is not None or cumulative is not None:
         if seq_idx is not None:
-            document_BT = seq_idx.detach().cpu().to(torch.int64).expand(batch, tokens).clone()
+            document_BT = seq_idx.to(torch.int64).expand(batch, tokens).clone()
         else:
-            ends = cumulative.detach().cpu().to(torch.int64)[1:]
+            ends = cumulative.to(torch.int64)[1:]
             document_BT = torch.searchsorted(ends, torch.arange(batch * tokens), right=True).view(batch, tokens)
         borders_BT = document_BT[:, 1:] != document_BT[:, :-1]
         if borders_BT.any():
-            unseen = position_ids is None or not torch.equal(borders_BT, _restarts(position_ids, batch, tokens))
+            unseen = restarts_BT is None or not torch.equal(borders_BT, restarts_BT)
     else:
         document_BT = torch.zeros(batch, tokens, dtype=torch.int64)
-        if position_ids is not None:
-            document_BT[:, 1:] = _restarts(position_ids, batch, tokens).cumsum(1)
+        if restarts_BT is not None:
+            document_BT[:, 1:] = restarts_BT.cumsum(1)
     if mask is None:
         return document_BT, unseen
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
-        raise RunDense("the attention mask is not one (B, T) tensor, so documents and padding cannot be read from it")
-    seen_BT = mask.detach().cpu().bool()
+    seen_BT = mask.bool()
     if ((seen_BT[:, 1:] != seen_BT[:, :-1]).sum(1) + seen_BT[:, 0] > 2).any():
         raise RunDense("the attention mask hides rows inside a sequence; only padding at its ends is supported")
     return document_BT.masked_fill(~seen_BT, -1), unseen
 
 
+def _begin_copy(tensor: Tensor) -> HostCopy:
+    with on_device_of(tensor):  # the copy waits for the stream of the current device
+        return HostCopy(tensor)
+
+
 def _restarts(position_ids: Tensor, batch: int, tokens: int) -> Tensor:
-    """(B, T - 1) bool on the CPU: positions that do not follow on the one before."""
-    ids_BT = position_ids.detach().cpu().expand(batch, tokens)
+    """(B, T - 1) bool: positions that do not follow on the one before."""
+    ids_BT = position_ids.expand(batch, tokens)
     return ids_BT[:, 1:] != ids_BT[:, :-1] + 1
+
+
+def _is_whole(document_BT: Tensor) -> bool:
+    """Whether no sequence has rows of two documents; padding is none."""
+    before, after = document_BT[:, :-1], document_BT[:, 1:]
+    return not bool(((before != after) & (before >= 0) & (after >= 0)).any())

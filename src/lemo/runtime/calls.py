@@ -1,12 +1,10 @@
-"""Around one call of an attached model: whose turn it is, which draw it makes, who else holds its tensors."""
+"""Around one call of an attached model: whose turn it is, what it may ask for, what to tell who calls."""
 
 from __future__ import annotations
 
 import threading
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,42 +15,59 @@ from lemo.core.plan import Plan
 from lemo.errors import LabelsError, UnsupportedModelError
 from lemo.ops.backend import send
 from lemo.runtime.batch import RunDense
-from lemo.runtime.fused.hooks import FORWARD, why_hooked
-from lemo.runtime.model import in_force
+from lemo.runtime.model import decoder_layers
 
 _IGNORED = -100
-# Libraries whose hooks hand tensors on and keep none.
-_PASSING_ON = ("torch.distributed.", "transformers.", "accelerate.", "deepspeed.")
+FOREIGN_FORWARD = "the model's forward was replaced by another library; its own loss stays in force"
 
 
 class Turn:
-    """One forward at a time: a handle holds what the running one tells its layers."""
+    """One forward at a time where one has a batch: a handle holds what that one tells its layers.
+
+    Forwards that run densely without one share.
+    """
 
     def __init__(self) -> None:
         """Nobody's turn."""
-        self._thread: dict[str, int] = {}
+        self._alone: dict[int, bool] = {}
+        self._lock = threading.Lock()
 
     @property
     def is_own(self) -> bool:
         """Whether a forward of this thread is running."""
-        return self._thread.get("running") == _this_thread()
+        return _this_thread() in self._alone
 
     @contextmanager
-    def taken(self) -> Iterator[None]:
+    def taken(self, alone: bool) -> Iterator[None]:
         """Inside, a forward of this thread runs.
 
+        Args:
+            alone: it is a training forward, or one under selection.
+
         Raises:
-            UnsupportedModelError: another thread's is running.
+            UnsupportedModelError: another thread's is running, and one of the two is `alone`.
         """
-        if self._thread.setdefault("running", _this_thread()) != _this_thread():
-            raise UnsupportedModelError(
-                "a forward began while another thread runs one of the same model; an attached plan serves one at a "
-                "time, so give every thread a model of its own, or put a lock around the calls"
-            )
+        self._begin(alone)
         try:
             yield
         finally:
-            self._thread.clear()
+            self._end()
+
+    @torch.compiler.disable
+    def _begin(self, alone: bool) -> None:
+        with self._lock:
+            if self._alone and (alone or any(self._alone.values())):
+                raise UnsupportedModelError(
+                    "a forward began while another thread runs one of the same model; an attached plan serves one "
+                    "training forward at a time and no other beside it, so give every thread a model of its own, or "
+                    "put a lock around the calls"
+                )
+            self._alone[threading.get_ident()] = alone
+
+    @torch.compiler.disable
+    def _end(self) -> None:
+        with self._lock:
+            self._alone.pop(threading.get_ident(), None)
 
 
 @torch.compiler.disable  # frames that are compiled and frames that are not must get the same answer
@@ -66,92 +81,6 @@ def check_not_replica(model: nn.Module) -> None:
         raise UnsupportedModelError(
             "nn.DataParallel runs copies of the model that share one plan; start one process per GPU with torchrun"
         )
-
-
-@dataclass
-class Draws:
-    """Numbers of the draws that training forwards made, so that a checkpoint around the model repeats its own.
-
-    torch.utils.checkpoint (not reentrant) calls the model a second time in backward, with the very tensors of the
-    first: by these the first is found.
-    """
-
-    _first: dict[int, tuple[weakref.ref, list[int]]] = field(default_factory=dict)
-    _any: bool = False
-
-    def number(self, arguments: Mapping[str, Any], following: int, matters: bool) -> tuple[int, bool]:
-        """The number of this training forward's draw, and whether it repeats an earlier one.
-
-        Args:
-            arguments: keywords of the call.
-            following: the next number, for a forward that repeats none.
-            matters: rows are drawn at random.
-
-        Raises:
-            UnsupportedModelError: backward repeats a forward whose draw cannot be told from others'.
-        """
-        source = next(x for name in _SOURCES if (x := arguments.get(name)) is not None)
-        known = self._first.get(id(source))
-        if known is not None and known[0]() is not source:
-            known = None
-        if torch._C._current_graph_task_id() == -1:  # not inside backward
-            self._any = True
-            if known is None:
-                self._forget_dead()
-                known = self._first[id(source)] = weakref.ref(source), []
-            known[1].append(following)
-            del known[1][2:]  # two are as bad as more
-            return following, False
-        if known is not None and len(known[1]) == 1:
-            return known[1].pop(), True
-        if not self._any:
-            return following, False  # reentrant checkpointing: the first call had no gradients, and ran densely
-        if matters:
-            raise UnsupportedModelError(
-                "backward repeats a forward of the whole model (torch.utils.checkpoint around it), and lemo cannot "
-                "tell which rows were drawn for it; pass the same input tensors, once each, or checkpoint the layers "
-                "with gradient_checkpointing_enable() instead"
-            )
-        return following, True
-
-    def _forget_dead(self) -> None:
-        for key in [key for key, (source, _) in self._first.items() if source() is None]:
-            del self._first[key]
-
-
-_SOURCES = ("input_ids", "inputs_embeds")
-
-
-def held_layers(model: Any, layers: Iterable[nn.Module], arguments: Mapping[str, Any]) -> frozenset[int]:
-    """Layers that must not write into the stream they get, because somebody else may still read it.
-
-    The first one's is the caller's own where `inputs_embeds` came; a forward hook on the embedding or on the layer
-    before may have kept it, and one on the layer itself may keep it.
-    """
-    embedding = model.get_input_embeddings()
-    before = arguments.get("inputs_embeds") is not None or _observed(embedding) or _observed(in_force(embedding))
-    held = set()
-    for index, layer in enumerate(layers):
-        own = _observed(layer)
-        if before or own:
-            held.add(index)
-        before = own
-    return frozenset(held)
-
-
-def said_of_hooks(layers: Iterable[nn.Module], fused: frozenset[int]) -> Iterator[str]:
-    """What to tell of forward hooks on layers that the generic engine runs on rows."""
-    for index, layer in enumerate(layers):
-        hook = None if index in fused else why_hooked(layer, _PASSING_ON, FORWARD)
-        if hook is not None:
-            yield (
-                f"layer {index} has {hook} and runs in the generic engine: the hook is given the rows that run there, "
-                "not the whole stream, and under exact forward a change that it makes has no effect on other layers"
-            )
-
-
-def _observed(module: nn.Module) -> bool:
-    return why_hooked(module, _PASSING_ON, FORWARD) is not None
 
 
 def check_capturing(config: Any, arguments: Mapping[str, Any], check_generation: Callable[[], None] | None) -> None:
@@ -211,6 +140,13 @@ def drop_hidden_labels(arguments: dict[str, Any], layout: Layout) -> tuple[str, 
         "labels that rows hidden by the attention mask would predict (the first token after left padding, labels on "
         "padding) are left out of the loss and of its number of items; set them to -100",
     )
+
+
+def may_go_maskless(model: Any, layout: Layout) -> bool:
+    """Whether the model would build a (T, T) mask of its own, and every layer can run by rows instead."""
+    implementation = model.config.get_text_config()._attn_implementation
+    builds = implementation == "eager" or (implementation == "sdpa" and not layout.is_plain)
+    return builds and all("_lemo_layer" in x.__dict__ for x in decoder_layers(model))
 
 
 def said_of_dense(model: nn.Module, plan: Plan, labelled: bool) -> Iterator[str]:

@@ -18,6 +18,7 @@ from lemo.families import head_transform
 from lemo.ops import linear_ce, linear_ce_module
 from lemo.runtime.calls import check_not_replica
 from lemo.runtime.fused.final import Deferred, final_rows
+from lemo.runtime.fused.hooks import FORWARD, why_hooked
 from lemo.runtime.model import in_force
 from lemo.runtime.rows import without_class
 
@@ -40,7 +41,7 @@ class ForwardSlot:
         replaced = model.__dict__.get("forward")
         inner = MethodType(self.base.forward, model) if replaced is None else replaced
         handle = model.__dict__.get("_lemo_handle")
-        if handle is None:
+        if handle is None or _is_around_own(replaced, model, handle):
             return inner
 
         @functools.wraps(inner)
@@ -48,6 +49,7 @@ class ForwardSlot:
             check_not_replica(model)
             return handle.run_model(inner, replaced is None, args, kwargs)
 
+        forward.__dict__[_OWN] = handle if replaced is None else None
         return forward
 
     def __set__(self, model: Any, value: Callable) -> None:
@@ -60,6 +62,22 @@ class ForwardSlot:
             del model.__dict__["forward"]
         except KeyError:
             raise AttributeError("forward") from None
+
+
+_OWN = "_lemo_own"  # attribute of forwards of the model's own class behind a handle: that handle
+
+
+def _is_around_own(replaced: Callable | None, model: Any, handle: Any) -> bool:
+    """Whether a forward on the instance is accelerate's mixed precision around the model's own behind this handle.
+
+    It changes nothing but autocast and the dtype of what comes back, and calls the handle by itself.
+    """
+    kept = model.__dict__.get("_original_forward")
+    if replaced is None or getattr(kept, _OWN, None) is not handle or model.__dict__.get("_is_replica", False):
+        return False
+    by_accelerate = str(getattr(replaced, "__globals__", {}).get("__name__")).startswith("accelerate.")
+    # functools.wraps copies attributes.
+    return by_accelerate and getattr(getattr(replaced, "__wrapped__", None), _OWN, None) is handle
 
 
 class LemoModel:
@@ -199,7 +217,7 @@ def head_loss(
             hidden_NM, labels_N, weights_N = hidden_NM[rows], labels_N[rows], weights_N[rows]
         return _weighted_loss(model, hidden_NM, labels_N.long(), weights_N, num_items, segment_rows)
     plain = type(head) is nn.Linear and not hasattr(head.weight, "full_tensor")
-    if plain and not head._forward_hooks and not head._forward_pre_hooks:
+    if plain and why_hooked(head, kinds=FORWARD) is None:
         return linear_ce(hidden_NM, head.weight, labels_N, bias_V=head.bias, **options)
     return linear_ce_module(head, hidden_NM, labels_N, **options)
 

@@ -14,11 +14,13 @@ from functools import cache
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lemo.errors import UnsupportedModelError
 from lemo.families.family import LayerNames
 from lemo.runtime.attention import AttentionConfig, CapturedKeys, attention_module, register
+from lemo.runtime.fused.call import FusedCall
 from lemo.runtime.fused.hooks import why_replaced
 from lemo.runtime.fused.layer import run_fused
 from lemo.runtime.fused.parts import LayerParts, LayerReader, why_no_reader
@@ -67,8 +69,7 @@ class SkippingLayer:
             return inner(hidden_states, *args, **kwargs)
         state.reached = True
         if lemo_call.fused is not None:
-            parts = lemo_call.fused.adapters.bind(state.read_parts(self), state.index)
-            return run_fused(hidden_states, parts, lemo_call.fused)
+            return _run_fused(self, state, hidden_states, lemo_call.fused)
 
         def run(hidden: Tensor, keywords: Mapping[str, Any], call: LayerCall) -> Any:
             modules = None if call.mlp is None else state.mlp_modules(self)
@@ -77,6 +78,11 @@ class SkippingLayer:
         if lemo_call.exact is not None:
             lemo_call = lemo_call.exact.first(lemo_call, lambda *pass_: hidden_of(run(*pass_)))
         return run(hidden_states, dict(zip(_parameter_names(type(self)), args, strict=False)) | kwargs, lemo_call)
+
+
+@torch.compiler.disable  # its saved tensors and locks are no work for a compiler; its kernels are compiled already
+def _run_fused(layer: nn.Module, state: LayerState, hidden_states: Tensor, call: FusedCall) -> Tensor:
+    return run_fused(hidden_states, call.adapters.bind(state.read_parts(layer), state.index), call)
 
 
 def _run_call(inner: Callable, hidden: Tensor, kwargs: Mapping[str, Any], call: LayerCall, mlp: Any) -> Any:

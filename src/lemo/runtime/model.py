@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+import textwrap
 from collections.abc import Container
+from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -82,6 +86,32 @@ def has_alibi(config: Any) -> bool:
     """Whether a text configuration asks for ALiBi: Bloom always, Falcon by `alibi`, MPT by `attn_config.alibi`."""
     named = getattr(config, "alibi", False) or getattr(getattr(config, "attn_config", None), "alibi", False)
     return bool(named) or getattr(config, "model_type", None) == "bloom"
+
+
+def reads_positions(model: nn.Module) -> bool:
+    """Whether the attention masks that the model builds part documents where `position_ids` restart.
+
+    Some decoders (OPT, GPT-OSS) do not hand positions to the function that makes their mask.
+    """
+    layers = decoder_layers(model)
+    decoder = next(m for m in causal_model(model).modules() if any(x is layers for x in m._modules.values()))
+    return _hands_on_positions(type(decoder))
+
+
+@cache
+def _hands_on_positions(decoder_class: type) -> bool:
+    """As far as the source of a decoder's forward tells; true where it makes no mask, or cannot be read."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(decoder_class.forward))))
+    except (OSError, TypeError, SyntaxError):
+        return True
+    nodes = list(ast.walk(tree))
+    named = [(x, getattr(x.func, "id", getattr(x.func, "attr", ""))) for x in nodes if isinstance(x, ast.Call)]
+    makers = [x for x, name in named if name.startswith("create_") and "mask" in name]
+    # Keywords of several masks are often put into one dict.
+    keys = [key for x in nodes if isinstance(x, ast.Dict) for key in x.keys if isinstance(key, ast.Constant)]
+    handed = {item.arg for x in makers for item in x.keywords} | {key.value for key in keys}
+    return not makers or "position_ids" in handed
 
 
 def dense_only(model: nn.Module) -> list[int]:

@@ -271,22 +271,28 @@ def gather_keywords(kwargs: Mapping[str, Any], rows_N: Tensor, batch: int, token
     Every tensor whose leading sizes are (B, T) or (1, T) is gathered, also inside tuples; one-dimensional ones of T
     entries (cache positions) too. The attention mask is dropped: rows carry documents and positions of their own.
     """
-    place_N = rows_N % tokens
+    places = rows_N, rows_N % tokens
+    sizes = batch, tokens
+    return {name: None if name == "attention_mask" else _gather(value, places, sizes) for name, value in kwargs.items()}
 
-    def gather(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return tuple(gather(item) for item in value)
-        if not isinstance(value, Tensor):
-            return value
-        if value.dim() >= 2 and value.shape[0] == 1 and value.shape[1] == tokens:
-            return value[:, place_N]
-        if value.dim() >= 2 and value.shape[0] == batch and value.shape[1] == tokens:
-            return value.flatten(0, 1)[rows_N].unsqueeze(0)
-        if value.dim() == 1 and value.shape[0] == tokens:
-            return value[place_N]
+
+def _gather(value: Any, places: tuple[Tensor, Tensor], sizes: tuple[int, int]) -> Any:
+    """`places`: flat rows and their places in their sequences; `sizes`: B and T.
+
+    No closure: one that calls itself would keep the rows until Python looks for cycles.
+    """
+    if isinstance(value, tuple):
+        return tuple(_gather(item, places, sizes) for item in value)
+    if not isinstance(value, Tensor):
         return value
-
-    return {name: None if name == "attention_mask" else gather(value) for name, value in kwargs.items()}
+    (rows_N, place_N), (batch, tokens) = places, sizes
+    if value.dim() >= 2 and value.shape[0] == 1 and value.shape[1] == tokens:
+        return value[:, place_N]
+    if value.dim() >= 2 and value.shape[0] == batch and value.shape[1] == tokens:
+        return value.flatten(0, 1)[rows_N].unsqueeze(0)
+    if value.dim() == 1 and value.shape[0] == tokens:
+        return value[place_N]
+    return value
 
 
 def hidden_of(output: Any) -> Tensor:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from lemo.ops import norm_rows, norm_rows_backward
-from lemo.runtime.fused.hooks import RECORDERS, SHARDERS, why_hooked, why_replaced
+from lemo.runtime.fused.hooks import OUTPUT, RECORDERS, SHARDERS, why_hooked, why_replaced
 from lemo.runtime.fused.layer import OWNED
-from lemo.runtime.fused.parts import Norm
-from lemo.runtime.model import in_force
+from lemo.runtime.fused.parts import Norm, why_no_norm
+from lemo.runtime.model import decoder_layers, in_force
 from lemo.runtime.rows import without_class
 
 
@@ -75,16 +75,30 @@ def may_defer(handle: Any, name: str) -> bool:
     """
     decoder = handle.model.base_model
     norm, above = decoder.get_submodule(name), name.split(".")[:-1]
-    found = [(name, why_hooked(m) or why_replaced(m)) for m in (norm, in_force(norm))]
+    found = [(name, _has(why_hooked(m) or why_replaced(m))) for m in (norm, in_force(norm))]
+    plain = why_no_norm(in_force(norm))
+    found.append((name, _why_away(in_force(norm)) if plain is None else f"is {plain}"))
+    # Who sees what the last layer returns sees all of it.
+    last = decoder_layers(handle.model)[-1]
+    found.append(("the last layer", _has(why_hooked(last, RECORDERS + SHARDERS, OUTPUT) or why_replaced(last))))
     # What hangs onto the modules around it runs, but would be given rows that are not normed.
     for depth in range(len(above) + 1):
         path = ".".join(above[:depth])
         module = decoder.get_submodule(path)
-        found.append((path or "the decoder", why_hooked(module, RECORDERS + SHARDERS) or why_replaced(module)))
-    reason = next((f"{where} has {what}" for where, what in found if what is not None), None)
+        found.append((path or "the decoder", _has(why_hooked(module, RECORDERS + SHARDERS) or why_replaced(module))))
+    reason = next((f"{where} {what}" for where, what in found if what is not None), None)
     if reason is not None:
         handle.note(f"the last layer and the norm behind it run on all rows, not on those of the loss alone: {reason}")
     return reason is None
+
+
+def _why_away(norm: nn.Module) -> str | None:
+    sharded = hasattr(norm.weight, "full_tensor")
+    return "is sharded and not gathered before the decoder runs" if sharded else None
+
+
+def _has(what: str | None) -> str | None:
+    return None if what is None else f"has {what}"
 
 
 def final_rows(stream_BTM: Tensor, norm: Norm, rows_S: Tensor) -> Tensor:

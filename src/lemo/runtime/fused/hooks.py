@@ -8,14 +8,18 @@ from types import MethodType
 from typing import Any
 
 from torch import nn
+from torch.nn.modules import module as _torch
 
 from lemo.runtime.fused.watch import Slot
 
 FORWARD = {"_forward_pre_hooks": "forward pre-hook", "_forward_hooks": "forward hook"}
 BACKWARD = {"_backward_pre_hooks": "backward pre-hook", "_backward_hooks": "backward hook"}
 KINDS = FORWARD | BACKWARD
-# Idle unless a call asks for hidden states or attention, and such calls run densely.
-RECORDERS = ("transformers.utils.output_capturing",)
+OUTPUT = {"_forward_hooks": "forward hook"}
+# Of hooks that run at every call of every module.
+GLOBAL: dict[str, dict] = {table: getattr(_torch, f"_global{table}") for table in KINDS}
+# Idle unless a call asks for hidden states or attention, and such calls run densely; or they note names alone.
+RECORDERS = ("transformers.utils.output_capturing", "torch.utils.module_tracker")
 # They gather a module's weights when it is called, as decoder layers are; what they are given, they do not change.
 SHARDERS = ("torch.distributed.",)
 # Kernels for what the module computes anyway.
@@ -57,12 +61,31 @@ def is_shown(layer: nn.Module) -> bool:
 
 
 def why_hooked(module: nn.Module, known: tuple[str, ...] = RECORDERS, kinds: Mapping[str, str] = KINDS) -> str | None:
-    """The first hook of a module, but for those whose code is in the packages `known`; None for none."""
+    """The first hook of a module, but for those whose code is in the packages `known`; None for none.
+
+    Those that torch calls for every module count, too.
+    """
     for table, kind in kinds.items():
-        for hook in getattr(module, table).values():
-            inner = _inside(hook)
-            if not str(getattr(inner, "__module__", "")).startswith(known):
-                return f"a {kind} ({_name(inner)})"
+        own = _first_of(getattr(module, table), known)
+        if own is not None:
+            return f"a {kind} ({own})"
+    return why_all_hooked(known, kinds)
+
+
+def why_all_hooked(known: tuple[str, ...] = RECORDERS, kinds: Mapping[str, str] = KINDS) -> str | None:
+    """The first hook that torch calls for every module, as `why_hooked` names it; None for none."""
+    for table, kind in kinds.items():
+        found = _first_of(GLOBAL[table], known)
+        if found is not None:
+            return f"a global {kind} ({found})"
+    return None
+
+
+def _first_of(hooks: Mapping[int, Any], known: tuple[str, ...]) -> str | None:
+    for hook in hooks.values():
+        inner = _inside(hook)
+        if not str(getattr(inner, "__module__", "")).startswith(known):
+            return _name(inner)
     return None
 
 

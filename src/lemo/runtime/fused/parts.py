@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lemo.families.family import LayerNames
-from lemo.runtime.fused.hooks import called_modules, forward_slot, hook_tables, is_shown, why_layer_hooked
+from lemo.runtime.fused.hooks import GLOBAL, called_modules, forward_slot, hook_tables, is_shown, why_layer_hooked
 from lemo.runtime.fused.maps import LinearMap, MapGroup
 from lemo.runtime.fused.modules import TensorList, active_adapter, lora_dropout, why_not_linear
 from lemo.runtime.fused.watch import Slot, Watch, autocast_of
@@ -137,7 +137,7 @@ class LayerReader:
         self._watch = Watch(
             [slot for name in asked for slot in _path(layer, name)] + [forward_slot(m) for m in modules],
             [m for m in asked.values() if hasattr(m, "active_adapters")],
-            [table for m in (layer, *modules) for table in hook_tables(m)],
+            [table for m in (layer, *modules) for table in hook_tables(m)] + [*GLOBAL.values()],
         )
         self._factors = [slot for name in linear for slot in _factor_slots(self._modules[name])]
         self._reason = self._why_never(linear) or why_layer_hooked(layer, called)
@@ -163,9 +163,8 @@ class LayerReader:
             reason = why_not_linear(self._modules[name])
             if reason is not None:
                 return f"{name}: {reason}"
-        return next(
-            (f"{name}: not a plain norm" for name, m in self._norms if getattr(m, "weight", None) is None), None
-        )
+        found = ((name, why_no_norm(m)) for name, m in self._norms)
+        return next((f"{name}: {reason}" for name, reason in found if reason is not None), None)
 
     def why_not(self, layer: nn.Module) -> str | None:
         """Why the layer must run in the generic executor now; None when the fused engine can run it."""
@@ -295,6 +294,13 @@ def _dropouts(layer: nn.Module) -> list[tuple[str, Any, str]]:
             found.append((name, module, "p"))
         found += [(f"{name}.{k}", module, k) for k, v in vars(module).items() if "dropout" in k and type(v) is float]
     return found
+
+
+def why_no_norm(module: nn.Module) -> str | None:
+    """Why a norm is not x/rms(x)·weight or LayerNorm; None when it may be. `module` is the one in force."""
+    if hasattr(module, "base_layer"):
+        return f"not a plain norm but {type(module).__name__} around one"
+    return "not a plain norm" if getattr(module, "weight", None) is None else None
 
 
 def read_norm(module: nn.Module, kind: str) -> Norm:
