@@ -160,6 +160,15 @@ def test_calibrate_writes_plan_and_report_that_train_can_use(base, tmp_path):
     refused(
         lemo("train", tmp_path / "with-plan.yaml", f"output={tmp_path / 'run'}"), "sparsity.block_size", "blocks of 16"
     )
+    (tmp_path / "with-plan.yaml").write_text(text.replace("block_size: 64", "block_size: 16"))
+    done = lemo("train", tmp_path / "with-plan.yaml", f"output={tmp_path / 'other'}", "training.max_steps=1")
+    assert done.exit_code == 0, done.output
+
+
+def test_calibrate_leaves_a_run_alone(base, trained):
+    before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
+    refused(lemo("calibrate", base / "recipe.yaml"), "holds a run", "name another folder: output=FOLDER")
+    assert {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from lemo import attach
 from tests.runtime.oracle import batch, gradients, tiny_model
@@ -103,11 +104,13 @@ def test_a_foreign_forward_is_noted_once(when):
         assert len(handle.notes) == 1 and "own loss stays" in handle.notes[0]
 
 
-def test_mixed_precision_of_accelerate_keeps_the_segmented_loss():
+def test_mixed_precision_of_accelerate_keeps_the_segmented_loss(request):
     """Its forward around the model's own changes nothing else; a second handle finds a forward that is not its own."""
     model, inputs = tiny_model(), batch(48)
     plan = replace(plan_of(model, "exact keys"), scorer="recent")
     handle = attach(model, plan, engine="generic", self_test=False)
+    AcceleratorState._reset_state(True)  # of tests before
+    request.addfinalizer(lambda: AcceleratorState._reset_state(True))
     model = Accelerator(mixed_precision="bf16", cpu=True).prepare(model)
     output = model(**inputs)
     output.loss.backward()

@@ -8,6 +8,9 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
+from subprocess import PIPE
 from types import SimpleNamespace
 
 import pytest
@@ -376,3 +379,28 @@ def test_a_step_of_several_batches_is_given_up_and_done_again(base, tmp_path, sc
     resumed = train(run, evaluate_loss, resume=True, console=screen)
     assert resumed.steps == 4 and resumed.losses == whole.losses
     assert same_adapter(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_folder_in_which_another_process_trains_is_refused(base, tmp_path, screen):
+    """Jobs that are queued again may be started while the first still runs."""
+    run = recipe(base, tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    holder = f"""
+import pathlib, sys
+from lemo.train.files import locked
+with locked(pathlib.Path({str(tmp_path / "run")!r})):
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+    with subprocess.Popen([sys.executable, "-c", holder], stdin=PIPE, stdout=PIPE, text=True) as other:
+        assert other.stdout.readline() == "locked\n"
+        with pytest.raises(ConfigError, match="another process is training into"):
+            train(run, evaluate_loss, resume="if possible", console=screen)
+        assert {path.name for path in (tmp_path / "run").iterdir()} == {"run.lock"}
+        other.kill()  # the lock goes with it, its file stays
+    assert train(run, evaluate_loss, resume="if possible", console=screen).steps == 4
+    assert not (tmp_path / "run" / "run.lock").exists()
+    adapter = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
+    assert (
+        adapter.stat().st_mode & 0o777 == (tmp_path / "run" / "adapter" / "adapter_config.json").stat().st_mode & 0o777
+    )

@@ -211,3 +211,10 @@ def test_a_survey_knows_completions_and_text_comes_first(tmp_path):
     assert (found.kind, found.field, found.answers, found.longest_tokens) == ("completion", None, True, 18)
     found = survey_data([write(tmp_path / "b.jsonl", [{**row, "text": "plain"}])], byte_tokenizer())
     assert (found.kind, found.field) == ("text", "text")
+
+
+def test_the_longest_sample_is_the_one_of_most_tokens(tmp_path):
+    """Here umlauts are two tokens each, so that fewer characters make the longer sample."""
+    rows = [{"prompt": "Say: ", "completion": "a" * 300}, {"prompt": "Say: ", "completion": "ä" * 200}]
+    found = survey_data([write(tmp_path / "a.jsonl", rows)], byte_tokenizer())
+    assert 400 < found.longest_tokens < 420

@@ -29,11 +29,16 @@ def calibrate(recipe: Recipe, overrides: Overrides = None) -> None:
         )
     if not run.output:
         raise ConfigError(f"{recipe}: output is empty: name the folder that receives the plan")
+    folder = Path(run.output)
+    if (folder / "run.json").exists():
+        raise ConfigError(
+            f"{recipe}: {folder} holds a run, whose plan and recipe would be overwritten; name another folder: "
+            "output=FOLDER"
+        )
     from lemo.cli.arguments import Loaded, load_parts
     from lemo.train.planning import make_plan
 
     model, tokenizer = load_parts(Loaded(run, None, None), run.data.train)
-    folder = Path(run.output)
     make_plan(model, run, tokenizer, folder)
     (folder / "recipe.yaml").write_text(dump_recipe(run), encoding="utf-8")
     typer.echo(f"plan: {folder / 'plan'}")

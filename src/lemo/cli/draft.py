@@ -83,10 +83,10 @@ def find_shape(wish: Wish, model: ModelFacts, data: DataFacts, machine: MachineF
         window, why = wish.window_tokens, "as asked for"
     elif data.answers:
         step = 128 if data.longest_tokens < 4096 else 1024
-        # The longest by characters was counted; another one may have a few tokens more.
+        # Those of most characters were counted; another one may have a few tokens more.
         window, why = (
             math.ceil(1.02 * data.longest_tokens / step) * step,
-            f"the longest sample has {data.longest_tokens:,}",
+            f"the longest sample counted has {data.longest_tokens:,}",
         )
     else:
         window, why, packing = _text_window(wish, model, data, machine)

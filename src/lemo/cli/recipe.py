@@ -298,14 +298,17 @@ def _kind(value: Any) -> str:
 
 
 def _check_plan_keys(values: dict[str, Any], source: str) -> None:
-    """A plan brings its own ratios: other values beside it would be ignored, so they are refused."""
+    """A plan brings its own ratios: other values beside it would be ignored, so they are refused.
+
+    But for the size of blocks, which loss rows follow too.
+    """
     sparsity = values.get("sparsity") or {}
     if not sparsity.get("plan"):
         return
     defaults = {field.name: field.default for field in dataclasses.fields(type(RunConfig().sparsity))}
     for key, value in sparsity.items():
         value = tuple(value) if isinstance(value, list) else value
-        if key not in ("plan", "enabled") and value != defaults[key]:
+        if key not in ("plan", "enabled", "block_size") and value != defaults[key]:
             raise ConfigError(
                 f"{source}: sparsity.{key} stands beside sparsity.plan, which brings its own value; remove the key"
             )

@@ -26,7 +26,7 @@ from lemo.errors import ConfigError
 from lemo.measure.record import config_hash
 from lemo.train.callback import COUNTS, state_file
 from lemo.train.chat import chat_date
-from lemo.train.files import faults, replace_text
+from lemo.train.files import LOCK_FILE, faults, replace_text
 
 RUN_FILE, SAVE_FILE = "run.json", "save-now"
 ONCE_S = 1.0
@@ -85,7 +85,7 @@ class RunFolder:
         if folder.path.exists() and not folder.path.is_dir():
             raise ConfigError(f"output: {folder.path} is a file")
         found = [p.name for p in folder.path.iterdir()] if folder.path.is_dir() else []
-        present = sorted(name for name in found if name != f"{RUN_FILE}.new")
+        present = sorted(name for name in found if name not in (f"{RUN_FILE}.new", LOCK_FILE))
         if not present:
             if resume is True:
                 raise ConfigError(f"output: {folder.path} holds no run to resume")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lemo.config import ModelConfig, RunConfig
 from lemo.errors import ConfigError, DataError, MergeError
+from lemo.train.files import share_files
 from lemo.train.lora import load_adapter, merge_layers, read_context, wrapped_names
 from lemo.train.model import has_context, load_model, load_settings, load_tokenizer, resolve_path
 
@@ -116,6 +117,7 @@ def merge_adapter(
     shutil.rmtree(staging, ignore_errors=True)
     try:
         merged.save_pretrained(str(staging))
+        share_files(staging)
         _save_tokenizer(config, adapter, staging, notes)
         del model, merged
         written = load_model(ModelConfig(str(staging), dtype=config.dtype, attention=config.attention), device=place)

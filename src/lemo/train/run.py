@@ -24,7 +24,7 @@ from lemo.train.checkpoint import FinishedRunError, Resume, RunFolder, SaveOnReq
 from lemo.train.checks import check_dropout, check_run, check_training
 from lemo.train.data import DataReport, WindowDataset, load_windows
 from lemo.train.distributed import Processes
-from lemo.train.files import replace_text
+from lemo.train.files import locked, replace_text, share_files
 from lemo.train.guards import check_weights
 from lemo.train.lora import add_adapter, check_targets, save_adapter, trainable_parameters
 from lemo.train.model import load_model, load_tokenizer, resolve_path
@@ -120,6 +120,9 @@ def train(
 
 def _open_folder(run: RunConfig, resume: Resume, processes: int) -> RunFolder | None:
     """The output folder; None where its run is finished, which is no error for a job that was queued once more."""
+    if run.output and Path(run.output).is_dir():
+        with locked(Path(run.output)):
+            pass
     try:
         return RunFolder.open(run, resume=resume, processes=processes)
     except FinishedRunError:
@@ -188,6 +191,7 @@ class _Session:
         save_adapter(model, beside, resolve_path(self.run.model.path))
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(beside)
+        share_files(beside)
         if self.folder.adapter.exists():
             shutil.rmtree(self.folder.adapter)
         beside.replace(self.folder.adapter)
@@ -221,7 +225,7 @@ class _Session:
         if run.data.validation_sources:
             self.validation, report = load_windows(run.data, self.tokenizer, "validation", vocabulary=vocabulary)
             self._say_data("validation data", report)
-        for note in self.processes.from_main(lambda: self._begin(recipe)):
+        for note in self.processes.from_main(lambda: self._begin(recipe, stack)):
             self._say(note)
         plan = self._plan(model)
         model = add_adapter(model, run.lora)
@@ -235,8 +239,10 @@ class _Session:
         self._before(model, handle)
         return model, handle, trainer
 
-    def _begin(self, recipe: str) -> list[str]:
-        """Marks the folder as this run's; what was found amiss there."""
+    def _begin(self, recipe: str, stack: ExitStack) -> list[str]:
+        """Marks the folder as this run's and locks it; what was found amiss there."""
+        self.folder.path.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(locked(self.folder.path))
         splits = {"training": self.dataset, "validation": self.validation}
         data = {name: data_fingerprint(found.windows) for name, found in splits.items() if found is not None}
         return self.folder.begin(recipe, self.processes.count, data)

@@ -20,6 +20,8 @@ _SAMPLED_DOCUMENTS, _SAMPLED_CHARACTERS = 24, 50_000
 _QUESTIONS = ("instruction", "question", "prompt", "query", "input")
 _ANSWERS = ("output", "answer", "completion", "response", "chosen")
 
+COUNTED = 64  # samples, of those with most characters, whose tokens are counted
+
 
 @dataclass(frozen=True)
 class ModelFacts:
@@ -133,7 +135,7 @@ def survey_model(path: str) -> ModelFacts:
 
 
 def survey_data(paths: Sequence[str], tokenizer: Any, text_field: str | None = None) -> DataFacts:
-    """Reads all documents once, tokenises a sample of them, and counts the longest exactly.
+    """Reads all documents once, tokenises a sample of them, and counts the tokens of the longest by characters.
 
     Args:
         paths: files or folders.
@@ -165,10 +167,13 @@ def survey_data(paths: Sequence[str], tokenizer: Any, text_field: str | None = N
         len(d.tokens_T) if d.tokens_T is not None else max(2, round(size * ratio))
         for d, size in zip(documents, sizes, strict=True)
     )
-    longest = documents[max(range(len(sizes)), key=sizes.__getitem__)]
     if kind == "text":
         return DataFacts(kind, field, lengths, max(lengths), unused=unused)
-    windows, report = WindowCutter(tokenizer, 10**9, answer_only=True).cut([longest])
+    # Code and numbers have more tokens a character than prose: the longest is not always the one of most characters.
+    most = sorted(range(len(sizes)), key=sizes.__getitem__)[-COUNTED:]
+    cutter = WindowCutter(tokenizer, 10**9, answer_only=True)
+    counted = [cutter.cut([documents[place]]) for place in most]
+    windows, report = max(counted, key=lambda found: len(found[0][0].tokens_T))
     return DataFacts(kind, field, lengths, len(windows[0].tokens_T), report.supervised_share, unused)
 
 
