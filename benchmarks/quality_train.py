@@ -21,7 +21,7 @@ from lemo.config import CalibrationConfig
 from lemo.core.plan import LayerPlan, Plan
 from lemo.measure.memory import track_peak
 from lemo.runtime.attach import Handle
-from lemo.runtime.batch import supervised_rows
+from lemo.runtime.batch import shifted_labels, supervised_rows
 from lemo.runtime.head import head_loss
 from lemo.runtime.model import causal_model
 
@@ -212,6 +212,4 @@ def loss_of(model: Any, handle: Handle, method: Method, batch: Mapping[str, Tens
             model(**inputs, logits_to_keep=1)
     finally:
         hook.remove()
-    shifted = torch.full_like(batch["labels"], -100)
-    shifted[:, :-1] = batch["labels"][:, 1:]
-    return head_loss(base, caught[-1], shifted, labelled)
+    return head_loss(base, caught[-1], shifted_labels(batch), labelled)

@@ -1,5 +1,7 @@
 """Every error that lemo raises on purpose. One class per kind of mistake, one clear message each."""
 
+from __future__ import annotations
+
 
 class LemoError(Exception):
     """Base of all errors a user can cause and mend. The command line prints the message and exits with 2."""
@@ -31,3 +33,9 @@ class BackendError(LemoError):
 
 class MergeError(LemoError):
     """A merged model does not compute what its adapter model computes; the message says by how much."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says; its class where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -11,6 +11,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from lemo.errors import first_line
+
 # What was being done, by the function that did it; the innermost counts.
 _DEEDS = {
     "mkdir": "the folder cannot be created",
@@ -43,24 +45,24 @@ def explain_failure(error: BaseException) -> str | None:
     if isinstance(error, BrokenPipeError):
         return None  # the reader of a pipe has seen enough
     if _is_full(error):
-        return _unwritten(error, f"the disk is full ({_first_line(error)})")
+        return _unwritten(error, f"the disk is full ({first_line(error)})")
     if isinstance(error, OSError):
         return _of_system(error)
     if isinstance(error, _class_of("safetensors", "SafetensorError")):
         if "while serializing" in str(error):
-            return _unwritten(error, _first_line(error))
+            return _unwritten(error, first_line(error))
         files = _broken_weights(error)
         named = ", ".join(files) if files else f"a {_WEIGHTS} file"
-        return f"{named} cannot be read: the file is damaged or was cut off ({_first_line(error)}); copy it anew"
+        return f"{named} cannot be read: the file is damaged or was cut off ({first_line(error)}); copy it anew"
     if isinstance(error, EOFError) or (isinstance(error, RuntimeError) and _CUT_OFF in str(error)):
         named = _file_in_hand(error, "r") or "a file"
-        return f"{named} ends too early: it is damaged or was cut off ({_first_line(error)})"
+        return f"{named} ends too early: it is damaged or was cut off ({first_line(error)})"
     if isinstance(error, RuntimeError) and any(part in str(error) for part in _UNWRITTEN):
-        return _unwritten(error, f"the disk may be full ({_first_line(error)})")
+        return _unwritten(error, f"the disk may be full ({first_line(error)})")
     full = isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
     if full or isinstance(error, _class_of("torch", "OutOfMemoryError")):
         where = "this machine" if full else "the GPU"
-        return f"out of memory on {where} ({_first_line(error)}); `lemo estimate RECIPE --fit` says what would fit"
+        return f"out of memory on {where} ({first_line(error)}); `lemo estimate RECIPE --fit` says what would fit"
     return None
 
 
@@ -70,8 +72,8 @@ def _of_system(error: OSError) -> str:
     deed = next((_DEEDS[name] for name in reversed(names) if name in _DEEDS), "cannot be opened")
     if error.filename is None:
         named = _file_in_hand(error, "r") if error.errno in _UNREADABLE else None
-        return f"{named}: cannot be read ({_first_line(error)})" if named else _first_line(error)
-    return f"{error.filename}: {deed} ({error.strerror or _first_line(error)})"
+        return f"{named}: cannot be read ({first_line(error)})" if named else first_line(error)
+    return f"{error.filename}: {deed} ({error.strerror or first_line(error)})"
 
 
 def _is_full(error: BaseException) -> bool:
@@ -158,8 +160,3 @@ def _weight_files(value: Any) -> list[str]:
     """Paths of weights in a value or a list of them."""
     values = value if isinstance(value, list | tuple) else [value]
     return [str(v) for v in values if isinstance(v, str | Path) and str(v).endswith(_WEIGHTS)]
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

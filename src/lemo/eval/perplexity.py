@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lemo.errors import ConfigError, DataError
 from lemo.runtime.attach import Handle
-from lemo.runtime.batch import read_layout, supervised_rows
+from lemo.runtime.batch import read_layout, shifted_labels, supervised_rows
 from lemo.runtime.head import forward_parameters, row_losses
 from lemo.runtime.model import causal_model
 
@@ -199,10 +199,7 @@ def _batch_losses(
     mask_BT = supervised_rows(inputs)
     if mask_BT is None:
         raise DataError("evaluation needs batches with labels")
-    labels_BT = inputs.get("shift_labels")
-    if labels_BT is None:
-        labels_BT = torch.full_like(inputs["labels"], -100)
-        labels_BT[:, :-1] = inputs["labels"][:, 1:]
+    labels_BT = shifted_labels(inputs)
     layout = read_layout(inputs, mask_BT, handle.plan.block_size if handle is not None else 64)
     hidden_BTM = last_hidden(model, inputs, mask_BT, handle=handle, sparse=sparse)
     loss_BT = torch.zeros(mask_BT.shape, dtype=torch.float64, device=device)

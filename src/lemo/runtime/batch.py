@@ -210,6 +210,16 @@ def read_layout(
     return replace(layout, ids_BT=inputs.get("input_ids"), unseen_borders=unseen)
 
 
+def shifted_labels(inputs: Mapping[str, Any]) -> Tensor:
+    """(B, T) labels by the rows that predict them: `shift_labels`, or `labels` moved by one; -100 in the last row."""
+    shift_labels, labels = inputs.get("shift_labels"), inputs.get("labels")
+    if shift_labels is not None:
+        return shift_labels
+    moved_BT = torch.full_like(labels, _IGNORED)
+    moved_BT[:, :-1] = labels[:, 1:]
+    return moved_BT
+
+
 def supervised_rows(inputs: Mapping[str, Any]) -> Tensor | None:
     """(B, T) bool: row t predicts a token that counts in the loss (`shift_labels[t]` or `labels[t+1]` != -100)."""
     shift_labels, labels = inputs.get("shift_labels"), inputs.get("labels")

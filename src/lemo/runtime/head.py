@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lemo.families import head_transform
 from lemo.ops import linear_ce, linear_ce_module
+from lemo.runtime.batch import shifted_labels
 from lemo.runtime.calls import check_not_replica
 from lemo.runtime.fused.final import Deferred, final_rows
 from lemo.runtime.fused.hooks import FORWARD, why_hooked
@@ -164,7 +165,9 @@ def segmented_forward(model: Any, arguments: dict[str, Any], segment_rows: int, 
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
     arguments = dict(arguments)
-    labels, shift_labels = arguments.pop("labels", None), arguments.pop("shift_labels", None)
+    shift_labels = shifted_labels(arguments)
+    for name in ("labels", "shift_labels"):
+        arguments.pop(name, None)
     num_items, weights = arguments.pop("num_items_in_batch", None), arguments.pop("loss_weights", None)
     arguments.pop("logits_to_keep", None)
     returns, asked = getattr(model.config, "return_dict", True), arguments.pop("return_dict", None)
@@ -172,9 +175,6 @@ def segmented_forward(model: Any, arguments: dict[str, Any], segment_rows: int, 
         arguments["return_dict"] = True
     decoded = model.base_model(**arguments)
     hidden_BTM = decoded.last_hidden_state
-    if shift_labels is None:
-        shift_labels = torch.full_like(labels, -100)
-        shift_labels[:, :-1] = labels[:, 1:]
     shift_labels = shift_labels.to(hidden_BTM.device)
     if final is not None:
         hidden_BTM = final_rows(hidden_BTM, final.norm, final.rows_S)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lemo.config import RunConfig, TrainingConfig
-from lemo.errors import ConfigError
+from lemo.errors import ConfigError, first_line
 from lemo.train.distributed import Processes
 from lemo.train.master import MasterWeights
 
@@ -69,7 +69,7 @@ def training_arguments(run: RunConfig, checkpoints: Path, processes: Processes |
     try:
         return TrainingArguments(**values)
     except ValueError as error:
-        raise ConfigError(f"training: {_first_line(error)}") from error
+        raise ConfigError(f"training: {_reason(error)}") from error
 
 
 def try_arguments(arguments: Any, run: RunConfig) -> None:
@@ -89,7 +89,7 @@ def try_arguments(arguments: Any, run: RunConfig) -> None:
                 callback()
         except _REFUSALS as error:
             raise ConfigError(
-                f"training.report_to: {tracker} cannot be used ({_first_line(error)}); install it or leave it out"
+                f"training.report_to: {tracker} cannot be used ({_reason(error)}); install it or leave it out"
             ) from error
     if training.optimizer.startswith(_UNFIT):
         raise ConfigError(
@@ -106,7 +106,7 @@ def try_arguments(arguments: Any, run: RunConfig) -> None:
         _step_once(optimizer, model.weight)
     except _REFUSALS as error:
         raise ConfigError(
-            f"training.optimizer: {training.optimizer} cannot be used ({_first_line(error)}); install what it needs "
+            f"training.optimizer: {training.optimizer} cannot be used ({_reason(error)}); install what it needs "
             "or name another, such as adamw_torch"
         ) from error
     steps = training.max_steps if training.max_steps > 0 else training.warmup_steps + 1
@@ -121,7 +121,7 @@ def try_arguments(arguments: Any, run: RunConfig) -> None:
         )
     except _REFUSALS as error:
         raise ConfigError(
-            f"training.lr_scheduler: {training.lr_scheduler} cannot be used ({_first_line(error)}); recipes give "
+            f"training.lr_scheduler: {training.lr_scheduler} cannot be used ({_reason(error)}); recipes give "
             "schedules no options of their own: name another, such as cosine or linear"
         ) from error
 
@@ -162,12 +162,8 @@ def is_trained(run: RunConfig, checkpoint: Path) -> bool:
 
 
 def _state_of(checkpoint: Path) -> dict[str, Any]:
-    """The Trainer's state in a checkpoint."""
-    path = checkpoint / "trainer_state.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read; remove {checkpoint} to resume from the one before") from error
+    """The Trainer's state in a checkpoint, which was found whole."""
+    return json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
 
 
 def _idle_evaluations(state: dict[str, Any]) -> int:
@@ -203,5 +199,6 @@ def _checkpointing(arguments: type, on: bool) -> dict[str, Any]:
     return {name: on, f"{name}_kwargs": {"use_reentrant": False}}
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+def _reason(error: Exception) -> str:
+    """What an error says, to be put into a sentence."""
+    return first_line(error).rstrip(".")

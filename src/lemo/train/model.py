@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lemo.config import ModelConfig
-from lemo.errors import ConfigError
+from lemo.errors import ConfigError, first_line
 
 PACKAGE = "package:"
 
@@ -48,7 +48,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
         with _parsing_once(config):
             return AutoTokenizer.from_pretrained(path, **_gguf(config))
     except Exception as error:  # tokenizers fail with errors of many kinds
-        raise ConfigError(f"model.path: no tokenizer can be read from {path} ({_first_line(error)})") from error
+        raise ConfigError(f"model.path: no tokenizer can be read from {path} ({first_line(error)})") from error
 
 
 def load_settings(config: ModelConfig) -> Any:
@@ -64,7 +64,7 @@ def load_settings(config: ModelConfig) -> Any:
         with _parsing_once(config):
             return AutoConfig.from_pretrained(path, **_gguf(config))
     except Exception as error:
-        raise ConfigError(f"model.path: no model can be read from {path} ({_first_line(error)})") from error
+        raise ConfigError(f"model.path: no model can be read from {path} ({first_line(error)})") from error
 
 
 def find_gguf(path: str) -> str | None:
@@ -109,9 +109,9 @@ def load_model(config: ModelConfig, *, window_tokens: int | None = None, device:
         with _parsing_once(config):
             model = AutoModelForCausalLM.from_pretrained(path, **options)
     except ImportError as error:
-        raise ConfigError(f"model: loading needs a package that is missing ({_first_line(error)})") from error
+        raise ConfigError(f"model: loading needs a package that is missing ({first_line(error)})") from error
     except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path: the model in {path} cannot be loaded ({_first_line(error)})") from error
+        raise ConfigError(f"model.path: the model in {path} cannot be loaded ({first_line(error)})") from error
     finally:
         _parsed.clear()  # some hundred thousand small objects, which nothing needs once there are weights
     if config.gguf_file is not None:
@@ -261,9 +261,3 @@ def _forget_quantisation(model: Any) -> None:
         model.is_quantized = False
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-
-
-def _first_line(error: Exception) -> str:
-    """The first line of an error's text."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -18,7 +18,7 @@ from lemo.config import CalibrationConfig
 from lemo.core.bypass import Bypass
 from lemo.core.plan import LayerPlan, Plan
 from lemo.core.predictor import PatternPredictor
-from lemo.errors import ConfigError
+from lemo.errors import ConfigError, first_line
 from lemo.train.collate import IGNORE, WindowCollator
 from lemo.train.loss_rows import LossRows
 
@@ -85,8 +85,7 @@ def shape_config(shape: str, *, tokens: int, layers: int | None = None) -> Any:
         try:
             config = AutoConfig.from_pretrained(shape)
         except Exception as error:  # Transformers fails with errors of many kinds
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ConfigError(f"no model can be read from {shape} ({reason})") from error
+            raise ConfigError(f"no model can be read from {shape} ({first_line(error)})") from error
         check_causal(config, shape)
     else:
         raise ConfigError(f"{shape!r} is neither a folder with a config.json nor one of {', '.join(SHAPES)}")
