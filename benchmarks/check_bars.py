@@ -279,8 +279,7 @@ What the project set itself before it was built, and where it stands. Made by `p
 docs/goals.md` from the Records in `benchmarks/results/`; of a goal with several shapes, domains or settings the worst
 is shown. Goals marked A are of the method and its predictors, B of [quality](quality.md), C of
 [performance](performance.md), E of first use. Why a goal is missed stands in the [decisions](decisions/README.md): 16
-and 18 (equal arithmetic, short windows, random rows), 17 (steps at 8K, 64K with all linear maps, bandwidth of the
-bypass) and 20 (retrieval).
+and 18 (equal arithmetic, short windows, random rows), 17 (steps at 8K, bandwidth of the bypass) and 20 (retrieval).
 """
 
 

@@ -129,6 +129,8 @@ _ASKED["balanced"] = ("rows before the answers", "#f59e0b")
 def draw_depths(records: Sequence[Record], path: Path) -> bool:
     """Accuracy by the depth of a fact in its prompt, of the task that dense LoRA finds hardest; false without it.
 
+    Only tasks that others were asked, too, are looked at.
+
     Args:
         records: of one length and number of steps, dense forward, newest of each seed.
         path: of the picture.
@@ -137,13 +139,12 @@ def draw_depths(records: Sequence[Record], path: Path) -> bool:
     for record in records:
         _, method, task, _ = record.name.split("/")
         found.setdefault((task, method), []).append(record)
-    dense = {task: fmean(r.value for r in same) for (task, method), same in found.items() if method == "dense"}
+    compared = {task for task, method in found if method != "dense"}
+    dense = {task: fmean(r.value for r in found[task, "dense"]) for task in compared if (task, "dense") in found}
     if not dense:
         return False
     hardest = min(dense, key=lambda task: dense[task])
     lines = {method: same for (task, method), same in found.items() if task == hardest}
-    if len(lines) < 2:
-        return False
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(figsize=(6.4, 3.6), layout="constrained")
     for method, same in sorted(lines.items(), key=lambda item: item[0] in _ASKED):
@@ -183,9 +184,15 @@ def draw_domains(group: Group, path: Path) -> bool:
     axes.set_yticks(range(len(gaps)), [m.replace("_", " ") for m in gaps])
     axes.invert_yaxis()
     axes.axvline(0, color="#6b7280", linewidth=0.8)
-    wide = max(max(map(abs, found.values())) for found in gaps.values()) > _LINEAR
+    least = min(min(found.values()) for found in gaps.values())
+    most = max(max(found.values()) for found in gaps.values())
+    wide = max(-least, most) > _LINEAR
     if wide:
         axes.set_xscale("symlog", linthresh=_LINEAR)
+        axes.set_xlim(1.3 * min(least, -_LINEAR / 5), 1.3 * most)
+        marks = (-0.01, 0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2)
+        axes.set_xticks(marks := [x for x in marks if least - 0.01 <= x <= 1.3 * most], [f"{x:g}" for x in marks])
+        axes.minorticks_off()
     axes.set(xlabel="nats over dense LoRA on the same loss rows" + f" (linear up to {_LINEAR:g})" * wide)
     axes.legend(frameon=False, fontsize=8, ncols=len(domains), loc="lower left", bbox_to_anchor=(0, 1))
     figure.savefig(path, dpi=150)
