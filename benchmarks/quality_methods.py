@@ -174,17 +174,20 @@ INSTRUCT = {
         )
         for share in (0.1, 0.25)
     },
-    "instruct_words_prompt_twice": replace(
-        _answers(
-            "rows by words of the questions, and loss on local rows of the prompt",
-            0.12,
-            scorer="words",
-            context_window=1024,
-        ),
-        prompt_rows=(0.1, 2.0),
-        prompt_of="answers",
-        prompt_local=True,
-    ),
+    **{
+        f"instruct_words_prompt_twice{'' if window == 1024 else f'_window_{window}'}": replace(
+            _answers(
+                "rows by words of the questions, and loss on local rows of the prompt",
+                0.12,
+                scorer="words",
+                context_window=window,
+            ),
+            prompt_rows=(0.1, 2.0),
+            prompt_of="answers",
+            prompt_local=True,
+        )
+        for window in (1024, 2048)
+    },
     **{
         f"instruct_prompt_twice{'' if share == 0.1 else f'_{round(100 * share)}'}": replace(
             _answers("the default, and loss on local rows of the prompt", 0.12, scorer="recent", context_window=1024),

@@ -171,6 +171,14 @@ def _peers(length: str) -> list[Group]:
     return [_group("llama2-7b", length, "qkvo", methods)]
 
 
+def _four_bits() -> list[Group]:
+    """Base weights in 4 bits: what a card of 24 GiB could hold."""
+    baseline = "liger:adapter=model,recompute=layer,bits=4"
+    candidate = f"lemo:{DEFAULT['llama3-8b']},offload=1,recompute=lin,bits=4"
+    compared = [Comparison(candidate, (baseline,), what) for what in ("time", "memory")]
+    return [_group("llama3-8b", "64k", "all", (baseline, candidate), compared)]
+
+
 def _smoke() -> list[Group]:
     methods = (
         "hf_peft",
@@ -199,6 +207,7 @@ def presets() -> dict[str, list[Group]]:
         "smoke": _smoke(),
         "baselines-8k": [_group("llama2-7b", "8k", "qkvo", (*HF, *LIGER, *HF_LAYER, *LIGER_LAYER, "trl_chunked"))],
         "engines": _engines(),
+        "4bit-64k": _four_bits(),
         "paper": _paper(),
         "peers-8k": _peers("8k"),
         "peers-32k": _peers("32k"),

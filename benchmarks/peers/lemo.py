@@ -20,6 +20,7 @@ BUSY_CYCLES = 600_000_000  # a third of a second
 
 OPTIONS = {
     "adapter": "model",
+    "bits": "16",  # of the base's linear maps; 4 by bitsandbytes
     "recompute": "none",
     "engine": "fused",  # not auto: a layer that it cannot run shall be seen
     "keep": "0.5",  # share of rows that run a layer and pass gradient
@@ -45,7 +46,7 @@ def prepare(config: Any, setting: Setting, options: dict[str, str]) -> Prepared:
         liger.patch(config)
     (keep,) = numbers(options, "keep")
     forward = float(options["forward"] or keep)
-    model = adapted(config, setting, options["adapter"])
+    model = adapted(config, setting, options["adapter"], bits=options["bits"])
     torch.manual_seed(setting.seed)
     plan = random_plan(
         config,

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.peers.peer import Prepared, Setting, Unsupported, adapted, checkpoint_layers, plain_forward
 
-OPTIONS = {"adapter": "float32", "recompute": "none"}
+OPTIONS = {"adapter": "float32", "recompute": "none", "bits": "16"}
 
 
 def patch(config: Any) -> None:
@@ -30,6 +30,6 @@ def patch(config: Any) -> None:
 
 def prepare(config: Any, setting: Setting, options: dict[str, str]) -> Prepared:
     patch(config)
-    model = adapted(config, setting, options["adapter"])
+    model = adapted(config, setting, options["adapter"], bits=options["bits"])
     checkpoint_layers(model, options["recompute"])
     return Prepared(model, plain_forward(model), lambda: {"liger": metadata.version("liger-kernel")})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 from lemo.errors import LemoError
+from lemo.train.four_bits import match_dtype, pack_linear
 from lemo.train.rehearsal import SHAPES, random_model
 
 PEERS = (
@@ -132,7 +134,7 @@ def load_method(method: str) -> tuple[Any, dict[str, str]]:
     return module, {**module.OPTIONS, **given}
 
 
-def adapted(config: Any, setting: Setting, adapter: str, *, attention: str = "sdpa") -> Any:
+def adapted(config: Any, setting: Setting, adapter: str, *, attention: str = "sdpa", bits: str = "16") -> Any:
     """A random model with a LoRA adapter of PEFT around it.
 
     Args:
@@ -140,11 +142,23 @@ def adapted(config: Any, setting: Setting, adapter: str, *, attention: str = "sd
         setting: of the comparison.
         adapter: `float32`, what PEFT makes by default; or `model`, the base model's dtype.
         attention: name of the attention implementation.
+        bits: of the base's linear maps: 16, those of the setting's dtype; or 4, by bitsandbytes.
+
+    Raises:
+        Unsupported: other bits, or 4 without bitsandbytes.
     """
     model = random_model(
         config, dtype=setting.torch_dtype, device=setting.device, seed=setting.seed, attention=attention
     )
-    return add_lora(model, setting, adapter)
+    if bits == "16":
+        return add_lora(model, setting, adapter)
+    if bits != "4" or importlib.util.find_spec("bitsandbytes") is None:
+        raise Unsupported(f"bits must be 16, or 4 where bitsandbytes is installed, got {bits!r}")
+    pack_linear(model.requires_grad_(False))
+    model = add_lora(model, setting, adapter)
+    if adapter == "model":
+        match_dtype(model)
+    return model
 
 
 def add_lora(model: Any, setting: Setting, adapter: str) -> Any:

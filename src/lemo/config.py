@@ -19,6 +19,8 @@ class ModelConfig:
         path: folder of a Hugging Face model, a hub name, or `package:NAME` for the folder of an installed package.
         gguf_file: name of a GGUF file inside `path`, for weights in that format.
         dtype: parameters' dtype.
+        load_in_4bit: keep the linear maps of the frozen base in 4 bits (QLoRA: NF4, scales quantised again), unpacked
+            where they are used; needs bitsandbytes. The adapter has `dtype`.
         context_length: longest sequence in tokens that the tuned model is meant for; None keeps the model's own.
         rope_scaling: how RoPE reaches `context_length` when it exceeds the model's own.
         attention: Transformers attention implementation.
@@ -27,6 +29,7 @@ class ModelConfig:
     path: str = ""
     gguf_file: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    load_in_4bit: bool = False
     context_length: int | None = None
     rope_scaling: Literal["none", "linear", "yarn"] = "none"
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
@@ -48,9 +51,10 @@ class DataConfig:
             `drop` counts its tokens as lost, `keep` makes it a short window. With `packing` nothing is lost.
         packing: put several short documents into one window (documents never see each other).
         text_field: JSON key of the text.
-        messages_field: JSON key of a conversation, a list of messages with `role` and `content`.
-        answer_only: supervise only the answers of `qas` rows, completions of prompts, and the assistant's words in
-            conversations.
+        messages_field: JSON key of a conversation, a list of messages with `role` and `content`, or with `from` and
+            `value`; rows without it may have one in `conversations`.
+        answer_only: supervise only the answers of `qas` rows, completions of prompts, outputs of instructions, and the
+            assistant's words in conversations.
         max_windows: at most this many training windows, spread evenly over the data; None for all.
         validation_windows: at most this many validation windows, spread evenly over the data.
     """
@@ -209,13 +213,33 @@ class CalibrationConfig:
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Adapter, as PEFT names it. `targets` are module names, or `all-linear`."""
+    """The adapter, with PEFT's names where PEFT has the key.
+
+    Attributes:
+        rank: rows of an adapter's first factor and columns of its second (PEFT's `r`).
+        alpha: what an adapter adds is multiplied by alpha / rank (PEFT's `lora_alpha`).
+        dropout: probability that an element of an adapter's input is dropped in training.
+        targets: names of the maps with an adapter, or ends of them, or `all-linear` (PEFT's `target_modules`).
+        modules_to_save: ends of names of modules that are trained whole and saved with the adapter.
+        use_rslora: multiply by alpha / √rank instead, so that a larger rank does not make for smaller updates.
+        use_dora: learn the length of each row of a map's weight beside its direction (DoRA). Such layers run in the
+            generic engine, and a step takes more time and memory.
+        init_lora_weights: how the first factor of a new adapter is drawn; the second is zero. `default` is PEFT's;
+            `gaussian` is normal with standard deviation 1 / rank.
+        adapter: folder of a saved LoRA adapter that training goes on from, with a new optimizer and schedule. Its
+            rank, alpha, targets, modules_to_save, use_rslora and use_dora hold: a recipe leaves them out, or says the
+            same. None begins a new adapter.
+    """
 
     rank: int = 16
     alpha: float = 32.0
     dropout: float = 0.0
     targets: tuple[str, ...] = ("all-linear",)
     modules_to_save: tuple[str, ...] = ()
+    use_rslora: bool = False
+    use_dora: bool = False
+    init_lora_weights: Literal["default", "gaussian"] = "default"
+    adapter: str | None = None
 
 
 @dataclass(frozen=True)

@@ -135,11 +135,15 @@ def test_local_loss_rows_cost_less_than_others_and_more_than_none(sizes):
     assert seconds[1].products_s == pytest.approx(seconds[2].products_s) and local.loss_rows == far.loss_rows
     assert gain(sizes, few, CARDS["h100"]) > gain(sizes, local, CARDS["h100"]) > gain(sizes, far, CARDS["h100"]) > 1
     text = describe(make_estimate(sizes, local, CARDS["h100"]))
-    assert "0.37 pass gradient, 0.25 of these and the others attend within chunks of 1024" in text
-    assert "37% of the rows carry loss" in text
+    assert "every row runs each layer, 37% pass gradient: 12% attend to all keys, 25% and the rows without" in text
+    assert "gradient within chunks of 1,024, kv all; 37% of the rows carry loss" in text
+    assert "; rows without gradient attend within chunks of 1,024," in describe(
+        make_estimate(sizes, few, CARDS["h100"])
+    )
     wide = replace(local, local_forward="all")
     assert gain(sizes, local, CARDS["h100"]) > gain(sizes, wide, CARDS["h100"]) > gain(sizes, far, CARDS["h100"])
-    assert "within chunks of 1024 (0.25 in backward only)" in describe(make_estimate(sizes, wide, CARDS["h100"]))
+    text = describe(make_estimate(sizes, wide, CARDS["h100"]))
+    assert "(25% within chunks of 1,024 only); rows without gradient attend within chunks of 1,024," in text
     short = [replace(x, tokens=2048) for x in (local, far)]
     peaks = [make_estimate(sizes, x, CARDS["h100"]) for x in short]
     assert peaks[0].peak_bytes == peaks[1].peak_bytes and peaks[0].time == peaks[1].time, "the window takes nothing"
@@ -240,7 +244,8 @@ def test_local_rows_of_prompts_cost_less_than_far_ones_and_more_than_none(tokens
     assert steps[1].time.products_s == pytest.approx(steps[2].time.products_s), "as many rows pass gradient"
     ratio = near.setting.backward_ratio
     assert near.setting.kept_rows(ratio) == far.kept_rows(ratio) and near.setting.loss_rows == far.loss_rows
-    assert f"{prompts:.2f} of these and the others attend within chunks of 1024" in describe(steps[1])
+    text = f"10% attend to all keys, {prompts:.0%} and the rows without gradient within chunks of 1,024"
+    assert text in describe(steps[1])
 
 
 @pytest.mark.parametrize("sparsity", [FAR, DENSE, {"gradient": "rows"}, {"plan": None}, {"plan": 512}])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import pytest
 from typer.testing import CliRunner
@@ -17,7 +18,9 @@ from lemo.cli.recipe import build_run, load_recipe, parse_yaml
 from lemo.cli.schema import describe_fields, recipe_schema
 from lemo.config import RunConfig, resolved
 from lemo.errors import ConfigError, DataError
+from lemo.train.data import load_windows
 from lemo.train.planning import needs_calibration
+from lemo.train.run_time import count_steps
 from lemo.train.survey import DataFacts, MachineFacts, survey_data, survey_model
 from tests.train.test_chat import PLAIN, TALK
 from tests.train.tiny import byte_tokenizer, save_tiny_model, words
@@ -188,6 +191,51 @@ def test_conversations_become_an_answer_only_recipe(model, tmp_path):
     assert run.data.answer_only and run.data.packing and run.data.window_tokens == 256
     done = lemo("train", tmp_path / "r.yaml", "training.max_steps=1", "calibration.predictor_steps=3")
     assert done.exit_code == 0, done.output
+
+
+@pytest.mark.parametrize("templated", [True, False], ids=["chat", "plain"])
+@pytest.mark.parametrize("kind", ["conversations", "instruction"])
+def test_rows_of_other_tools_become_a_recipe_that_trains(model, tmp_path, kind, templated):
+    folder = model if templated else save_tiny_model(tmp_path / "model", layers=3)
+    asked = {"from": "human", "value": "Which is the largest?"}
+    rows = [
+        {"conversations": [asked, {"from": "gpt", "value": f"Jupiter, {i}."}]}
+        if kind == "conversations"
+        else {"instruction": f"Say {i}.", "input": "Be brief." * (i % 2), "output": f"{i}."}
+        for i in range(12)
+    ]
+    data = jsonl(tmp_path / "d.jsonl", rows)
+    made = lemo("init", folder, data, "--out", tmp_path / "r.yaml", "--run", tmp_path / "run")
+    if kind == "conversations" and not templated:
+        assert made.exit_code == 2 and "d.jsonl, row 1: is a conversation, and" in made.stderr
+        return
+    assert made.exit_code == 0, made.output
+    assert f"data: 12 {'conversations' if templated else 'prompts with completions'}, about" in made.stdout
+    text = (tmp_path / "r.yaml").read_text()
+    assert "_field" not in text and load_recipe(tmp_path / "r.yaml").data.answer_only
+    done = lemo("train", tmp_path / "r.yaml", "training.max_steps=1")
+    assert done.exit_code == 0 and "dense after" in done.stdout, done.output
+    assert ("no chat template, so each instruction" in done.stderr) == (not templated)
+
+
+@pytest.mark.parametrize("kind", ["messages", "text"])
+def test_steps_are_those_of_samples_that_share_windows(model, tmp_path, kind):
+    """Many short samples fill few windows: evaluations and checkpoints are to come before the end."""
+    many = [f"Which is it, {i}? " + "x" * (i % 50) for i in range(300)]
+    talks = ([{**TALK[1], "content": said}, TALK[2]] for said in many)
+    rows = [{"messages": talk} for talk in talks] if kind == "messages" else [{"text": said} for said in many]
+    data = jsonl(tmp_path / "d.jsonl", rows)
+    asked = ["--window", 256] if kind == "messages" else []  # text is packed where nobody asks for a window
+    made = lemo("init", model, data, "--out", tmp_path / "r.yaml", "--machine", "gpu", *asked)
+    assert made.exit_code == 0, made.output
+    run = load_recipe(tmp_path / "r.yaml")
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = PLAIN
+    dataset, _ = load_windows(run.data, tokenizer)
+    steps, _ = count_steps(run, len(dataset))
+    assert run.data.packing and len(dataset) < 150
+    said = int(re.search(r"about ([\d,]+) steps", (tmp_path / "r.yaml").read_text())[1])
+    assert said == pytest.approx(steps, rel=0.15) and run.training.eval_steps < steps
 
 
 def test_the_schema_knows_every_key_with_its_meaning_and_range(tmp_path):

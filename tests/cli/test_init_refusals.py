@@ -48,7 +48,7 @@ def refused(result, *parts):
     assert result.stderr.count("error: ") == 1 and all(part in result.stderr for part in parts)
 
 
-@pytest.mark.parametrize("pair", [("instruction", "output"), ("question", "answer"), ("prompt", "response")])
+@pytest.mark.parametrize("pair", [("instruction", "response"), ("question", "answer"), ("prompt", "response")])
 def test_a_question_and_its_answer_are_not_taken_apart(init, pair):
     asked, answered = pair
     rows = [{asked: ASKED, "input": "", answered: ANSWERED}] * 30
@@ -76,6 +76,16 @@ def test_text_that_is_not_used_is_named(init, tmp_path, field):
     assert made.exit_code == 0, made.output
     assert "note: the first row has text that is not used: title\n" in made.stdout
     assert f"text_field: {field} " in (tmp_path / "r.yaml").read_text()
+
+
+def test_conversations_of_both_kinds_stand_beside_each_other(init, tmp_path):
+    spoken = [{"from": "human", "value": ASKED}, {"from": "gpt", "value": ANSWERED}]
+    made = init([{"conversations": spoken}] * 30, "--validation", [{"messages": TALK}] * 3)
+    assert made.exit_code == 0, made.output
+    assert "messages_field" not in (tmp_path / "r.yaml").read_text()
+    named = [{"chat": spoken}] * 3
+    (tmp_path / "r.yaml").unlink()
+    refused(init([{"messages": TALK}] * 30, "--validation", named), "'chat'", "'messages'")
 
 
 def test_a_field_for_text_beside_conversations_is_refused(init):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 from lemo.cli.main import app
-from lemo.cli.terminal import cut_pieces
+from lemo.cli.terminal import cut_pieces, show_map
 from lemo.core.plan import LayerPlan, Plan
 from lemo.eval.keep_map import KeepMap, never_dropped_places, never_dropped_tokens
 from lemo.report.keep_page import ShownText, keep_page, span
@@ -71,6 +73,33 @@ def test_maps_of_validation_windows_say_what_is_never_dropped(base, tmp_path):
     page = check_alone((tmp_path / "m.html").read_text())
     assert "What layers never drop" in page.text and len(re.findall(r"layer +\d", done.stdout)) == 3
     assert "⟦" not in done.stdout
+
+
+def test_nothing_is_written_that_was_not_asked_for(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(base.rglob("*"))
+    done = lemo(base / "recipe.yaml", "sparsity.dense_layers=[]")
+    assert done.exit_code == 0, done.output
+    assert list(tmp_path.iterdir()) == [] and sorted(base.rglob("*")) == before
+    assert "picture" not in done.output and "whose rows pass gradient, by layer" in done.stdout
+
+
+def test_layers_of_the_same_rows_share_a_line():
+    """Those behind each other: a layer of the same rows further down has a line of its own."""
+    rows = [[1, 1, 0, 0.5]] * 2 + [[1, 0, 1, 0.5]] + [[1, 1, 0, 0.5]] * 10
+    console = Console(width=60, record=True, file=io.StringIO())
+    show_map(KeepMap(rows, [False, True, False, False], 2, "forward"), "n", console)
+    title, marks, *lines = console.export_text().splitlines()
+    assert title == "n: blocks of 2 tokens whose rows run, by layer; ▼ carries loss"
+    assert lines == ["layers 0-1  ██ ▒  62%", "layer 2     █ █▒  62%", "layers 3-12 ██ ▒  62%"]
+    assert marks.index("▼") == len("layers 3-12 ") + 1
+
+
+def test_a_page_names_layers_that_never_drop_the_same_together():
+    found = KeepMap([[1, 0]] * 3 + [[1, 1]] + [[1, 0]] * 2, [False] * 2, 2, "forward", [0, 2], [2, 2], [0, 1])
+    text = keep_page([ShownText("n", found, [])], [[0]] * 5 + [[0, 1]], [[("a", 5)]] * 6)
+    cells = re.findall(r"<tr><td>([^<]*)</td><td>([^<]*)</td>", re.sub(r"<td[^>]*>", "<td>", text))
+    assert cells == [("0 to 2, 4", "0"), ("5", "0 to 1")]  # layer 3 drops nothing
 
 
 def test_samples_need_no_weights(base, tmp_path):

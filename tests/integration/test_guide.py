@@ -52,7 +52,7 @@ def test_the_commands_of_the_guide_work(tmp_path, monkeypatch):
             result = CliRunner().invoke(app, arguments)
             assert result.exit_code == 0, f"{page}: lemo {' '.join(arguments)}\n{result.output}"
             done += 1
-    assert done == sum(len(commands(f"guide/{page}")) for page in PAGES) == 17
+    assert done == sum(len(commands(f"guide/{page}")) for page in PAGES) == 19
     for page in ("samples.html", "kept.html", "report.html"):
         check_alone((tmp_path / page).read_text())
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").config.model_type == "llama"

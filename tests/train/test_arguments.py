@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
+import sys
 
 import pytest
 from rich.console import Console
@@ -40,9 +40,11 @@ def unloaded(monkeypatch):
         (None, {"lr_scheduler": "warmup_stable_decay"}, ("training.lr_scheduler: warmup_stable_decay",)),
     ],
 )
-def test_what_the_trainer_could_not_make_is_refused_before_loading(base, tmp_path, unloaded, package, training, parts):
-    if package is not None and importlib.util.find_spec(package):
-        pytest.skip(f"{package} is installed")
+def test_what_the_trainer_could_not_make_is_refused_before_loading(
+    base, tmp_path, unloaded, monkeypatch, package, training, parts
+):
+    if package is not None:
+        monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
     run = recipe(base, tmp_path / "run", training=training)
     with pytest.raises(ConfigError) as error:
         train(run, evaluate_loss, console=Console(file=io.StringIO()))

@@ -6,7 +6,7 @@ import datetime
 import threading
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lemo.errors import DataError
@@ -101,6 +101,7 @@ def test_an_answer_of_weight_0_is_never_cut():
 
 
 @pytest.mark.parametrize("template", [QWEN, OPENING], ids=["empty prompt", "prompt opens a thought"])
+@example(turns=[("0", "<"), ("0", "</th")], same=False)  # they begin as the end of a thought does
 @given(turns=st.lists(st.tuples(content, content), min_size=1, max_size=3), same=st.booleans())
 def test_an_empty_thought_belongs_to_the_prompt(template, turns, same):
     made = tokenizer(template)

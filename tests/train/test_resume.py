@@ -14,7 +14,8 @@ import torch
 from lemo.errors import ConfigError
 from lemo.eval.perplexity import evaluate_loss
 from lemo.train import checkpoint as checkpoint_module
-from lemo.train.checkpoint import RunFolder, SaveOnRequest, run_identity
+from lemo.train.checkpoint import RunFolder, SaveOnRequest
+from lemo.train.identity import run_identity
 from lemo.train.run import train
 from tests.train.test_run import adapter_of, recipe
 from tests.train.tiny import save_empty_checkpoint, words

@@ -25,9 +25,10 @@ from lemo.config import (
 from lemo.core.plan import Plan
 from lemo.errors import ConfigError, DataError, PlanError
 from lemo.eval.perplexity import evaluate_loss
-from lemo.train.checkpoint import RunFolder, run_identity
+from lemo.train.checkpoint import RunFolder
 from lemo.train.collate import WindowCollator
 from lemo.train.data import load_windows
+from lemo.train.identity import run_identity
 from lemo.train.model import load_model, load_tokenizer
 from lemo.train.planning import skeleton_plan, training_collator, validation_batches
 from lemo.train.run import train

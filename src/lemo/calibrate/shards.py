@@ -23,7 +23,7 @@ STATE = "calibration.json"
 
 
 def fingerprint_run(model: nn.Module, windows: Sequence[Window], config: CalibrationConfig, plan: Plan) -> str:
-    """Hash of everything that decides the result: model, tokens and masks, options, and the skeleton's choices."""
+    """Hash of everything that decides the result: model, adapter, tokens, masks, options, the skeleton's choices."""
     digest = hashlib.sha256()
     # Allocation is a stage of its own: what is fitted does not depend on it.
     options = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("memory_limit_gib", "allocate")}
@@ -31,6 +31,9 @@ def fingerprint_run(model: nn.Module, windows: Sequence[Window], config: Calibra
     choices = (plan.block_size, plan.policy, plan.kv, plan.gradient, plan.mlp, plan.seed, plan.ratio_of)
     choices += () if plan.context_window is None else (plan.context_window,)
     digest.update(json.dumps([options, ratios, choices, fingerprint(model)], sort_keys=True).encode())
+    for name, parameter in model.named_parameters():
+        if "lora_" in name or ".modules_to_save." in name:  # the model's own fingerprint leaves adapters out
+            digest.update(parameter.detach().float().cpu().numpy().tobytes())
     for window in windows:
         digest.update(f"{window.domain}|{window.held_out}".encode())
         for tensor in (window.input_ids_BT, window.supervised_BT, window.attention_mask_BT, window.position_ids_BT):

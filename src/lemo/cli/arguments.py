@@ -20,7 +20,10 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="Values that replace the recipe's: training.learning_rate=1e-4 ...", show_default=False),
 ]
-AdapterOption = Annotated[Path | None, typer.Option("--adapter", help="Folder of an adapter. A run's own by default.")]
+AdapterOption = Annotated[
+    Path | None,
+    typer.Option("--adapter", help="Folder of an adapter. A run's own, or a recipe's lora.adapter, by default."),
+]
 PlanOption = Annotated[Path | None, typer.Option("--plan", help="Folder of a plan. A run's own by default.")]
 
 
@@ -30,7 +33,7 @@ class Loaded:
 
     Attributes:
         run: the recipe.
-        adapter: folder of the adapter, or None.
+        adapter: folder of the adapter, or None; of a recipe, that which training would go on from.
         plan: folder of the plan, or None.
     """
 
@@ -59,23 +62,30 @@ def load_source(
     if not source.is_dir():
         run = load_recipe(source, overrides or ())
         named = run.sparsity.plan if run.sparsity.enabled else None
-        return Loaded(run, adapter, plan or (Path(named) if named else None))
+        return Loaded(run, adapter or start_of(run), plan or (Path(named) if named else None))
     recipe = source / "recipe.yaml"
     if not recipe.is_file():
         raise ConfigError(f"{source} is no output folder of a run: it holds no recipe.yaml")
-    run = load_recipe(recipe, overrides or ())
     own_adapter, own_plan = source / "adapter", source / "plan"
-    # `lemo calibrate` writes recipe and plan too: no run has begun there, and the plan is of the base model.
+    # `lemo calibrate` writes recipe and plan too: no run has begun there, and the plan is of the model before training.
     begun = any((source / name).exists() for name in ("run.json", "checkpoints"))
+    run = load_recipe(recipe, overrides or (), begun=begun)
     if weights and begun and adapter is None and not own_adapter.is_dir():
         newest = newest_checkpoint(source)
         hint = "wait for a checkpoint" if newest is None else f"name its newest checkpoint with --adapter {newest}"
-        raise ConfigError(f"{say_unfinished(source)}; {hint}, or {recipe} as the source for the base model")
+        raise ConfigError(f"{say_unfinished(source)}; {hint}, or {recipe} as the source for the model before training")
     return Loaded(
         run,
-        adapter or (own_adapter if own_adapter.is_dir() else None),
+        adapter or (own_adapter if own_adapter.is_dir() else None if begun else start_of(run)),
         plan or (own_plan if own_plan.is_dir() else None),
     )
+
+
+def start_of(run: RunConfig) -> Path | None:
+    """Folder of the adapter that training would go on from, or None."""
+    from lemo.train.start_adapter import adapter_folder
+
+    return None if run.lora.adapter is None else adapter_folder(run.lora)
 
 
 def say_unfinished(folder: Path) -> str:
@@ -110,9 +120,11 @@ def load_parts(loaded: Loaded, paths: Sequence[str]) -> tuple[Any, Any]:
 
 
 def quieten() -> None:
-    """Turns off loading bars of Transformers, and warnings about deprecations between other libraries."""
+    """Turns off loading bars of Transformers, and what other libraries say of each other and of kernels they lack."""
+    import logging
     import warnings
 
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # before the import that would be heard
     import transformers
 
     transformers.logging.disable_progress_bar()

@@ -35,10 +35,10 @@ def calibrate(recipe: Recipe, overrides: Overrides = None) -> None:
             f"{recipe}: {folder} holds a run, whose plan and recipe would be overwritten; name another folder: "
             "output=FOLDER"
         )
-    from lemo.cli.arguments import Loaded, load_parts
+    from lemo.cli.arguments import Loaded, load_parts, start_of
     from lemo.train.planning import make_plan
 
-    model, tokenizer = load_parts(Loaded(run, None, None), run.data.train)
+    model, tokenizer = load_parts(Loaded(run, start_of(run), None), run.data.train)
     make_plan(model, run, tokenizer, folder)
     (folder / "recipe.yaml").write_text(dump_recipe(run), encoding="utf-8")
     typer.echo(f"plan: {folder / 'plan'}")

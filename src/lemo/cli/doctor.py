@@ -17,6 +17,7 @@ _EXTRAS = {
     "datasets": "Hugging Face datasets folders as data: pip install -e '.[datasets]'",
     "trl": "TRL's trainers: pip install -e '.[trl]'",
     "gguf": "models from GGUF files, and the demo: pip install -e '.[demo]'",
+    "bitsandbytes": "base weights in 4 bits (model.load_in_4bit): pip install -e '.[bitsandbytes]'",
     "trackio": "tracking of runs: pip install -e '.[tracking]'",
 }
 

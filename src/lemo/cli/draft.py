@@ -10,7 +10,8 @@ from typing import Any
 from lemo.cli.presets import PRESETS, Preset
 from lemo.cli.recipe import dump_value
 from lemo.errors import ConfigError
-from lemo.train.survey import DataFacts, MachineFacts, ModelFacts
+from lemo.train.survey import KNOWN_CHATS, DataFacts, MachineFacts, ModelFacts
+from lemo.train.windows import share_windows
 
 HELD_OUT, PROMPT_SHARE = 0.1, 0.1
 STEP_TOKENS = 32_768
@@ -99,10 +100,12 @@ def find_shape(wish: Wish, model: ModelFacts, data: DataFacts, machine: MachineF
         window, scaling, truncate = model.context_tokens or window, "none", data.answers
         why = "the model's own context, which cannot be extended"
     kept = 1.0 if wish.validation else 1 - HELD_OUT
-    if data.answers:
-        windows = round(len(data.lengths) * kept)
+    if data.answers or packing:
+        lengths = [min(n, window) for n in data.lengths] if data.answers else [n % window for n in data.lengths]
+        full = 0 if data.answers else sum(n // window for n in data.lengths)
+        windows = round((full + len(share_windows(lengths, window))) * kept)
     else:
-        windows = int(data.tokens * kept / window) if packing else sum(int(n * kept) // window for n in data.lengths)
+        windows = sum(int(n * kept) // window for n in data.lengths)
     windows = max(1, windows)
     step_tokens = STEP_TOKENS if machine.gpu else CPU_STEP_TOKENS
     accumulation = max(1, min(step_tokens // window, windows // 20))
@@ -188,6 +191,19 @@ def draft_recipe(wish: Wish, model: ModelFacts, data: DataFacts, machine: Machin
     return "\n".join(parts) + "\n"
 
 
+def count_rows(data: DataFacts) -> str:
+    """How many rows of which kind there are, in words."""
+    count, s = len(data.lengths), "" if len(data.lengths) == 1 else "s"
+    kinds = {
+        "qas": f"document{s} with questions",
+        "messages": f"conversation{s}",
+        "completion": f"prompt{s} with {'a completion' if count == 1 else 'completions'}",
+        "tokens": f"tokenised document{s}",
+        "text": f"document{s}",
+    }
+    return f"{count:,} {kinds[data.kind]}"
+
+
 def _about(data: DataFacts, preset: Preset) -> str:
     """What the preset does with such data."""
     if not data.answers:
@@ -224,7 +240,7 @@ def _data(wish: Wish, data: DataFacts, shape: Shape, machine: MachineFacts) -> l
     lines.append(("window_tokens", shape.window_tokens, shape.why))
     if not machine.gpu:
         lines.append(("validation_windows", 2, "of it; few, since a CPU takes seconds for each"))
-    if data.kind == "messages" and data.field not in (None, "messages"):
+    if data.kind == "messages" and data.field not in (None, *KNOWN_CHATS):
         lines.append(("messages_field", data.field, "key of the conversation in each row"))
     left = f"not used: {', '.join(data.unused)}" if data.unused else ""
     if data.field is not None and data.kind != "messages" and (data.field != "text" or left):

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from lemo.config import RunConfig
     from lemo.measure.card import Card
     from lemo.measure.estimate import Change, Estimate
+    from lemo.measure.step_memory import StepSetting
+    from lemo.train.run_time import RunTime
 
 GIB, DEFAULT_CARD = 2**30, "h100"
 
@@ -33,14 +35,16 @@ def estimate(
         PresetName | None, typer.Option("--preset", help="Ratios of a model without recipe.", show_default="balanced")
     ] = None,
     fit: Annotated[bool, typer.Option("--fit", help="Choose what fits the card and is fastest.")] = False,
-    data: Annotated[bool, typer.Option("--data", help="Also say what the data's steps will gain.")] = False,
+    data: Annotated[
+        bool, typer.Option("--data", help="Also count the data's steps, and say what they will gain.")
+    ] = False,
     probe: Annotated[bool, typer.Option("--probe", help="Also run one step of full length on this machine.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say how much memory and time a training step will need, from configuration files alone.
 
-    No weights are read and no GPU is needed. Beside the peak by part it says the longest length that fits, and what to
-    change when it does not fit.
+    No weights are read and no GPU is needed. Beside the peak by part it says the longest length that fits, what to
+    change when it does not fit, and, where the number of steps is known, the time of the whole run.
     """
     import json
 
@@ -49,6 +53,7 @@ def estimate(
     from lemo.measure.card import here
     from lemo.measure.estimate import changes, fit_setting, gain, longest_tokens, make_estimate
     from lemo.train.forecast import data_gain, forecast, probe_step
+    from lemo.train.run_time import UNKNOWN, run_time
 
     quieten()
     run = read_source(source, overrides, preset)
@@ -67,6 +72,9 @@ def estimate(
         report["fit"] = fit_setting(found.sizes, found.setting, chosen)
     if data:
         report["data"] = data_gain(run, found, _tokenizer(run), chosen)
+    report["run"] = run_time(run, found, chosen, report.get("data"))
+    if report["run"] is None and run.data.train:
+        report["notes"].append(UNKNOWN)
     if probe:
         report["probe"] = probe_step(run, found)
     if as_json:
@@ -194,11 +202,14 @@ def show(report: dict[str, Any], fit: bool) -> None:
     console.print(f"{verdict} {card.name} with {card.memory_bytes / GIB:.1f} GiB; peak at: {now.moment}", style=style)
     console.print(f"longest sample that fits so: {report['longest_tokens']:,} tokens")
     time = now.time
+    rest = "; starting them takes the rest" if time.waits else ""
     console.print(
         f"step: about {time.total_s:.2f} s (products {time.products_s:.2f}, attention {time.attention_s:.2f}, "
-        f"memory {time.memory_s:.2f}), {now.tokens_per_s:,.0f} tokens/s; rates of the card: {card.source}"
+        f"memory {time.memory_s:.2f}{rest}), {now.tokens_per_s:,.0f} tokens/s; rates of the card: {card.source}"
     )
     console.print(f"about {report['gain']:.1f} times as fast as with every row in every layer")
+    if report["run"] is not None:
+        console.print(describe_run(report["run"]))
     for note in report["notes"]:
         console.print(f"note: {note}", markup=False)
     _show_more(report, fit, console)
@@ -225,6 +236,11 @@ def _show_more(report: dict[str, Any], fit: bool, console: Any) -> None:
         probe = report["probe"]
         what = "allocated" if probe.source == "cuda" else "resident, of the whole process,"
         console.print(f"one step here: {probe.peak_bytes / GIB:.2f} GiB {what} at the peak, {probe.seconds:.2f} s")
+        if report["run"] is not None:
+            from lemo.train.run_time import say_duration
+
+            batches = report["run"].batches
+            console.print(f"  {batches:,} of them, the batches of the run: {say_duration(batches * probe.seconds)}")
 
 
 def _show_fit(before: Estimate, found: Estimate | None, listed: list[Change], console: Any) -> None:
@@ -264,6 +280,24 @@ def _outcome(found: Estimate) -> str:
     return f"{found.needed_bytes / GIB:.1f} GiB, {found.time.total_s:.2f} s a step, {verdict}"
 
 
+def describe_run(found: RunTime) -> str:
+    """The time of the run on one line."""
+    from lemo.train.run_time import say_duration
+
+    most = "at most " if found.may_stop else ""
+    steps = f"{found.steps:,} step{'s' if found.steps != 1 else ''}"
+    if found.accumulation > 1:
+        steps += f" of {found.accumulation:,} batches"
+    lengths = "every window full" if found.windows is None else f"{found.windows:,} windows an epoch"
+    text = f"run: {most}{say_duration(found.total_s)} for {steps}, {lengths}"
+    if not found.evaluations:
+        return text
+    return (
+        f"{text}; of that {say_duration(found.evaluation_s)} for validation, {found.evaluations:,} times up to "
+        f"{found.evaluation_windows:,} windows"
+    )
+
+
 _OFFLOADS = {False: "", True: ", offload", "inputs": ", offload", "keys": ", offload of keys too"}
 
 
@@ -277,14 +311,25 @@ def describe(found: Estimate) -> str:
     }[setting.engine]
     if setting.engine == "plain":
         return words
+    share = setting.forward_ratio
+    ran = "every row runs each layer" if share == 1 else f"{share:.0%} of the rows run each layer that skips"
     loss = setting.loss_share + setting.local_share
     passes = max(setting.backward_ratio, loss) if setting.local_share else setting.backward_ratio
-    local = "" if not setting.local_share else f"{setting.local_share:.2f} of these and "
-    near = f", {local}the others attend within chunks of {setting.context_window}" if setting.context_window else ""
-    if setting.local_share and setting.local_forward == "all":
-        near += f" ({setting.local_share:.2f} in backward only)"
     far = "" if setting.far_share == 1 else f", backward through {setting.far_share:.0%} of the far keys"
     return (
-        f"{words}; {setting.forward_ratio:.2f} of the rows run a layer that skips, {passes:.2f} pass gradient{near}"
-        f"{far}, kv {setting.kv}; {loss:.0%} of the rows carry loss"
+        f"{words}; {ran}, {passes:.0%} pass gradient{_near(setting, passes)}{far}, kv {setting.kv}; "
+        f"{loss:.0%} of the rows carry loss"
     )
+
+
+def _near(setting: StepSetting, passes: float) -> str:
+    """Which rows attend within chunks."""
+    if not setting.context_window:
+        return ""
+    chunks, others = f"within chunks of {setting.context_window:,}", "rows without gradient"
+    if not setting.local_share:
+        return f"; {others} attend {chunks}"
+    local = f"{setting.local_share:.0%}"
+    if setting.local_forward == "all":
+        return f" ({local} {chunks} only); {others} attend {chunks}"
+    return f": {passes - setting.local_share:.0%} attend to all keys, {local} and the {others} {chunks}"

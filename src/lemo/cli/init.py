@@ -46,7 +46,7 @@ def init(
     Context length, kind of data, window, dtype, ratios and steps are found out or chosen, each with its reason.
     """
     from lemo.cli.arguments import check_writable, quieten
-    from lemo.cli.draft import Wish, draft_recipe, missing_windows
+    from lemo.cli.draft import Wish, count_rows, draft_recipe, missing_windows
     from lemo.cli.recipe import build_run, parse_yaml
     from lemo.config import ModelConfig
     from lemo.errors import ConfigError
@@ -68,9 +68,8 @@ def init(
     build_run(parse_yaml(text, str(out)), str(out))  # a recipe that would be refused is never written
     check_writable([out])
     out.write_text(text, encoding="utf-8")
-    documents = len(found.lengths)
     typer.echo(f"model: {facts.kind}, {facts.layers} layers, context of {facts.context_tokens or '?'} tokens")
-    typer.echo(f"data: {documents:,} document{'s' if documents > 1 else ''}, about {found.tokens:,} tokens")
+    typer.echo(f"data: {count_rows(found)}, about {found.tokens:,} tokens")
     unread = describe_unread(files)
     if unread:
         typer.echo(unread)
@@ -99,7 +98,7 @@ def _survey(data: list[str], validation: list[str], tokenizer: Any, text_field: 
 
     from lemo.cli.draft import KINDS
     from lemo.errors import ConfigError
-    from lemo.train.survey import survey_data
+    from lemo.train.survey import KNOWN_CHATS, survey_data
 
     found = survey_data(data, tokenizer, text_field)
     if not validation:
@@ -111,7 +110,7 @@ def _survey(data: list[str], validation: list[str], tokenizer: Any, text_field: 
             "be of one kind"
         )
     fields = {facts.field for facts in (found, held)} - {None}
-    if len(fields) > 1:
+    if len(fields) > 1 and not fields <= set(KNOWN_CHATS):
         raise ConfigError(
             f"--validation: rows of {validation[0]} keep their text in {held.field!r}, training rows in "
             f"{found.field!r}; both need the same key"

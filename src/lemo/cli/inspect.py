@@ -18,7 +18,9 @@ def inspect(
     text: Annotated[
         list[Path] | None, typer.Option("--text", help="Text to look at, twice for two. Validation data by default.")
     ] = None,
-    out: Annotated[list[Path] | None, typer.Option("--out", help="File to write: .png or .html; repeatable.")] = None,
+    out: Annotated[
+        list[Path] | None, typer.Option("--out", help="Also write this file: .png or .html; repeatable.")
+    ] = None,
     adapter: AdapterOption = None,
     plan: PlanOption = None,
     samples: Annotated[
@@ -29,7 +31,8 @@ def inspect(
     """Show which blocks of texts run in which layer, and which tokens carry loss.
 
     With --samples, training samples are shown as the model gets them; that needs no weights and no plan. Otherwise maps
-    of one or two texts are drawn on the terminal and into the files of --out, the page with the text beneath.
+    of one or two texts are drawn on the terminal, layers of the same rows as one, and into the files of --out, if any:
+    a picture, or a page with the text beneath.
     """
     from lemo.cli.arguments import check_writable, load_source
     from lemo.errors import ConfigError
@@ -98,7 +101,7 @@ def _show_maps(loaded: Any, texts: list[Path], tokens: int, files: list[Path]) -
     if tokenizer is None:
         typer.echo("the data is pre-tokenised, so there is no text of the loss mask to show")
     maps = [each for _, each, _, _ in found]
-    for path in files or [Path("kept-blocks.png")]:
+    for path in files:
         if path.suffix == ".png":
             pictures = [(name, each.kept_LK, each.supervised_K) for name, each, _, _ in shown]
             what = {"block_size": maps[0].block_size, "rows": maps[0].rows}

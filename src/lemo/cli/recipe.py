@@ -21,16 +21,22 @@ import yaml
 from lemo.config import RunConfig, resolved
 from lemo.errors import ConfigError
 from lemo.train.checks import check_run
+from lemo.train.start_adapter import KEYS, is_there, settle
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, begun: bool = False) -> RunConfig:
     """Reads a recipe, applies `section.key=value` overrides, and checks everything.
 
     Relative paths in the recipe are relative to the working directory, as on the command line.
 
+    Args:
+        path: of the recipe.
+        overrides: values that replace the recipe's.
+        begun: it is that of a run that has begun, which says all of the adapter that `lora.adapter` names.
+
     Raises:
-        ConfigError: unreadable file, bad YAML, unknown key, wrong type, value out of range. One line for each mistake,
-            naming file and key.
+        ConfigError: unreadable file, bad YAML, unknown key, wrong type, value out of range, or an adapter to go on from
+            that is not there or has other values. One line for each mistake, naming file and key.
     """
     path = Path(path)
     try:
@@ -43,7 +49,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a recipe is a mapping of keys, got {_kind(values)}")
     sources = override_values(values, overrides)
-    run = build_run(values, str(path), sources)
+    run = build_run(values, str(path), sources, begun=begun)
     _check_plan_keys(values, str(path))
     return run
 
@@ -65,13 +71,16 @@ def override_values(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
     return sources
 
 
-def build_run(values: dict[str, Any], source: str = "recipe", sources: dict[str, str] | None = None) -> RunConfig:
-    """RunConfig from nested plain values.
+def build_run(
+    values: dict[str, Any], source: str = "recipe", sources: dict[str, str] | None = None, *, begun: bool = False
+) -> RunConfig:
+    """RunConfig from nested plain values; keys of `lora` that are left out have the values of `lora.adapter`.
 
     Args:
         values: what YAML gave.
         source: named in messages.
         sources: other names, by dotted key, for values that came from elsewhere.
+        begun: as in `load_recipe`.
 
     Raises:
         ConfigError: unknown key, wrong type or value out of range.
@@ -85,7 +94,11 @@ def build_run(values: dict[str, Any], source: str = "recipe", sources: dict[str,
         lines = [_explain(e, source, sources or {}) for e in error.errors(include_url=False)]
         raise ConfigError("\n".join(dict.fromkeys(lines))) from error
     run = _to_dataclass(RunConfig, model)
+    given = values.get("lora") or {}
     try:
+        # With all keys at hand, as in a stored recipe, a folder that is gone is missed only where training begins.
+        if run.lora.adapter and not begun and (is_there(run.lora) or not KEYS.issubset(given)):
+            run = dataclasses.replace(run, lora=settle(run.lora, given))
         check_run(run)
     except ConfigError as error:
         key = str(error).split(" ", 1)[0]

@@ -28,11 +28,11 @@ def train(
     from lemo.cli.recipe import dump_recipe, load_recipe
 
     run = load_recipe(recipe, overrides or ())
+    quieten()
     from lemo.eval.perplexity import evaluate_loss
     from lemo.train.checkpoint import FinishedRunError
     from lemo.train.run import train as run_training
 
-    quieten()
     how = resume or ("if possible" if resume_if_possible else False)
     speaks = os.environ.get("RANK", "0") == "0"  # of several processes, the first
     try:

@@ -198,6 +198,8 @@ def changes(sizes: ModelSizes, setting: StepSetting, card: Card) -> list[Change]
         half = setting.tokens // 2
         tried.append((f"data.window_tokens: {half}", lambda: replace(setting, tokens=half)))
     found = [Change(text, make_estimate(sizes, make(), card)) for text, make in tried]
+    if not sizes.packed:
+        found.append(Change("model.load_in_4bit: true", make_estimate(replace(sizes, packed=True), setting, card)))
     found = [change for change in found if change.estimate.peak_bytes < 0.99 * now.peak_bytes]
     return sorted(found, key=lambda change: (not change.estimate.fits, change.estimate.time.total_s))
 

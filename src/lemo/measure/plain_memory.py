@@ -63,6 +63,13 @@ class PlainLayerMemory:
             return 0.0
         return low + (len(used) * self.adapter_copy * width if self.adapter_copy else self.e * width)
 
+    def _dora_bytes(self, n: int, ranks: tuple[int, ...], outputs: tuple[int, ...]) -> float:
+        """Kept of the outputs of maps and of their adapters by DoRA, which scales both; one map may have them all."""
+        if not self.sizes.adapter.dora:
+            return 0.0
+        widths = outputs if len(ranks) > 1 else (sum(outputs),)
+        return 2 * n * self.e * sum(width for rank, width in zip(ranks, widths, strict=True) if rank)
+
     def attention_bytes(self) -> float:
         """Kept between the first norm and the residual."""
         sizes, rows, n = self.sizes, self.rows, self.n
@@ -81,6 +88,8 @@ class PlainLayerMemory:
             kept += 2 * n * sizes.shape.head_dim * self.e
         if rows.kv_all and rows.runs < rows.stream and not rows.exact:
             kept += self.norm_bytes(rows.stream - rows.runs, sizes.adapter.inputs)
+        kept += self._dora_bytes(n, sizes.adapter.inputs, (sizes.query, sizes.key, sizes.key))
+        kept += self._dora_bytes(n, (sizes.adapter.output,), (self.width,))
         return kept
 
     def mlp_bytes(self) -> float:
@@ -90,7 +99,9 @@ class PlainLayerMemory:
         if experts is None:
             kept = (3 if sizes.shape.gated else 1) * ffn * e
             down = self._read_by(ffn, (sizes.adapter.down,))
-            return self.n * (kept + down)
+            scaled = self._dora_bytes(self.n, sizes.adapter.gates, (ffn, ffn) if sizes.shape.gated else (ffn,))
+            scaled += self._dora_bytes(self.n, (sizes.adapter.down,), (self.width,))
+            return self.n * (kept + down) + scaled
         # For each of its experts: gate and up in one, the activation, the result before its weight, and what sorts
         # the copies. Products with frozen weights keep no input.
         each = (self.width + 3 * ffn) * e + 4 * INDEX

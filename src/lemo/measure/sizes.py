@@ -13,6 +13,9 @@ from lemo.families import find_family
 from lemo.families.family import Family, LayerNames
 from lemo.measure.flops import DecoderShape
 
+# Bytes of a number in 4 bits: itself, a scale of 8 bits for 64 numbers, and one in fp32 for 256 scales.
+PACKED_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+
 # Names of maps where no family file says: of the models that only the generic executor runs.
 _USUAL = LayerNames()
 
@@ -28,6 +31,7 @@ class AdapterSizes:
         down: of the map out of it.
         parameters: trainable numbers in all, modules that are trained whole included.
         element_bytes: of one of them.
+        dora: adapters scale the rows of the weights beside.
     """
 
     inputs: tuple[int, ...] = (0, 0, 0)
@@ -36,6 +40,7 @@ class AdapterSizes:
     down: int = 0
     parameters: int = 0
     element_bytes: int = 2
+    dora: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,9 +60,12 @@ class ModelSizes:
         parameters: numbers of the base model.
         adapter: what is trained.
         element_bytes: of a weight and of an activation.
+        linear: numbers of the linear maps but the one before the logits.
+        largest: numbers of the largest of these.
+        packed: these maps are kept in 4 bits, and unpacked one at a time.
         wide_norm: the model's own norm computes in fp32 by steps, which autograd keeps (RMSNorm); else one fused op.
         head_norms: queries and keys are normed.
-        fused: the fused engine knows the family.
+        fused: the fused engine knows the family and the adapter.
         defers_norm: the norm before the head may be left to the rows that carry loss.
         rope: positions are rotations.
         experts: a mixture of experts, or None.
@@ -69,6 +77,9 @@ class ModelSizes:
     parameters: int
     adapter: AdapterSizes
     element_bytes: int = 2
+    linear: int = 0
+    largest: int = 0
+    packed: bool = False
     wide_norm: bool = True
     head_norms: bool = False
     fused: bool = True
@@ -77,6 +88,13 @@ class ModelSizes:
     experts: Experts | None = None
     softcap: bool = False
     extra: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def weight_bytes(self) -> float:
+        """Of the base model; in 4 bits with one map unpacked."""
+        if not self.packed:
+            return self.parameters * self.element_bytes
+        return (self.parameters - self.linear + self.largest) * self.element_bytes + self.linear * PACKED_BYTES
 
     @property
     def query(self) -> int:
@@ -105,6 +123,8 @@ def read_sizes(
     modules_to_save: Sequence[str] = (),
     dtype: torch.dtype = torch.bfloat16,
     adapter_dtype: torch.dtype | None = None,
+    load_in_4bit: bool = False,
+    use_dora: bool = False,
 ) -> ModelSizes:
     """Sizes of a model with a LoRA adapter around it.
 
@@ -115,6 +135,8 @@ def read_sizes(
         modules_to_save: ends of names of modules that are trained whole.
         dtype: of the base model.
         adapter_dtype: of the adapter; the base's when None.
+        load_in_4bit: linear maps but the one before the logits are kept in 4 bits.
+        use_dora: the adapter is DoRA, which the fused engine does not run.
 
     Adapters on experts that share one weight are not counted; PEFT's own count has them.
 
@@ -128,9 +150,12 @@ def read_sizes(
     linear = {n: m for n, m in model.named_modules() if _is_linear(m) and m is not head}
     chosen = {n: m for n, m in linear.items() if tuple(targets) == ("all-linear",) or _ends_in(n, targets)}
     trained = sum(rank * sum(m.weight.shape) for m in chosen.values())
+    if use_dora:
+        trained += sum(m.weight.shape[0 if isinstance(m, nn.Linear) else 1] for m in chosen.values())
     saved = [m for n, m in model.named_modules() if n.endswith(tuple(modules_to_save))] if modules_to_save else []
     trained += sum(p.numel() for m in saved for p in m.parameters())
 
+    numbers = [m.weight.numel() for m in linear.values()]
     known = any(_ends_in(n, (*names.inputs, names.output, *names.gates, names.down)) for n in linear)
 
     def ranks(*parts: str) -> tuple[int, ...]:
@@ -149,11 +174,15 @@ def read_sizes(
             down=ranks(names.down)[0],
             parameters=trained,
             element_bytes=(adapter_dtype or dtype).itemsize,
+            dora=use_dora,
         ),
         element_bytes=dtype.itemsize,
+        linear=sum(numbers),
+        largest=max(numbers, default=0),
+        packed=load_in_4bit,
         wide_norm=not any(isinstance(m, nn.LayerNorm | nn.RMSNorm) for m in modules.values()),
         head_norms=_norms_heads(family, modules),
-        fused=family is not None and family.names is not None,
+        fused=family is not None and family.names is not None and not use_dora,
         defers_norm=family is not None and family.names is not None and family.names.final_norm is not None,
         rope=any("rotary" in n for n in modules),
         experts=experts,

@@ -284,7 +284,7 @@ class _Step:
         ledger, sizes, setting = self.ledger, self.sizes, self.setting
         ledger.moment = "between steps"
         ledger.add("libraries", self.constants.fixed_bytes)
-        ledger.add("weights", sizes.parameters * self.e)
+        ledger.add("weights", sizes.weight_bytes)
         # Weights and gradients; two moments, and beside weights of 16 bits a copy, in fp32 or wider.
         bytes_each, wide = sizes.adapter.element_bytes, max(WIDE, sizes.adapter.element_bytes)
         each = 2 * bytes_each + (2 if bytes_each == wide else 3) * wide

@@ -41,6 +41,11 @@ class StepTime:
         """All of it. Starting work hides behind work that takes longer."""
         return max(self.products_s + self.attention_s + self.memory_s, self.launch_s)
 
+    @property
+    def waits(self) -> bool:
+        """Whether the device waits for work to be started."""
+        return self.launch_s > self.products_s + self.attention_s + self.memory_s
+
 
 def step_time(sizes: ModelSizes, setting: StepSetting, card: Card) -> StepTime:
     """Time of one step.
@@ -61,6 +66,27 @@ def step_time(sizes: ModelSizes, setting: StepSetting, card: Card) -> StepTime:
     again = 1.3 if setting.recompute == "layer" else 1.0
     launch = card.launch_s * sizes.shape.layers * again * (1.0 if setting.engine != "generic" else 1.6)
     return StepTime(products, attention, memory, launch)
+
+
+def forward_time(sizes: ModelSizes, tokens: int, card: Card) -> float:
+    """Seconds of a dense forward of one sequence, with the logits of all its rows in segments, as evaluation has it.
+
+    Args:
+        sizes: of model and adapter.
+        tokens: length of the sequence.
+        card: where it runs.
+    """
+    shape, work = sizes.shape, LayerWork()
+    pairs = forward_attention_flops(shape, tokens, work)
+    linear = layer_flops(shape, tokens, work).forward - pairs
+    if sizes.experts is not None:
+        linear *= 1.0 + _experts_over_one(sizes)
+    passes = ROW_PASSES["plain"]
+    numbers = tokens * (passes[0] * shape.width + passes[1] * shape.ffn) / 2  # of both directions, one
+    layer = linear / card.matmul + pairs / card.attention_forward + numbers * sizes.element_bytes / card.bandwidth
+    logits = 2 * tokens * shape.vocabulary * sizes.element_bytes / card.bandwidth
+    head = head_flops(shape, tokens).forward / card.matmul + logits
+    return max(shape.layers * layer + head, card.launch_s * shape.layers / 2)
 
 
 def _layer(sizes: ModelSizes, setting: StepSetting, rows: LayerRows, card: Card) -> tuple[float, float, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html as markup
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from lemo.eval.keep_map import KeepMap
 from lemo.report import charts, html
@@ -60,16 +61,16 @@ def keep_page(
         link = f"t{number}b"
         chart = charts.heat_map(text.name, text.found.kept_LK, text.found.supervised_K, link=link)
         columns.append(f"<section>{chart}<div class='text'>{''.join(_blocks(text, link))}</div></section>")
-    rows = [
-        [
-            str(layer),
+    said = {
+        layer: (
             span(places[layer]) or "–",
             "  ".join(f"{token!r} ({count})" for token, count in tokens[layer]) or "–",
-        ]
+        )
         for layer in range(len(places))
         if any(min(text.found.kept_LK[layer]) < 1 for text in texts)
-    ]
-    head = ["layer", "blocks, by place in their document", "tokens (times seen)"]
+    }
+    rows = [[span(layers), *said[layers[0]]] for layers in (list(same) for _, same in groupby(said, key=said.get))]
+    head = ["layers", "blocks, by place in their document", "tokens (times seen)"]
     return html.page(
         "Which blocks run",
         [

@@ -55,6 +55,11 @@ def dated(date: datetime.date) -> Iterator[None]:
         _date = before
 
 
+def has_template(tokenizer: Any) -> bool:
+    """Whether a tokenizer has a chat template."""
+    return getattr(tokenizer, "chat_template", None) is not None
+
+
 def render_chat(tokenizer: Any, messages: Messages, place: str, tools: Sequence[dict[str, Any]] = ()) -> Conversation:
     """Tokens of a conversation; learned are the assistant's messages with what ends each turn.
 
@@ -74,7 +79,7 @@ def render_chat(tokenizer: Any, messages: Messages, place: str, tools: Sequence[
         DataError: no template or assistant message, a template that refuses the conversation, leaves tools out or
             rewrites earlier messages, or learned tokens that do not decode to exactly the assistant's text.
     """
-    if getattr(tokenizer, "chat_template", None) is None:
+    if not has_template(tokenizer):
         raise DataError(f"{place}: is a conversation, and the model's tokenizer has no chat template")
     if not any(map(_is_learned, messages)):
         zero = any(message["role"] == "assistant" for message in messages)
@@ -214,6 +219,10 @@ class _Template:
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise DataError(f"{self.place}: the chat template refuses the conversation ({reason[0]})") from error
 
+    def ends_turn(self, text: str) -> bool:
+        """Whether a text, if any, ends turns: a special token, or what the template writes literally."""
+        return text in self.source or text in (*self.tokenizer.all_special_tokens, *self.tokenizer.get_added_vocab())
+
     def check_tools(self, messages: Messages) -> None:
         """Raises DataError when the template does not write the tools into the conversation."""
         if self.apply(messages, tokenize=False) == replace(self, tools=None).apply(messages, tokenize=False):
@@ -281,7 +290,8 @@ def _span(template: _Template, messages: Messages, index: int, whole: str, least
     said = messages[index]["content"].strip()
     before = template.apply(messages[:index], tokenize=False, add_generation_prompt=True)
     after = template.apply(messages[: index + 1], tokenize=False).rstrip()
-    if not after.removeprefix(before).lstrip().startswith(said):
+    rest = after.removeprefix(before).lstrip()
+    if not rest.startswith(said) or not template.ends_turn(rest.removeprefix(said).strip()):
         # A reasoning model's template writes an empty thought here, as it prompts a model that is not to think.
         quiet = template.apply(messages[:index], tokenize=False, add_generation_prompt=True, enable_thinking=False)
         if after.startswith(quiet) and after.removeprefix(quiet).lstrip().startswith(said):
@@ -361,19 +371,17 @@ def _verify(template: _Template, tokens: list[int], learned: list[bool], message
     Raises:
         DataError: learned tokens are not exactly the assistant's text and, behind each message, what ends the turn.
     """
-    tokenizer, place, source = template.tokenizer, template.place, template.source
+    tokenizer, place = template.tokenizer, template.place
     answers = [message for message in messages if message["role"] == "assistant"]
     runs = [list(run) for flag, run in itertools.groupby(range(len(tokens)), key=learned.__getitem__) if flag]
     if len(runs) != len(answers):
         raise DataError(f"{place}: the chat template marks {len(runs)} answers of {len(answers)}")
-    known = {token for token in (*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()) if token}
     kept, ends = list(learned), True
     for number, (run, answer) in enumerate(zip(runs, answers, strict=True), start=1):
         text = tokenizer.decode([tokens[i] for i in run], clean_up_tokenization_spaces=False).lstrip()
         said = answer["content"].strip()
         marker = text.removeprefix(said).strip()
-        # What ends a turn is a special token, or text that the template writes literally.
-        if not text.startswith(said) or not (marker == "" or marker in known or marker in source):
+        if not text.startswith(said) or not template.ends_turn(marker):
             raise DataError(
                 f"{place}: the tokens that would be learned as answer {number} read {_shortened(text)}, not "
                 f"{_shortened(said)}"

@@ -21,23 +21,16 @@ import torch
 from transformers import TrainerCallback
 
 import lemo
-from lemo.config import RunConfig, resolved
+from lemo.config import RunConfig
 from lemo.errors import ConfigError
 from lemo.measure.record import config_hash
 from lemo.train.callback import COUNTS, state_file
 from lemo.train.chat import chat_date
 from lemo.train.files import LOCK_FILE, faults, replace_text
+from lemo.train.identity import run_settings, why_another
 
 RUN_FILE, SAVE_FILE = "run.json", "save-now"
 ONCE_S = 1.0
-# Those did not store their settings, and their hash was of more keys.
-_EARLIER = ": its recipe differs, or an earlier version of lemo began it"
-
-# Keys of training that do not change what is trained: how often one looks and saves, and what a step keeps in memory.
-_FREE = (
-    *("logging_steps", "eval_steps", "save_steps", "save_total_limit", "report_to"),
-    *("gradient_checkpointing", "segment_rows", "engine", "recompute", "offload"),
-)
 Resume = bool | Literal["if possible"]
 
 
@@ -80,7 +73,7 @@ class RunFolder:
         """
         if not run.output:
             raise ConfigError("output is empty: name the folder that receives the run")
-        settings = _settings(run)
+        settings = run_settings(run)
         folder = cls(Path(run.output), config_hash(settings), settings)
         if folder.path.exists() and not folder.path.is_dir():
             raise ConfigError(f"output: {folder.path} is a file")
@@ -130,9 +123,10 @@ class RunFolder:
 
     def _check_identity(self) -> None:
         started = self._started()
-        if started["config_hash"] != self.identity:
-            stored = started.get("settings")
-            differ = _EARLIER if stored is None else _differences(stored, self.settings)
+        if started["config_hash"] == self.identity:
+            return
+        differ = why_another(started.get("settings"), self.settings)
+        if differ is not None:
             raise ConfigError(f"output: {self.path} belongs to another run{differ}; name another folder")
 
     def begin(self, recipe: str, processes: int = 1, data: Mapping[str, Any] | None = None) -> list[str]:
@@ -248,11 +242,6 @@ class RunFolder:
         return self.path / "summary.json"
 
 
-def run_identity(run: RunConfig) -> str:
-    """Hash of everything that changes what is trained: not the output folder, logging, saving or memory."""
-    return config_hash(_settings(run))
-
-
 def data_fingerprint(windows: Sequence[Any]) -> dict[str, Any]:
     """Number of windows and tokens, and a hash of ids, tokens and what is learned of them."""
     digest = hashlib.blake2b(digest_size=16)
@@ -263,25 +252,6 @@ def data_fingerprint(windows: Sequence[Any]) -> dict[str, Any]:
             digest.update(np.packbits(window.learned_T).data)
     tokens = sum(len(window.tokens_T) for window in windows)
     return {"windows": len(windows), "tokens": tokens, "hash": digest.hexdigest()}
-
-
-def _settings(run: RunConfig) -> dict[str, Any]:
-    """The keys that change what is trained."""
-    values = resolved(run)
-    del values["output"]
-    for key in _FREE:
-        del values["training"][key]
-    return values
-
-
-def _differences(stored: Mapping[str, Any], now: Mapping[str, Any], most: int = 6) -> str:
-    """The keys of two settings that differ, with both values."""
-    flat = [{f"{a}.{b}": value for a, part in each.items() for b, value in part.items()} for each in (stored, now)]
-    texts = [{key: json.dumps(value) for key, value in each.items()} for each in flat]
-    differ = [key for key in dict.fromkeys([*texts[0], *texts[1]]) if texts[0].get(key) != texts[1].get(key)]
-    said = [f"{key} is {texts[0].get(key, 'not set')} there and {texts[1].get(key, 'not set')} here" for key in differ]
-    more = f", and {len(said) - most} keys more" if len(said) > most else ""
-    return f": {', '.join(said[:most])}{more}"
 
 
 def _missing(checkpoint: Path, processes: int) -> list[str]:

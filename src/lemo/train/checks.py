@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lemo.config import LossRowsConfig, RunConfig
+from lemo.config import LoraConfig, LossRowsConfig, RunConfig
 from lemo.core.plan import check_context_window, check_far_share
 from lemo.errors import ConfigError
 from lemo.runtime.attach import Handle
@@ -43,8 +43,7 @@ def check_run(run: RunConfig) -> None:
         raise ConfigError(f"training.max_steps must be positive, or -1 for epochs, got {run.training.max_steps}")
     if run.training.offload and run.training.engine == "generic":
         raise ConfigError("training.offload moves what the fused engine saves; training.engine is generic")
-    if not run.lora.targets:
-        raise ConfigError("lora.targets is empty: name modules, or all-linear")
+    _check_lora(run)
     if run.model.context_length is not None and run.data.window_tokens > run.model.context_length:
         raise ConfigError(
             f"data.window_tokens ({run.data.window_tokens}) exceeds model.context_length ({run.model.context_length})"
@@ -81,6 +80,29 @@ def check_dropout(run: RunConfig, model: Any, handle: Handle) -> None:
             f"lora.dropout is {run.lora.dropout}, but {len(generic)} layers run in the generic engine, which draws "
             "another mask for a row's second run: set lora.dropout to 0, training.engine to fused, or "
             "sparsity.enabled to false"
+        )
+
+
+def _check_lora(run: RunConfig) -> None:
+    """What a new adapter needs, and what DoRA and a saved adapter cannot be had with."""
+    lora, sparsity = run.lora, run.sparsity
+    if not lora.targets and lora.adapter is None:
+        raise ConfigError("lora.targets is empty: name modules, or all-linear")
+    if lora.adapter is not None and lora.init_lora_weights != LoraConfig.init_lora_weights:
+        raise ConfigError("lora.init_lora_weights is of a new adapter, but lora.adapter names one to go on from")
+    if lora.adapter == "":
+        raise ConfigError("lora.adapter is empty: name the folder of an adapter, or null for a new one")
+    if not lora.use_dora:
+        return
+    if run.training.engine == "fused":
+        raise ConfigError("lora.use_dora runs in the generic engine alone: set training.engine to auto or generic")
+    if run.training.offload:
+        raise ConfigError("training.offload moves what the fused engine saves; lora.use_dora runs in the generic one")
+    exact = sparsity.enabled and sparsity.plan is None and sparsity.backward_ratio < sparsity.forward_ratio
+    if lora.dropout > 0 and exact:
+        raise ConfigError(
+            f"lora.dropout is {lora.dropout}, but with lora.use_dora rows that run a second time would be dropped by "
+            "another mask: set lora.dropout to 0, or sparsity.enabled to false"
         )
 
 

@@ -8,12 +8,13 @@ from typing import Any, Literal
 from lemo.config import DataConfig
 from lemo.errors import ConfigError
 from lemo.train.collate import WindowCollator, WindowDataset
+from lemo.train.data_report import DataReport
 from lemo.train.documents import Document
 from lemo.train.hold_out import split_documents
 from lemo.train.loss_rows import LossRows
 from lemo.train.prompt_rows import PromptRows
 from lemo.train.sources import describe_unread, read_documents, write_npz
-from lemo.train.windows import DataReport, Window, WindowCutter, spread
+from lemo.train.windows import Window, WindowCutter, spread
 
 __all__ = [
     "DataReport",

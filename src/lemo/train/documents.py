@@ -1,4 +1,4 @@
-"""Documents, and how a row becomes one: text, text with questions, a conversation, or a prompt with its completion."""
+"""Documents, and how a row becomes one: text, text with questions, a conversation, or a prompt with its answer."""
 
 from __future__ import annotations
 
@@ -10,6 +10,15 @@ from typing import Any
 import numpy as np
 
 from lemo.errors import DataError
+from lemo.train.foreign_rows import (
+    CONVERSATIONS,
+    INSTRUCTION,
+    OUTPUT,
+    SYSTEM,
+    has_speakers,
+    read_instruction,
+    read_speakers,
+)
 
 PROMPT, COMPLETION, TOOLS = "prompt", "completion", "tools"
 
@@ -43,7 +52,8 @@ class Document:
         messages: a conversation, each message with `role` and `content`; empty for other rows. A message of `weight` 0
             is not learned.
         tools: descriptions of the tools that a conversation may use, for the chat template.
-        completion: what is learned behind `text`, which is the prompt; empty for other rows.
+        completion: what is learned behind `text`, which is the prompt; empty for other rows. An instruction with its
+            output has `messages` besides: it is a conversation where there is a chat template.
     """
 
     name: str
@@ -60,23 +70,34 @@ class Document:
         """Whether it is one sample as it stands: it has questions or a completion, or is a conversation."""
         return bool(self.turns or self.messages or self.completion)
 
+    @property
+    def form(self) -> str:
+        """What a row without text of its own is, in words."""
+        if self.messages:
+            return "an instruction with its output" if self.completion else "a conversation"
+        return "a prompt with its completion" if self.completion else "text"
+
 
 def make_document(values: dict[str, Any], fields: FieldNames, *, name: str, place: str) -> Document:
     """A document from the values of a row.
 
-    A conversation comes before text, and text before `prompt` with `completion`, where a row has several.
+    Where a row has several, a conversation comes first, that of `fields` before `conversations`; then text, `prompt`
+    with `completion`, and `instruction` with `output`.
 
     Raises:
         DataError: the row has none of them, or one that cannot be used.
     """
-    if values.get(fields.messages) is not None:
-        messages = _messages(values[fields.messages], fields.messages, place)
+    chat = _conversation_field(values, fields)
+    if chat is not None:
+        messages = _messages(values[chat], chat, place, system=values.get(SYSTEM))
         document = Document(name, place, messages=messages, tools=_tools(values.get(TOOLS), place))
     elif fields.text in values:
         text = _text(values, fields.text, place)
         document = Document(name, place, text=text, turns=_turns(values.get("qas"), place))
     elif PROMPT in values and COMPLETION in values:
         document = _completed(values, name, place)
+    elif INSTRUCTION in values and OUTPUT in values:
+        document = _instructed(values, name, place)
     else:
         known = ", ".join(sorted(map(str, values))) or "none"
         raise DataError(f"{place}: has no field {fields.text!r} (fields: {known}); data.text_field names it")
@@ -119,10 +140,32 @@ def _completed(values: dict[str, Any], name: str, place: str) -> Document:
     return Document(name, place, messages=messages, tools=_tools(values.get(TOOLS), place))
 
 
-def _messages(messages: Any, field: str, place: str) -> tuple[dict[str, Any], ...]:
-    """The messages of a conversation, checked."""
+def _conversation_field(values: dict[str, Any], fields: FieldNames) -> str | None:
+    """The key that holds a row's conversation; None where there is none."""
+    if values.get(fields.messages) is not None:
+        return fields.messages
+    return CONVERSATIONS if isinstance(values.get(CONVERSATIONS), list) else None
+
+
+def _instructed(values: dict[str, Any], name: str, place: str) -> Document:
+    """An instruction with its output: a conversation, or for models without a chat template a prompt."""
+    if values.get(TOOLS):
+        raise DataError(f"{place}: field {TOOLS!r} needs a conversation, and {INSTRUCTION!r} is text")
+    for field in (INSTRUCTION, OUTPUT):
+        _text(values, field, place)
+    prompt, messages = read_instruction(values, place)
+    return Document(name, place, text=prompt, completion=values[OUTPUT], messages=tuple(messages))
+
+
+def _messages(messages: Any, field: str, place: str, system: Any = None) -> tuple[dict[str, Any], ...]:
+    """The messages of a conversation, checked; `system` is a prompt beside those that have `from` and `value`.
+
+    A list of calls that holds none is left out: templates ask whether there is one.
+    """
     if not isinstance(messages, list) or not messages:
         raise DataError(f"{place}: field {field!r} must be a list of messages")
+    if has_speakers(messages):
+        messages = read_speakers(messages, system, field, place)
     for number, message in enumerate(messages, start=1):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise DataError(f"{place}: message {number} of {field!r} has no role")
@@ -136,7 +179,7 @@ def _messages(messages: Any, field: str, place: str) -> tuple[dict[str, Any], ..
                 f"{place}: message {number} of {field!r} has weight {message['weight']!r}; an answer is learned (1, or "
                 "no weight) or not (0)"
             )
-    return tuple(messages)
+    return tuple({k: v for k, v in message.items() if v or k != "tool_calls"} for message in messages)
 
 
 def _tools(tools: Any, place: str) -> tuple[dict[str, Any], ...]:

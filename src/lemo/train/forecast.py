@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,17 +19,20 @@ from lemo.measure.card import Card
 from lemo.measure.estimate import gain
 from lemo.measure.memory import track_peak
 from lemo.measure.profile import StepTimer
-from lemo.measure.sizes import ModelSizes, meta_model, read_sizes
+from lemo.measure.sizes import ModelSizes
 from lemo.measure.step_memory import StepSetting
 from lemo.measure.step_time import step_time
 from lemo.runtime.batch import LOCAL_ROWS
 from lemo.train.collate import IGNORE
 from lemo.train.data import load_windows
-from lemo.train.lora import add_adapter, check_targets, trainable_parameters
+from lemo.train.four_bits import check_installed, pack_linear
+from lemo.train.lora import adapter_like, check_targets
 from lemo.train.master import MasterWeights
 from lemo.train.model import extend_context, load_settings, resolve_path
 from lemo.train.planning import prompt_rows_are_local
 from lemo.train.rehearsal import SHAPES, check_causal, random_batch, random_model, random_plan, shape_config
+from lemo.train.run_sizes import run_sizes
+from lemo.train.start_adapter import describe_start
 
 ANSWER_SHARE = 0.1  # of rows, where only answers carry loss and nobody has looked at the data
 GAINS = 1.05  # a step gains when it is so many times as fast
@@ -78,22 +82,13 @@ def forecast(run: RunConfig) -> Forecast:
         ConfigError: the model's configuration cannot be read, or the recipe's numbers make no step.
     """
     settings = model_settings(run)
-    lora, notes = run.lora, []
-    sizes = read_sizes(
-        settings,
-        rank=lora.rank,
-        targets=lora.targets,
-        modules_to_save=lora.modules_to_save,
-        dtype=getattr(torch, run.model.dtype),
-    )
-    if sizes.experts is not None:
-        count = trainable_parameters(add_adapter(meta_model(settings), lora))
-        sizes = replace(sizes, adapter=replace(sizes.adapter, parameters=count))
-    if not sizes.adapter.parameters:
-        raise ConfigError(f"lora.targets: the model has no linear map named {', '.join(lora.targets)}")
+    sizes, notes = run_sizes(run, settings), []
     engine = _engine(run, sizes)
-    if engine == "generic":
+    if run.lora.use_dora:
+        notes.append("lora.use_dora: the generic engine runs, and the time of DoRA's own products is not counted")
+    elif engine == "generic":
         notes.append("the fused engine does not know this model; its own layers run on rows")
+    notes += describe_start(run.lora, run.model, resolve_path(run.model.path))
     plan = Plan.load(run.sparsity.plan) if run.sparsity.enabled and run.sparsity.plan is not None else None
     share, local = _loss_shares(run, plan)
     if run.data.answer_only:
@@ -195,6 +190,9 @@ class DataGain:
         supervised_share: of all rows.
         forced_share: of all blocks: those with loss, which never skip.
         short: share of windows that do not gain and have few blocks with loss: they are too short.
+        training_windows: of which an epoch consists, looked at or not.
+        mean_tokens: of a window.
+        mean_s: of the steps of single windows.
     """
 
     windows: int
@@ -205,6 +203,9 @@ class DataGain:
     supervised_share: float
     forced_share: float
     short: float
+    training_windows: int
+    mean_tokens: float
+    mean_s: float
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -220,7 +221,7 @@ def data_gain(run: RunConfig, found: Forecast, tokenizer: Any, card: Card) -> Da
         DataError: the data cannot be read.
     """
     vocabulary = found.sizes.shape.vocabulary
-    dataset, _ = load_windows(run.data, tokenizer, "train", vocabulary=vocabulary, limit=SAMPLED_WINDOWS)
+    dataset, report = load_windows(run.data, tokenizer, "train", vocabulary=vocabulary, limit=SAMPLED_WINDOWS)
     shares = [window_shares(dataset[i]["labels"], found.setting.block_size) for i in range(len(dataset))]
     # Rows of prompts are drawn among the blocks without answers, as long as there are any.
     prompts = [min(run.loss_rows.prompt_share, 1.0 - blocks) for _, _, blocks in shares]
@@ -255,6 +256,9 @@ def data_gain(run: RunConfig, found: Forecast, tokenizer: Any, card: Card) -> Da
         supervised_share=sum(t * (all_loss if drawn else r) for t, r, _ in shares) / tokens,
         forced_share=sum(t * f for (t, _, _), f in zip(shares, forced_shares, strict=True)) / tokens,
         short=sum(i and f < found.setting.backward_ratio for i, f in zip(idle, forced_shares, strict=True)) / len(idle),
+        training_windows=min(report.windows + report.unused_windows, run.data.max_windows or sys.maxsize),
+        mean_tokens=tokens / len(shares),
+        mean_s=sum(seconds) / len(seconds),
     )
 
 
@@ -301,7 +305,11 @@ def probe_step(run: RunConfig, found: Forecast, *, layers: int | None = None) ->
         text.num_hidden_layers = min(layers, text.num_hidden_layers)
     try:
         model = random_model(settings, dtype=getattr(torch, run.model.dtype), device=device)
-        check_targets(model, run.lora)
+        if found.sizes.packed:
+            check_installed()
+            pack_linear(model)
+        if run.lora.adapter is None:  # of one that is there `forecast` has found that it fits
+            check_targets(model, run.lora)
         plan = random_plan(
             settings,
             forward_ratio=setting.forward_ratio,
@@ -315,7 +323,7 @@ def probe_step(run: RunConfig, found: Forecast, *, layers: int | None = None) ->
             far_share=setting.far_share,
             local_forward=setting.local_forward,
         )
-        model = add_adapter(model, run.lora)
+        model = adapter_like(model, run.lora)
         if setting.engine != "fused" and setting.recompute == "layer":
             model.enable_input_require_grads()
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from lemo.config import LoraConfig
 from lemo.errors import ConfigError
+from lemo.train.four_bits import match_dtype
 from lemo.train.model import has_context
+from lemo.train.start_adapter import ALL_LINEAR, SETTINGS, adapter_folder, check_start
 
 CONTEXT_FILE = "context.json"
 # The name that it had; checkpoints have a file of that name which says something else.
@@ -18,9 +21,16 @@ _KEYS = {"context_length", "rope_scaling"}
 
 
 def check_targets(model: Any, config: LoraConfig) -> None:
-    """Raises ConfigError unless every target and module to save names a module of the model."""
+    """Raises ConfigError unless every target and module to save names a module of the model.
+
+    An adapter to go on from must have been made for such a model, in its context.
+    """
+    if config.adapter is not None:
+        check_context(model.config, adapter_folder(config))
+        check_start(model, config)
+        return
     dotted = [name for name, _ in model.named_modules() if name]
-    targets = () if config.targets == ("all-linear",) else config.targets
+    targets = () if config.targets == ALL_LINEAR else config.targets
     for key, wanted in (("lora.targets", targets), ("lora.modules_to_save", config.modules_to_save)):
         for target in wanted:
             if not any(name == target or name.endswith(f".{target}") for name in dotted):
@@ -28,20 +38,33 @@ def check_targets(model: Any, config: LoraConfig) -> None:
                 raise ConfigError(f"{key}: the model has no module {target!r}; it has {', '.join(known)}")
 
 
-def add_adapter(model: Any, config: LoraConfig) -> Any:
+def add_adapter(model: Any, config: LoraConfig, checkpoint: str | Path | None = None) -> Any:
     """Wraps a model with a trainable LoRA adapter; the base is frozen.
 
     The adapter has the dtype of the model. By default PEFT keeps adapters of a bf16 model in fp32; each LoRA linear
     then casts and saves an fp32 copy of its input, about a third of the activations of a dense run. Dense and sparse
     runs are compared with the same adapter dtype.
 
+    Args:
+        model: the base model.
+        config: a new adapter, or the saved one that training goes on from.
+        checkpoint: of a run that began with a saved adapter: it is loaded in the place of that one, which may be gone.
+
     Raises:
-        ConfigError: targets that the model does not have.
+        ConfigError: targets that the model does not have, or a saved adapter that does not fit it.
     """
+    if config.adapter is None:
+        return adapter_like(model, config)
+    folder = adapter_folder(config) if checkpoint is None else checkpoint
+    return _without_base(load_adapter(model, folder, trainable=True, dropout=config.dropout))
+
+
+def adapter_like(model: Any, config: LoraConfig) -> Any:
+    """As `add_adapter`, with fresh weights: a new adapter, or one of the saved one's shape, to be counted or timed."""
     import peft
 
-    targets: Any = "all-linear" if config.targets == ("all-linear",) else list(config.targets)
-    try:
+    targets: Any = "all-linear" if config.targets == ALL_LINEAR else list(config.targets)
+    if config.adapter is None:
         settings = peft.LoraConfig(
             task_type="CAUSAL_LM",
             r=config.rank,
@@ -49,13 +72,36 @@ def add_adapter(model: Any, config: LoraConfig) -> Any:
             lora_dropout=config.dropout,
             target_modules=targets,
             modules_to_save=list(config.modules_to_save) or None,
+            use_rslora=config.use_rslora,
+            use_dora=config.use_dora,
+            init_lora_weights=True if config.init_lora_weights == "default" else config.init_lora_weights,
         )
+    else:
+        settings = _saved_settings(adapter_folder(config), config.dropout)
+        settings.init_lora_weights = True
+    try:
         wrapped = peft.get_peft_model(model, settings, autocast_adapter_dtype=False)
     except ValueError as error:
-        raise ConfigError(f"lora.targets: {str(error).splitlines()[0]}") from error
-    # With a base named here, every checkpoint would look for its config.json on the hub; `save_adapter` names it.
+        key = "use_dora" if config.use_dora and "dora" in str(error).lower() else "targets"
+        raise ConfigError(f"lora.{key}: {str(error).splitlines()[0]}") from error
+    match_dtype(wrapped)
+    return _without_base(wrapped)
+
+
+def _without_base(wrapped: Any) -> Any:
+    """With a base named here, every checkpoint would look for its config.json on the hub; `save_adapter` names it."""
     wrapped.peft_config["default"].base_model_name_or_path = None
     return wrapped
+
+
+def _saved_settings(folder: str | Path, dropout: float | None) -> Any:
+    """What PEFT saved beside an adapter's weights, for one that is trained further."""
+    import peft
+
+    settings = peft.PeftConfig.from_pretrained(str(folder))
+    settings.task_type, settings.inference_mode = "CAUSAL_LM", False
+    settings.lora_dropout = settings.lora_dropout if dropout is None else dropout
+    return settings
 
 
 def save_adapter(model: Any, folder: str | Path, base_path: str) -> None:
@@ -125,26 +171,47 @@ def _is_context(found: Any) -> bool:
     return isinstance(found, dict) and not _KEYS.isdisjoint(found)
 
 
-def load_adapter(model: Any, folder: str | Path, *, trainable: bool = False) -> Any:
+def check_context(settings: Any, folder: str | Path) -> None:
+    """Raises ConfigError unless a model's configuration has the RoPE that an adapter was trained with."""
+    context = read_context(folder)
+    if context is not None and not has_context(settings, context):
+        raise ConfigError(
+            f"{folder}: the adapter was trained in another context than the model has; set model.context_length="
+            f"{context['context_length']} and model.rope_scaling={context['rope_scaling']}"
+        )
+
+
+def load_adapter(model: Any, folder: str | Path, *, trainable: bool = False, dropout: float | None = None) -> Any:
     """Wraps a model with a saved adapter.
+
+    Args:
+        model: the base model.
+        folder: of the adapter, in PEFT's format.
+        trainable: it will be trained further.
+        dropout: then in the place of the adapter's own; None keeps it.
 
     Raises:
         ConfigError: the folder holds no adapter, or one that does not fit, or was trained with another RoPE.
     """
     import peft
 
-    if not (Path(folder) / "adapter_config.json").is_file():
-        raise ConfigError(f"{folder} is no adapter: adapter_config.json is missing")
-    context = read_context(folder)
-    if context is not None and not has_context(model.config, context):
-        raise ConfigError(
-            f"{folder}: the adapter was trained in another context than the model has; set model.context_length="
-            f"{context['context_length']} and model.rope_scaling={context['rope_scaling']}"
-        )
+    if not (Path(folder) / SETTINGS).is_file():
+        raise ConfigError(f"{folder} is no adapter: {SETTINGS} is missing")
+    check_context(model.config, folder)
+    options = {"is_trainable": trainable, "autocast_adapter_dtype": False}
     try:
-        return peft.PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, autocast_adapter_dtype=False)
-    except (ValueError, RuntimeError, OSError) as error:
+        if trainable:
+            options["config"] = _saved_settings(folder, dropout)
+        with warnings.catch_warnings():
+            # PEFT only warns of factors that are not in the file; they would be those of a new adapter.
+            warnings.filterwarnings("error", message=".*missing adapter keys")
+            wrapped = peft.PeftModel.from_pretrained(model, str(folder), **options)
+    except KeyError as error:
+        raise ConfigError(f"{folder}: the adapter cannot be loaded (it has no {error})") from error
+    except (ValueError, RuntimeError, OSError, UserWarning) as error:
         raise ConfigError(f"{folder}: the adapter cannot be loaded ({str(error).splitlines()[0]})") from error
+    match_dtype(wrapped)
+    return wrapped
 
 
 def read_base_path(folder: str | Path) -> str | None:

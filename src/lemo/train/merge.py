@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lemo.config import ModelConfig, RunConfig
 from lemo.errors import ConfigError, DataError, MergeError
 from lemo.train.files import share_files
+from lemo.train.four_bits import is_packed, unpack_linear
 from lemo.train.lora import load_adapter, merge_layers, read_context, wrapped_names
 from lemo.train.model import has_context, load_model, load_settings, load_tokenizer, resolve_path
 
@@ -95,7 +96,12 @@ def merge_adapter(
     if output.exists():
         raise ConfigError(f"--out: {output} exists already")
     config, extended = with_context(config, adapter)
-    model = load_model(config, device=device)
+    if config.load_in_4bit:
+        extended.append("the adapter was trained over weights in 4 bits, and is merged into the whole ones")
+    model = load_model(replace(config, load_in_4bit=False), device=device)
+    if is_packed(model):
+        unpack_linear(model)
+        extended.append("the base model's weights, saved in 4 bits, are unpacked")
     names = set(dict(model.named_parameters()))
     if samples is None:
         samples = draw_samples(model.config.get_text_config())

@@ -13,6 +13,7 @@ import torch
 
 from lemo.config import ModelConfig
 from lemo.errors import ConfigError, first_line
+from lemo.train.four_bits import forget_quantisation, keep_numbers, loading_options
 
 PACKAGE = "package:"
 
@@ -102,8 +103,12 @@ def load_model(config: ModelConfig, *, window_tokens: int | None = None, device:
     path, options = _checked_path(config), _gguf(config)
     extend_context(settings, config)
     check_window(settings, window_tokens)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     if options:
         options |= _unpacked()
+    placed = loading_options(config, settings, device)
+    options |= placed
     options |= {"config": settings, "dtype": getattr(torch, config.dtype), "attn_implementation": config.attention}
     try:
         with _parsing_once(config):
@@ -119,9 +124,10 @@ def load_model(config: ModelConfig, *, window_tokens: int | None = None, device:
     model.config.use_cache = False
     if config.rope_scaling != "none":
         model.extended_context = describe_context(config, model.config)  # `save_adapter` writes it
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.to(device)
+    if not placed:
+        return model.to(device)
+    keep_numbers(model)
+    return model
 
 
 def extend_context(settings: Any, config: ModelConfig) -> None:
@@ -254,10 +260,4 @@ def _forget_quantisation(model: Any) -> None:
     """Removes what would make Trainer and PEFT treat an unpacked model as a quantised one."""
     if any(not parameter.is_floating_point() for parameter in model.parameters()):
         raise ConfigError("model.gguf_file: the weights could not be unpacked to floating point")
-    for name in ("hf_quantizer", "quantization_method"):
-        if getattr(model, name, None) is not None:
-            setattr(model, name, None)
-    if "is_quantized" in model.__dict__:
-        model.is_quantized = False
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
+    forget_quantisation(model)

@@ -38,6 +38,7 @@ from lemo.train.planning import (
 )
 from lemo.train.refit import refitting
 from lemo.train.sources import list_sources, needs_tokenizer
+from lemo.train.start_adapter import KEYS, describe_start, settle
 from lemo.train.trainer import LemoTrainer
 
 # evaluate(model, batches, *, handle, sparse) -> an object with `nats` and `to_dict()`; `lemo.eval.perplexity` has one.
@@ -102,6 +103,8 @@ def train(
     processes = Processes.start()
     with processes.together():
         folder = processes.from_main(lambda: _open_folder(run, resume, processes.count))
+        if folder is not None and folder.resume_from is None:
+            settle(run.lora, KEYS)  # what the recipe goes on from may have changed since it was read
         if not run.data.train:
             raise ConfigError("data.train is empty: name at least one file or folder")
         # A missing file is found before minutes go into loading.
@@ -182,7 +185,7 @@ class _Session:
         if checkpoint is not None and is_trained(self.run, checkpoint):
             self._say(f"{checkpoint.name} is the end of training; nothing is left but to save the adapter")
             return trainer.take_up(checkpoint)
-        return trainer.train(resume_from_checkpoint=_text(checkpoint)).global_step
+        return trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).global_step
 
     def _save(self, model: Any) -> None:
         """Saves the adapter, the whole of it or nothing."""
@@ -215,7 +218,8 @@ class _Session:
             load_tokenizer(run.model) if needs_tokenizer([*run.data.train, *run.data.validation_sources]) else None
         )
         model = load_model(run.model, window_tokens=run.data.window_tokens, device=self.processes.device)
-        check_targets(model, run.lora)
+        if self.folder.resume_from is None:
+            check_targets(model, run.lora)
         if run.sparsity.enabled and run.sparsity.plan is None:
             skeleton_plan(model, run)
         vocabulary = model.config.get_text_config().vocab_size
@@ -227,9 +231,10 @@ class _Session:
             self._say_data("validation data", report)
         for note in self.processes.from_main(lambda: self._begin(recipe, stack)):
             self._say(note)
+        goes_on = run.lora.adapter is not None  # a plan is fitted to the model that training begins with
+        model = self._adapted(model) if goes_on else model
         plan = self._plan(model)
-        model = add_adapter(model, run.lora)
-        self._say(f"adapter: {trainable_parameters(model):,} trainable parameters")
+        model = model if goes_on else self._adapted(model)
         names = ("loss", "segment_rows", "engine", "recompute", "offload")
         options = {name: getattr(run.training, name) for name in names}
         handle = stack.enter_context(attach(model, plan, **options))
@@ -238,6 +243,16 @@ class _Session:
         trainer = self._trainer(model, handle)
         self._before(model, handle)
         return model, handle, trainer
+
+    def _adapted(self, model: Any) -> Any:
+        """The model with its adapter: a new one, the one to go on from, or after a stop that of the checkpoint."""
+        lora, checkpoint = self.run.lora, self.folder.resume_from
+        model = add_adapter(model, lora, checkpoint)
+        begins = f", going on from {checkpoint or lora.adapter}" if lora.adapter is not None else ""
+        self._say(f"adapter: {trainable_parameters(model):,} trainable parameters{begins}")
+        for line in [] if checkpoint else describe_start(lora, self.run.model, resolve_path(self.run.model.path)):
+            self._say(f"  {line}")
+        return model
 
     def _begin(self, recipe: str, stack: ExitStack) -> list[str]:
         """Marks the folder as this run's and locks it; what was found amiss there."""
@@ -369,10 +384,6 @@ class _Session:
         if title == "training data":
             lines.extend(describe_rows(self.run))
         self._say(f"{title}: " + "\n  ".join(lines))
-
-
-def _text(path: Path | None) -> str | None:
-    return None if path is None else str(path)
 
 
 def _console() -> Any:

@@ -9,12 +9,15 @@ from typing import Any, Literal
 
 from lemo.config import ModelConfig
 from lemo.errors import ConfigError, DataError
-from lemo.train.documents import COMPLETION, PROMPT, Document
+from lemo.train.chat import has_template
+from lemo.train.documents import COMPLETION, PROMPT, TOOLS, Document
+from lemo.train.foreign_rows import CONVERSATIONS, INPUT, INSTRUCTION, OUTPUT, SYSTEM, has_speakers
 from lemo.train.model import extend_context, find_gguf, load_settings
 from lemo.train.rehearsal import check_causal
 from lemo.train.sources import list_sources, read_documents, read_first_row
 from lemo.train.windows import WindowCutter
 
+KNOWN_CHATS = ("messages", CONVERSATIONS)  # keys of conversations that a recipe does not need to name
 _SAMPLED_DOCUMENTS, _SAMPLED_CHARACTERS = 24, 50_000
 # What is asked and what is answered, where rows keep them in fields of their own.
 _QUESTIONS = ("instruction", "question", "prompt", "query", "input")
@@ -147,9 +150,10 @@ def survey_data(paths: Sequence[str], tokenizer: Any, text_field: str | None = N
             keys of their own.
     """
     field, is_chat, unused = _find_field(paths, text_field)
-    names = {} if field is None else {"messages_field" if is_chat else "text_field": field}
+    known = field is None or (is_chat and field in KNOWN_CHATS)
+    names = {} if known else {"messages_field" if is_chat else "text_field": field}
     documents = list(read_documents(paths, **names))
-    kinds = {_kind(document) for document in documents}
+    kinds = {_kind(document, tokenizer) for document in documents}
     if len(kinds) > 1:
         if kinds <= {"text", "tokens"}:
             kinds = {"text"}
@@ -162,17 +166,22 @@ def survey_data(paths: Sequence[str], tokenizer: Any, text_field: str | None = N
         lengths = tuple(len(document.tokens_T) for document in documents)  # type: ignore[arg-type]
         return DataFacts(kind, None, lengths, max(lengths))
     sizes = [_characters(document) for document in documents]
-    ratio = _tokens_per_character(documents, tokenizer)
-    lengths = tuple(
-        len(d.tokens_T) if d.tokens_T is not None else max(2, round(size * ratio))
-        for d, size in zip(documents, sizes, strict=True)
-    )
     if kind == "text":
+        ratio = _tokens_per_character(documents, tokenizer)
+        lengths = tuple(
+            len(d.tokens_T) if d.tokens_T is not None else max(2, round(size * ratio))
+            for d, size in zip(documents, sizes, strict=True)
+        )
         return DataFacts(kind, field, lengths, max(lengths), unused=unused)
     # Code and numbers have more tokens a character than prose: the longest is not always the one of most characters.
     most = sorted(range(len(sizes)), key=sizes.__getitem__)[-COUNTED:]
     cutter = WindowCutter(tokenizer, 10**9, answer_only=True)
     counted = [cutter.cut([documents[place]]) for place in most]
+    # With what templates and questions add, which can be more than short samples say.
+    spread = range(0, len(documents), max(1, len(documents) // _SAMPLED_DOCUMENTS))
+    tokens = sum(len(cutter.cut([documents[place]])[0][0].tokens_T) for place in spread)
+    ratio = tokens / max(1, sum(sizes[place] for place in spread))
+    lengths = tuple(max(2, round(size * ratio)) for size in sizes)
     windows, report = max(counted, key=lambda found: len(found[0][0].tokens_T))
     return DataFacts(kind, field, lengths, len(windows[0].tokens_T), report.supervised_share, unused)
 
@@ -201,15 +210,19 @@ def _find_field(paths: Sequence[str], text_field: str | None) -> tuple[str | Non
             continue
         texts = [name for name, value in row.items() if isinstance(value, str) and value.strip()]
         completed = PROMPT in row and COMPLETION in row
-        for name in ("messages", *row):
+        for name in (*KNOWN_CHATS, *row):
             if _is_conversation(row.get(name)) and not (completed and name in (PROMPT, COMPLETION)):
                 if text_field is not None:
                     raise DataError(f"{path}, row 1: {name!r} is a conversation, so no text field is needed")
-                return name, True, tuple(texts)
+                read = (TOOLS, SYSTEM) if has_speakers(row[name]) else (TOOLS,)
+                return name, True, tuple(key for key in texts if key not in read)
         if text_field is not None:
             chosen = text_field
         elif completed and "text" not in row:
             return None, False, tuple(name for name in texts if name not in (PROMPT, COMPLETION))
+        elif INSTRUCTION in row and OUTPUT in row and "text" not in row:
+            read = (INSTRUCTION, INPUT, OUTPUT, SYSTEM)
+            return None, False, tuple(name for name in texts if name not in read)
         elif not texts:
             raise DataError(f"{path}, row 1: no field holds text or messages (fields: {', '.join(row) or 'none'})")
         elif "text" in texts:
@@ -238,11 +251,13 @@ def _refuse_pair(texts: Sequence[str], place: str) -> None:
 
 
 def _is_conversation(value: Any) -> bool:
+    if has_speakers(value):
+        return True
     return isinstance(value, list) and bool(value) and all(isinstance(m, dict) and "role" in m for m in value)
 
 
-def _kind(document: Document) -> Literal["text", "qas", "messages", "completion", "tokens"]:
-    if document.messages:
+def _kind(document: Document, tokenizer: Any) -> Literal["text", "qas", "messages", "completion", "tokens"]:
+    if document.messages and (has_template(tokenizer) or not document.completion):
         return "messages"
     if document.turns:
         return "qas"
@@ -253,8 +268,10 @@ def _kind(document: Document) -> Literal["text", "qas", "messages", "completion"
 
 def _texts(document: Document) -> list[str]:
     """All text of a document."""
+    if document.messages:
+        return [message["content"] for message in document.messages]
     turns = [part for turn in document.turns for part in (turn.question, turn.answer)]
-    return [document.text or "", document.completion, *turns, *(message["content"] for message in document.messages)]
+    return [document.text or "", document.completion, *turns]
 
 
 def _characters(document: Document) -> int:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
 from lemo.errors import DataError
-from lemo.train.chat import fit_messages, render_chat, render_completion
+from lemo.train.chat import fit_messages, has_template, render_chat, render_completion
+from lemo.train.data_report import DataReport
 from lemo.train.documents import Document
 
 _NO_END = "the chat template marks no end of turn as the assistant's, so the model does not learn when to stop"
+_NO_TEMPLATE = (
+    "the tokenizer has no chat template, so each instruction, with a blank line behind it, is a prompt of plain text"
+)
 QUESTION = "\n\nQuestion: {question}\nAnswer:"
 
 
@@ -42,71 +46,6 @@ class Window:
         return int(learned_T.sum())
 
 
-@dataclass
-class DataReport:
-    """What was read, what became of it, and what was lost; nothing is dropped without standing here.
-
-    Attributes:
-        documents: documents read.
-        tokens: tokens in them.
-        windows: samples that remain.
-        window_tokens: longest sample allowed.
-        kept_tokens: tokens in the samples that remain.
-        lost_tokens: tokens in no sample, by reason.
-        unused_windows: samples beyond the limit that was asked for.
-        unused_tokens: tokens in them.
-        packed_windows: samples that hold more than one document.
-        truncated: samples whose document or last turns were cut.
-        dropped: samples left out because they were longer than the window.
-        supervised_rows: rows that carry loss before any loss-row draw.
-        notes: further facts, one line each.
-    """
-
-    window_tokens: int
-    documents: int = 0
-    tokens: int = 0
-    windows: int = 0
-    kept_tokens: int = 0
-    lost_tokens: dict[str, int] = field(default_factory=dict)
-    unused_windows: int = 0
-    unused_tokens: int = 0
-    packed_windows: int = 0
-    truncated: int = 0
-    dropped: int = 0
-    supervised_rows: int = 0
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def supervised_share(self) -> float:
-        """Share of the kept rows that carry loss."""
-        return self.supervised_rows / self.kept_tokens if self.kept_tokens else 0.0
-
-    def lose(self, reason: str, tokens: int) -> None:
-        """Counts lost tokens."""
-        if tokens:
-            self.lost_tokens[reason] = self.lost_tokens.get(reason, 0) + int(tokens)
-
-    def lines(self) -> list[str]:
-        """The report as lines of text."""
-        packed = f", {self.packed_windows:,} of them packed" if self.packed_windows else ""
-        lines = [
-            f"{self.documents:,} document{'s' if self.documents != 1 else ''}, {self.tokens:,} tokens",
-            f"{self.windows:,} windows of up to {self.window_tokens:,} tokens{packed}, {self.kept_tokens:,} tokens",
-            f"rows with loss: {self.supervised_share:.1%}",
-        ]
-        lost = sum(self.lost_tokens.values())
-        if lost:
-            reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.lost_tokens.items())
-            lines.append(f"lost tokens: {lost:,} ({lost / self.tokens:.1%}): {reasons}")
-        if self.unused_windows:
-            lines.append(f"beyond the limit: {self.unused_windows:,} windows with {self.unused_tokens:,} tokens")
-        if self.truncated:
-            lines.append(f"samples truncated: {self.truncated:,}")
-        if self.dropped:
-            lines.append(f"samples dropped: {self.dropped:,}")
-        return lines + self.notes
-
-
 @dataclass(frozen=True)
 class WindowCutter:
     """Turns documents into windows.
@@ -116,7 +55,8 @@ class WindowCutter:
     is appended to every text document. A `qas` sample is the document followed by its questions and answers; only the
     answers and the end token behind each are learned. A conversation is written by the tokenizer's chat template; only
     the assistant's messages, and what ends each, are learned. Of a prompt with its completion, which are one text, the
-    completion and the end token are.
+    completion and the end token are. An instruction with its output is a conversation where there is a chat template,
+    and else such a text.
 
     Attributes:
         tokenizer: Transformers tokenizer; None when every document is pre-tokenised.
@@ -153,10 +93,8 @@ class WindowCutter:
                 if sample is not None:
                     (pieces if self.packing and len(sample.tokens_T) < self.window_tokens else windows).append(sample)
                 continue
-            if document.messages:
-                raise DataError(f"{document.place}: is a conversation: set data.answer_only=true")
-            if document.completion:
-                raise DataError(f"{document.place}: is a prompt with its completion: set data.answer_only=true")
+            if document.messages or document.completion:
+                raise DataError(f"{document.place}: is {document.form}: set data.answer_only=true")
             ignored_qas += bool(document.turns)
             self._cut_text(document, windows, pieces, report)
         if ignored_qas:
@@ -216,9 +154,11 @@ class WindowCutter:
 
     def _sample(self, document: Document, report: DataReport) -> Window | None:
         """The answer-only sample of a row; None when it was dropped."""
-        if document.messages:
+        if document.messages and (has_template(self._text_tokenizer()) or not document.completion):
             return self._conversation(document, report)
         if document.completion:
+            if document.messages and _NO_TEMPLATE not in report.notes:
+                report.notes.append(_NO_TEMPLATE)
             return self._completion(document, report)
         if not document.turns:
             raise DataError(
@@ -325,11 +265,17 @@ def pack(pieces: Sequence[Window], window_tokens: int) -> list[Window]:
 
     Every piece stays whole and is a document of its own in the packed window. Deterministic.
     """
-    order = sorted(range(len(pieces)), key=lambda i: (-len(pieces[i].tokens_T), i))
+    bins = share_windows([len(piece.tokens_T) for piece in pieces], window_tokens)
+    return [_join([pieces[i] for i in members]) for members in bins]
+
+
+def share_windows(lengths: Sequence[int], window_tokens: int) -> list[list[int]]:
+    """Which pieces share a window as `pack` puts them together, from their lengths alone."""
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     bins: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (free tokens, bin), ascending
     for index in order:
-        size = len(pieces[index].tokens_T)
+        size = lengths[index]
         place = bisect.bisect_left(room, (size, -1))
         if place == len(room):
             bins.append([index])
@@ -338,7 +284,7 @@ def pack(pieces: Sequence[Window], window_tokens: int) -> list[Window]:
         free, number = room.pop(place)
         bins[number].append(index)
         bisect.insort(room, (free - size, number))
-    return [_join([pieces[i] for i in members]) for members in bins]
+    return bins
 
 
 def _join(pieces: Sequence[Window]) -> Window:

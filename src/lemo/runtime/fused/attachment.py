@@ -102,7 +102,7 @@ class FusedEngine:
 
     def _ask(self, layers: list[nn.Module]) -> frozenset[int]:
         """Every layer by itself."""
-        found = set()
+        found, first = set(), dict[str, int]()
         for index, layer in enumerate(layers):
             state = layer.__dict__.get("_lemo_layer")
             if state is None:
@@ -113,7 +113,9 @@ class FusedEngine:
             elif self._engine == "fused":
                 raise UnsupportedModelError(f"engine 'fused' cannot run layer {index}: {reason}")
             else:
-                self._handle.note(f"layers run in the generic engine (first: layer {index}): {reason}")
+                first.setdefault(reason, index)
+        for reason, index in first.items():
+            self._handle.note(f"layers run in the generic engine (first: layer {index}): {reason}")
         if self._host is not None and len(found) < len(self._handle.plan.layers):
             self._handle.note(f"{len(self._handle.plan.layers) - len(found)} layers keep their inputs: {NO_OFFLOAD}")
         return frozenset(found)

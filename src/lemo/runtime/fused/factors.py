@@ -103,9 +103,9 @@ def _bind(groups: list[MapGroup]) -> list[MapGroup]:
     adapted = [[item for item in group.maps if item.a_RI is not None] for group in groups]
     if not groups:
         return []
-    weights = [group.maps[0].weight_OI for group in groups]
-    joint = _blank([(w, (sum(g.ranks), w.shape[1])) for g, w in zip(groups, weights, strict=True)])
-    seconds = _blank([(w, item.b_OR.shape) for w, items in zip(weights, adapted, strict=True) for item in items])
+    likes = [group.maps[0].like for group in groups]
+    joint = _blank([(x, (sum(g.ranks), g.maps[0].inputs)) for g, x in zip(groups, likes, strict=True)])
+    seconds = _blank([(x, item.b_OR.shape) for x, items in zip(likes, adapted, strict=True) for item in items])
     firsts: list[Tensor] = []
     for items, whole in zip(adapted, joint, strict=True):
         firsts += whole.split([item.a_RI.shape[0] for item in items]) if len(items) > 1 else [whole]

@@ -51,14 +51,14 @@ class JoinedMap:
             stream_NO: what it will be added to.
         """
         item, rank = group.maps[0], group.ranks[0]
-        if rank == 0 or group.keys or item.bias_O is not None or stream_NO.dtype != item.weight_OI.dtype:
+        if rank == 0 or group.keys or item.bias_O is not None or stream_NO.dtype != item.like.dtype:
             return None
-        second, inputs = group.seconds[0], item.weight_OI.shape[1]
+        second, inputs = group.seconds[0], item.inputs
         if not pays(len(stream_NO), inputs):
             return None
         assert second is not None
         rest = second.new_zeros(len(second), joined_width(inputs, rank) - inputs - rank)
-        return cls(group, torch.cat([item.weight_OI, second, rest], 1), inputs, rank)
+        return cls(group, torch.cat([item.weight(), second, rest], 1), inputs, rank)
 
     def room(self, rows: int) -> Tensor:
         """(rows, K) uninitialised; the first columns are for the input."""

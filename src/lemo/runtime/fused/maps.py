@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lemo.ops import LowRank, dropout_rows
+from lemo.runtime.fused.linear import LinearMap
 
 
 class Gradients:
@@ -67,29 +67,6 @@ NOTHING = Gradients(())
 """For a pass backward that is after the input's gradient alone."""
 
 
-@dataclass(frozen=True)
-class LinearMap:
-    """x·Wᵀ + b + s·(drop(x)·Aᵀ)·Bᵀ, and the places of its tensors among the layer's.
-
-    Attributes:
-        weight_OI: base weight (outputs, inputs).
-        bias_O: base bias, or None.
-        a_RI: first adapter factor, or None without adapter.
-        b_OR: second adapter factor.
-        scale: s.
-        dropout: probability that an element of the adapter's input is dropped.
-        places: of weight, bias, A and B among the layer's trainable tensors; None for one that is not there.
-    """
-
-    weight_OI: Tensor
-    bias_O: Tensor | None
-    a_RI: Tensor | None
-    b_OR: Tensor | None
-    scale: float
-    dropout: float
-    places: tuple[int | None, ...]
-
-
 class Part(NamedTuple):
     """One output of a group: which rows of which map make it.
 
@@ -118,7 +95,7 @@ class MapGroup:
     def __init__(self, maps: tuple[LinearMap, ...], parts: tuple[tuple[int, slice], ...]) -> None:
         """Args: maps: the linear maps; parts: map and outputs of each part."""
         self.maps = maps
-        whole = [slice(0, item.weight_OI.shape[0]) for item in maps]
+        whole = [slice(0, item.outputs) for item in maps]
         self.parts = tuple(Part(number, None if cut == whole[number] else cut) for number, cut in parts)
         self.ranks = tuple(0 if item.a_RI is None else item.a_RI.shape[0] for item in maps)
         self.starts = tuple(sum(self.ranks[:number]) for number in range(len(maps)))
@@ -179,8 +156,8 @@ class MapGroup:
     def _base(self, i: int) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of a part."""
         number, cut = self.parts[i]
-        weight, bias = self.maps[number].weight_OI, self.maps[number].bias_O
-        return (weight, bias) if cut is None else (weight[cut], None if bias is None else bias[cut])
+        weight, bias = self.maps[number].weight(cut), self.maps[number].bias_O
+        return weight, bias if cut is None or bias is None else bias[cut]
 
     def add(self, x_NI: Tensor, into_NO: Tensor, rows_N: Tensor | None, multiplier: float) -> Tensor:
         """The only part, times `multiplier`, added to `into_NO` in place.
@@ -197,8 +174,8 @@ class MapGroup:
         """
         item = self.maps[0]
         bare = item.a_RI is None and item.bias_O is None and multiplier == 1.0
-        if bare and into_NO.dtype == item.weight_OI.dtype:
-            return into_NO.addmm_(x_NI, item.weight_OI.T)
+        if bare and into_NO.dtype == item.like.dtype:
+            return into_NO.addmm_(x_NI, item.weight().T)
         update = self.forward(x_NI, (0,), rows_N)[0]
         return into_NO.add_(update if multiplier == 1.0 else update.mul_(multiplier))
 
@@ -226,7 +203,7 @@ class MapGroup:
             number, cut = self.parts[i]
             item = self.maps[number]
             if want_input:
-                into = _accumulate(into, grad, item.weight_OI if cut is None else item.weight_OI[cut])
+                into = _accumulate(into, grad, item.weight(cut))
             if own and item.places[0:2] != (None, None):
                 _base_gradients(item, cut, grad, x_NI, gradients)
         numbers, start, stop = self._span(tuple(grads))

@@ -1,10 +1,10 @@
-"""Linear modules as the fused engine takes them: an `nn.Linear`, or PEFT's LoRA around one."""
+"""Linear modules as the fused engine takes them: an `nn.Linear`, one of 4 bits, or PEFT's LoRA around one."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
-from lemo.runtime.fused.maps import LinearMap
+from lemo.runtime.fused.linear import LinearMap, Packed, why_not_packed
 
 
 class TensorList:
@@ -27,7 +27,7 @@ class TensorList:
         self.held += [t for t in tensors if t is not None and not t.is_inference()]
 
     def linear(self, module: nn.Module) -> LinearMap:
-        """The map of an `nn.Linear`, or of PEFT's LoRA around one (see `why_not_linear`)."""
+        """The map of a module that `why_not_linear` lets pass."""
         base = module.base_layer if hasattr(module, "base_layer") else module
         a = b = None
         scale, p = 1.0, 0.0
@@ -39,7 +39,8 @@ class TensorList:
             p = float(dropout.p) if dropout is not None and dropout.training else 0.0
         tensors = (base.weight, base.bias, a, b)
         self.hold(*tensors[:2])
-        return LinearMap(*tensors, scale, p, tuple(self.place(t) for t in tensors))  # type: ignore[arg-type]
+        places = tuple(self.place(t) for t in tensors)  # type: ignore[arg-type]
+        return LinearMap(*tensors, scale, p, places, Packed.of(base.weight))  # type: ignore[arg-type]
 
 
 def active_adapter(module: nn.Module) -> str | None:
@@ -60,8 +61,8 @@ def lora_dropout(module: nn.Module) -> nn.Dropout | None:
 def why_not_linear(module: nn.Module) -> str | None:
     """Why a linear map cannot run in the fused engine; None when it can. Adapters are judged as they are now."""
     base = module.base_layer if hasattr(module, "base_layer") else module
-    if type(base) is not nn.Linear:
-        return f"{type(base).__name__} is not a plain linear map"
+    if type(base) is not nn.Linear and (reason := why_not_packed(base)) is not None:
+        return reason
     if base is module:
         return None
     if not hasattr(module, "lora_A"):

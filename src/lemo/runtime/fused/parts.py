@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from lemo.families.family import LayerNames
 from lemo.runtime.fused.hooks import GLOBAL, called_modules, forward_slot, hook_tables, is_shown, why_layer_hooked
-from lemo.runtime.fused.maps import LinearMap, MapGroup
+from lemo.runtime.fused.linear import LinearMap, weight_like
+from lemo.runtime.fused.maps import MapGroup
 from lemo.runtime.fused.modules import TensorList, active_adapter, lora_dropout, why_not_linear
 from lemo.runtime.fused.watch import Slot, Watch, autocast_of
 from lemo.runtime.model import in_force, window_of
@@ -170,7 +171,7 @@ class LayerReader:
         """Why the layer must run in the generic executor now; None when the fused engine can run it."""
         if self._reason is not None:
             return self._reason
-        weight = self._output.weight
+        weight = weight_like(self._output)
         for name, norm in self._norms:
             if norm.weight.dtype != weight.dtype:
                 return f"{name}: {norm.weight.dtype} beside {weight.dtype} maps"
@@ -318,21 +319,21 @@ def _norm(found: TensorList, module: nn.Module, kind: str) -> Norm:
 
 
 def _single(item: LinearMap) -> MapGroup:
-    return MapGroup((item,), ((0, slice(0, item.weight_OI.shape[0])),))
+    return MapGroup((item,), ((0, slice(0, item.outputs)),))
 
 
 def _input_parts(maps: tuple[LinearMap, ...], query_width: int) -> tuple[tuple[int, slice], ...]:
     if len(maps) > 1:
-        return tuple((i, slice(0, m.weight_OI.shape[0])) for i, m in enumerate(maps))
-    total = maps[0].weight_OI.shape[0]
+        return tuple((i, slice(0, m.outputs)) for i, m in enumerate(maps))
+    total = maps[0].outputs
     width = (total - query_width) // 2
     return (0, slice(0, query_width)), (0, slice(query_width, query_width + width)), (0, slice(total - width, total))
 
 
 def _gate_parts(maps: tuple[LinearMap, ...], gated: bool) -> tuple[tuple[int, slice], ...]:
     if len(maps) > 1 or not gated:
-        return tuple((i, slice(0, m.weight_OI.shape[0])) for i, m in enumerate(maps))
-    half = maps[0].weight_OI.shape[0] // 2
+        return tuple((i, slice(0, m.outputs)) for i, m in enumerate(maps))
+    half = maps[0].outputs // 2
     return (0, slice(0, half)), (0, slice(half, 2 * half))
 
 
