@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from rich.console import Console
+from transformers.utils import import_utils
 
 from lemo.config import ModelConfig, RunConfig, TrainingConfig
 from lemo.errors import ConfigError
@@ -27,6 +28,19 @@ def unloaded(monkeypatch):
     monkeypatch.setattr(run, "load_model", load)
 
 
+@pytest.fixture
+def missing(monkeypatch):
+    """Makes a package as if it were not installed. Transformers remembers what it found, here and for later tests."""
+    forget = getattr(import_utils.is_bitsandbytes_available, "cache_clear", lambda: None)
+
+    def hide(package):
+        monkeypatch.setitem(sys.modules, package, None)
+        forget()
+
+    yield hide
+    forget()
+
+
 @pytest.mark.parametrize(
     "package, training, parts",
     [
@@ -41,10 +55,10 @@ def unloaded(monkeypatch):
     ],
 )
 def test_what_the_trainer_could_not_make_is_refused_before_loading(
-    base, tmp_path, unloaded, monkeypatch, package, training, parts
+    base, tmp_path, unloaded, missing, package, training, parts
 ):
     if package is not None:
-        monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+        missing(package)
     run = recipe(base, tmp_path / "run", training=training)
     with pytest.raises(ConfigError) as error:
         train(run, evaluate_loss, console=Console(file=io.StringIO()))
