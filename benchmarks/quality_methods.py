@@ -83,6 +83,11 @@ PREDICTED = {
     f"predict_{name}": skip(f"30 % of rows, predictors of {name.replace('_', ' ')}", target=name)
     for name in ("mass_loss_rows", "mass_detrended", "mass_times_value", "mass_peak")
 }
+PREDICTED["predict_mass_loss_rows_same"] = skip(
+    "the same rows in all layers, by the first one's predictor of mass loss rows",
+    target="mass_loss_rows",
+    oracle="first_layer",
+)
 THRESHOLDS = {
     f"threshold_{t:+.1f}": skip(f"blocks above {t:+.1f} standard deviations", threshold=t)
     for t in (-1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0)

@@ -19,6 +19,7 @@ from lemo.runtime.model import causal_model, decoder_layers
 
 QUERY_STRIDE = 16
 GRADIENTS = ("gradient", "gradient_same")
+FIRST_LAYER = "first_layer"  # not an oracle: one predictor for all layers
 RECENT_BLOCKS = 8  # before a block with loss, of `recent_random`
 ASKED_SHARE = 0.06  # of the blocks, of `words_random`
 CHAINED_ROUNDS = 3  # of `words_chained`
@@ -64,6 +65,10 @@ def with_oracle(plan: Plan, model: Any, target: str) -> Plan:
     if target in WITHOUT_MODEL:
         shared = WITHOUT_MODEL[target]()
         return replace(plan, layers=tuple(x if x.is_dense else replace(x, predictor=shared) for x in plan.layers))
+    if target == FIRST_LAYER:
+        first = next(x.predictor for x in plan.layers if not x.is_dense)
+        shared = FirstLayer(first)
+        return replace(plan, layers=tuple(x if x.is_dense else replace(x, predictor=shared) for x in plan.layers))
     if target in GRADIENTS:
         return replace(plan, layers=tuple(x if x.is_dense else replace(x, predictor=Remembered()) for x in plan.layers))
     layers = decoder_layers(model)
@@ -72,6 +77,21 @@ def with_oracle(plan: Plan, model: Any, target: str) -> Plan:
         for i, x in enumerate(plan.layers)
     ]
     return replace(plan, layers=tuple(changed))
+
+
+@dataclass(frozen=True)
+class FirstLayer:
+    """Stands where a plan has a predictor: the first layer that skips ranks blocks for all.
+
+    Attributes:
+        predictor: its own.
+    """
+
+    predictor: Any
+
+    def scores(self, x_NM: Tensor, layout: Layout) -> Tensor:
+        """(K,) fp32 scores of blocks, those of the layer that asks first."""
+        return layout.once("first layer", lambda: self.predictor.scores(x_NM, layout)).to(x_NM.device)
 
 
 class RecentAndRandom:

@@ -168,7 +168,8 @@ class CalibrationConfig:
         window_tokens: tokens of one calibration sample; None for the training window.
         windows: calibration samples.
         tune_windows: held-out samples for thresholds and the report.
-        target: block score that predictors learn, see `core.target`.
+        target: block score that predictors learn, see `core.target`; of `mass_loss_rows` they are told how far the next
+            block with loss is.
         query_stride: look at every n-th query row when attention mass is profiled; 1 for all.
         scorer: what ranks blocks in the calibrated plan, and while the stream for later layers is made; None for
             `predictor`. A recipe names it in `sparsity.scorer`.

@@ -9,8 +9,10 @@ import torch
 
 from benchmarks.rivals import attention_only, shifted_groups
 from benchmarks.rivals.oracle import Oracle, with_oracle
-from lemo.core.plan import Plan
+from lemo.core.plan import LayerPlan, Plan
+from lemo.core.predictor import PatternPredictor
 from lemo.core.target import TARGETS
+from lemo.runtime.attach import attach
 from tests.train.tiny import tiny_llama
 
 
@@ -91,3 +93,21 @@ def test_an_oracle_sees_the_layers_own_queries_and_keys():
     for target in TARGETS:
         scores = replace(oracle, target=target).scores(stream.hidden_BTM.flatten(0, 1), stream.layout)
         assert scores.shape == (12,) and scores.isfinite().all()
+
+
+def test_one_predictor_chooses_for_all_layers():
+    """The rows of the first layer that skips, in every layer that skips, anew in every batch."""
+    torch.manual_seed(0)
+    model = tiny_llama(layers=4).train()
+    layers = tuple(LayerPlan(0.5, 0.5, predictor=PatternPredictor(model.config.hidden_size)) for _ in range(3))
+    plan = Plan((LayerPlan(1.0, 1.0), *layers), block_size=8, scorer="predictor", kv="all")
+    found = []
+    with attach(model, with_oracle(plan, model, "first_layer"), self_test=False, unsafe_no_bypass=True) as handle:
+        for seed in (1, 2):
+            ids = torch.randint(3, 250, (1, 128), generator=torch.Generator().manual_seed(seed))
+            labels = torch.where(torch.arange(128) >= 120, ids, -100)
+            model(input_ids=ids, labels=labels)
+            rows = [handle.selections[i].forward.chosen() for i in (1, 2, 3)]
+            assert all(torch.equal(rows[0], other) for other in rows[1:])
+            found.append(rows[0])
+    assert not torch.equal(*found)

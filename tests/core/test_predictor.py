@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lemo.core.layout import Layout
-from lemo.core.predictor import PatternPredictor, pool_rows
+from lemo.core.predictor import PatternPredictor, loss_distances, pool_rows
 from lemo.errors import ConfigError
 
 WIDTH = 16
@@ -117,3 +117,33 @@ def test_bad_sizes_are_refused():
         _predictor(pools=("mean", "mean"))
     with pytest.raises(ConfigError, match="positive"):
         _predictor(rank=0)
+
+
+def _with_loss(*lengths, rows):
+    ids = torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)])
+    supervised = torch.zeros(1, len(ids), dtype=torch.bool)
+    supervised[0, rows] = True
+    return Layout.build(ids[None], supervised, block_size=8)
+
+
+def test_loss_distances_stay_in_their_document():
+    """Blocks to the next one with loss; a block behind the last one is as far as its document is long."""
+    layout = _with_loss(40, 24, rows=[17, 42])
+    found = loss_distances(layout, torch.device("cpu"))
+    distances = [2, 1, 0, 5, 5, 0, 3, 3]
+    torch.testing.assert_close(found[:, 0], torch.tensor(distances).float().log1p())
+    assert found[:, 1].tolist() == [1, 1, 1, 0, 0, 1, 0, 0]
+
+
+def test_a_predictor_that_is_told_where_the_loss_is():
+    """Its scores depend on it, those of a packed document do not depend on others, and plans keep what it reads."""
+    predictor, x = _predictor(loss_distance=True), torch.randn(64, WIDTH)
+    near, far = (predictor.scores(x, _with_loss(64, rows=rows)) for rows in ([20], [60]))
+    assert not torch.equal(near, far)
+    packed = predictor.scores(x, _with_loss(40, 24, rows=[20, 50]))
+    alone = [predictor.scores(x[:40], _with_loss(40, rows=[20])), predictor.scores(x[40:], _with_loss(24, rows=[10]))]
+    torch.testing.assert_close(packed, torch.cat(alone), rtol=1e-5, atol=1e-6)
+    again = PatternPredictor(**json.loads(json.dumps(predictor.config())))
+    again.load_state_dict(predictor.state_dict())
+    assert torch.equal(again.scores(x, _with_loss(64, rows=[20])), near)
+    assert "loss_distance" not in _predictor().config()

@@ -11,16 +11,17 @@ from lemo.errors import ConfigError
 LAYOUT = Layout.build(torch.zeros(1, 160, dtype=torch.int64), None, block_size=8)
 
 
-def _counted(seed=0):
+def _counted(seed=0, **options):
     torch.manual_seed(seed)
-    predictor = PatternPredictor(16, pooled_features=12, query_widths=(16, 12), key_widths=(16, 12), rank=4)
+    predictor = PatternPredictor(16, pooled_features=12, query_widths=(16, 12), key_widths=(16, 12), rank=4, **options)
     x = torch.randn(160, 16)
     census = NeuronCensus(predictor)
     return predictor, census, x
 
 
-def test_keeping_all_changes_nothing():
-    predictor, census, x = _counted()
+@pytest.mark.parametrize("options", [{}, {"loss_distance": True}, {"position": False}])
+def test_keeping_all_changes_nothing(options):
+    predictor, census, x = _counted(**options)
     census.add(predictor, predictor.pool_blocks(x, LAYOUT))
     pruned = prune(predictor, census, 1.0)
     assert torch.equal(pruned.scores(x, LAYOUT), predictor.scores(x, LAYOUT))

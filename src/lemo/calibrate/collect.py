@@ -346,6 +346,7 @@ def blank_predictor(projection_MF: Tensor, config: CalibrationConfig) -> Pattern
         query_widths=hidden,
         key_widths=hidden,
         rank=config.predictor_rank,
+        loss_distance=config.target == "mass_loss_rows",
     ).to(projection_MF.device)
     predictor.projection_MF.copy_(projection_MF)
     return predictor

@@ -16,6 +16,7 @@ from lemo.ops.pool_blocks.reference import POOLS, Blocks, pool_rows_reference, r
 from lemo.ops.score_blocks.reference import suffix_mean_reference
 
 POSITION_FEATURES = 3
+LOSS_FEATURES = 2
 
 
 class PatternPredictor(nn.Module):
@@ -41,6 +42,7 @@ class PatternPredictor(nn.Module):
         rank: R.
         pools: how projected rows of a block become one vector, each adds F features.
         position: whether the place of the block in its document is a feature.
+        loss_distance: whether it is one how far the next block with loss is.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class PatternPredictor(nn.Module):
         rank: int = 32,
         pools: Sequence[str] = POOLS,
         position: bool = True,
+        loss_distance: bool = False,
     ) -> None:
         """Draws random maps from torch's global generator.
 
@@ -67,8 +70,8 @@ class PatternPredictor(nn.Module):
             raise ConfigError(f"predictor pools must be of {', '.join(POOLS)}, each once, got {list(pools)}")
         self.width, self.pooled_features, self.rank = width, pooled_features, rank
         self.query_widths, self.key_widths = tuple(query_widths), tuple(key_widths)
-        self.pools, self.position = tuple(pools), position
-        inputs = pooled_features * len(self.pools) + (POSITION_FEATURES if position else 0)
+        self.pools, self.position, self.loss_distance = tuple(pools), position, loss_distance
+        inputs = pooled_features * len(self.pools) + self.place_features
         self.projection_MF = nn.Parameter(torch.randn(width, pooled_features) / width**0.5)
         self.feature_mean = nn.Parameter(torch.zeros(inputs))
         self.feature_scale = nn.Parameter(torch.ones(inputs))
@@ -76,9 +79,16 @@ class PatternPredictor(nn.Module):
         self.key_net = _net(inputs, self.key_widths, rank)
         self.requires_grad_(False)
 
+    @property
+    def place_features(self) -> int:
+        """How many features say where a block is; they come last."""
+        return POSITION_FEATURES * self.position + LOSS_FEATURES * self.loss_distance
+
     def config(self) -> dict[str, Any]:
         """Keyword arguments that build a predictor of this shape; JSON types only."""
-        return {
+        # Left out where it is not in use: versions before it read such plans.
+        asked = {"loss_distance": True} if self.loss_distance else {}
+        return asked | {
             "width": self.width,
             "pooled_features": self.pooled_features,
             "query_widths": list(self.query_widths),
@@ -112,10 +122,18 @@ class PatternPredictor(nn.Module):
             self._projection_for(x_NM),
             _blocks_of(layout, device),
             pools=self.pools,
-            extra_KE=block_positions(layout, device) if self.position else None,
+            extra_KE=self._places(layout, device),
             eps=RMS_EPS,
         )
         return features_KE.float()
+
+    def _places(self, layout: Layout, device: torch.device) -> Tensor | None:
+        """Features of where a block is, (K, `place_features`) fp32; None without."""
+        found = [block_positions(layout, device)] if self.position else []
+        found += [loss_distances(layout, device)] if self.loss_distance else []
+        if len(found) == 2:
+            return layout.once(("places", device), lambda: torch.cat(found, -1))
+        return found[0] if found else None
 
     def _projection_for(self, x_NM: Tensor) -> Tensor:
         """The projection as the op wants it: the kernel multiplies in the dtype of the rows. Converted once."""
@@ -204,6 +222,25 @@ def _block_positions(layout: Layout, device: torch.device) -> Tensor:
     after_K = total_K - 1 - before_K
     features = torch.stack([before_K / total_K, torch.log1p(before_K), torch.log1p(after_K)], -1)
     return to_device(features, device)
+
+
+def loss_distances(layout: Layout, device: torch.device) -> Tensor:
+    """Log distance in blocks to the next block with loss of the document, and whether there is one. (K, 2) fp32.
+
+    A block with loss is at distance 0; without one behind it a block is as far as the document has blocks.
+    """
+    return layout.once(("loss distances", device), lambda: to_device(_loss_distances(layout), device))
+
+
+def _loss_distances(layout: Layout) -> Tensor:
+    blocks = len(layout.block_document_K)
+    place_K = torch.arange(blocks)
+    next_K = torch.where(layout.supervised_K.cpu(), place_K, blocks).flip(0).cummin(0).values.flip(0)
+    blocks_D = torch.bincount(layout.block_document_K, minlength=len(layout.document_start_D))
+    total_K, end_K = blocks_D[layout.block_document_K], _document_ends(layout)
+    there_K = next_K < end_K
+    distance_K = torch.where(there_K, next_K - place_K, total_K)
+    return torch.stack([torch.log1p(distance_K.float()), there_K.float()], -1)
 
 
 def suffix_mean(value_KR: Tensor, layout: Layout) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lemo.core.predictor import POSITION_FEATURES, PatternPredictor
+from lemo.core.predictor import PatternPredictor
 from lemo.errors import ConfigError
 
 NETS = ("query_net", "key_net")
@@ -113,8 +113,8 @@ def _cut(
     ).sum(0)
     columns = reading_F.argsort(descending=True, stable=True)[: pruned.pooled_features].sort().values
     inputs = torch.cat([columns + index * predictor.pooled_features for index in range(len(predictor.pools))])
-    if predictor.position:
-        place = torch.arange(POSITION_FEATURES, device=columns.device)
+    if predictor.place_features:
+        place = torch.arange(predictor.place_features, device=columns.device)
         inputs = torch.cat([inputs, place + len(predictor.pools) * predictor.pooled_features])
     with torch.no_grad():
         pruned.projection_MF.copy_(predictor.projection_MF[:, columns])
