@@ -11,12 +11,11 @@ from peft import LoraConfig, get_peft_model
 from lemo import attach
 from lemo.core.plan import Plan
 from lemo.errors import UnsupportedModelError
-from lemo.runtime.batch import read_layout
 from lemo.runtime.model import decoder_layers
-from tests.runtime.oracle import batch, masked_oracle, relative, tiny_model
+from tests.runtime.oracle import batch, tiny_model
 from tests.runtime.test_exact import BOUND, error, exact_plan, in_double
 from tests.runtime.test_fused import assert_equal_engines, plan_of
-from tests.runtime.test_laws import assert_same_gradients, run, sparse_plan
+from tests.runtime.test_laws import assert_subset_is_masked, run, sparse_plan
 
 FAMILIES = ["llama", "opt", "gpt2", "phi3"]
 
@@ -51,17 +50,7 @@ def test_dora_with_all_rows_is_peft_bit_for_bit(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_dora_on_a_subset_is_the_masked_reference(family, kv):
     """As of plain LoRA: rows that skip take no part, forward and backward."""
-    model, inputs = adapted(family, use_dora=True), batch(rows=2)
-    plan = sparse_plan(model, kv=kv)
-    with attach(model, plan, unsafe_no_bypass=True) as handle:
-        loss, got = run(model, inputs)
-        rows = {i: s.forward.chosen() for i, s in handle.selections.items()}
-    assert all(0.4 < len(r) / 128 < 0.7 for r in rows.values())
-    model.set_attn_implementation("eager")
-    with masked_oracle(model, plan, rows, read_layout(inputs, None, 4)):
-        wanted_loss, wanted = run(model, inputs)
-    assert relative(loss, wanted_loss) <= 1e-5
-    assert_same_gradients(got, wanted, 1e-5)
+    assert_subset_is_masked(adapted(family, use_dora=True), kv)
 
 
 @pytest.mark.parametrize("gradient", ["rows", "pairs", "keys"])

@@ -10,6 +10,7 @@ from torch import nn
 
 from lemo.config import ModelConfig
 from lemo.errors import ConfigError
+from lemo.runtime.fused.linear import Packed
 
 # NF4 with its scales quantised again, as in QLoRA (arXiv 2305.14314, section 3).
 _KIND = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
@@ -94,10 +95,15 @@ def pack_linear(model: nn.Module) -> None:
             quant_type=_KIND["bnb_4bit_quant_type"],
             device="meta",
         )
-        numbers = Params4bit(weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True)
+        numbers = Params4bit(
+            weight.data,
+            requires_grad=False,
+            quant_type=_KIND["bnb_4bit_quant_type"],
+            compress_statistics=_KIND["bnb_4bit_use_double_quant"],
+        )
         packed.weight = numbers.to(weight.device)
         packed.bias = module.bias
-        model.get_submodule(name.rpartition(".")[0])._modules[name.rpartition(".")[2]] = packed
+        model.set_submodule(name, packed)
     keep_numbers(model)
     model.is_loaded_in_4bit = True  # type: ignore[assignment] # PEFT then takes its adapters for 4 bits
 
@@ -108,17 +114,15 @@ def unpack_linear(model: nn.Module) -> None:
     Args:
         model: without adapters.
     """
-    from bitsandbytes.functional import dequantize_4bit
-
     for name, module in list(model.named_modules()):
         weight: Any = getattr(module, "weight", None)
-        state = getattr(weight, "quant_state", None)
-        if state is None:
+        packed = Packed.of(weight)
+        if packed is None:
             continue
-        plain = nn.Linear(*reversed(state.shape), bias=module.bias is not None, device="meta")
-        plain.weight = nn.Parameter(dequantize_4bit(weight.data, state), requires_grad=False)
+        plain = nn.Linear(*reversed(packed.shape), bias=module.bias is not None, device="meta")
+        plain.weight = nn.Parameter(packed.unpack(weight), requires_grad=False)
         plain.bias = module.bias  # type: ignore[assignment]
-        model.get_submodule(name.rpartition(".")[0])._modules[name.rpartition(".")[2]] = plain
+        model.set_submodule(name, plain)
     forget_quantisation(model)
     # How Transformers read the weights, which saving would undo: that it read them in 4 bits cannot be.
     vars(model).pop("_weight_conversions", None)

@@ -72,10 +72,10 @@ class Packed:
     state: Any
 
     @classmethod
-    def of(cls, weight: Tensor) -> Packed | None:
-        """Of a parameter; None for a plain one."""
+    def of(cls, weight: Tensor | None) -> Packed | None:
+        """Of a parameter; None for a plain one, or none."""
         state = getattr(weight, "quant_state", None)
-        if state is None:
+        if weight is None or state is None:
             return None
         return cls(tuple(state.shape), weight.data.new_empty(0, dtype=state.dtype), state)
 
