@@ -62,12 +62,9 @@ class Oracle:
 
 def with_oracle(plan: Plan, model: Any, target: str) -> Plan:
     """The plan with an oracle in the place of every predictor."""
-    if target in WITHOUT_MODEL:
-        shared = WITHOUT_MODEL[target]()
-        return replace(plan, layers=tuple(x if x.is_dense else replace(x, predictor=shared) for x in plan.layers))
-    if target == FIRST_LAYER:
-        first = next(x.predictor for x in plan.layers if not x.is_dense)
-        shared = FirstLayer(first)
+    if target in WITHOUT_MODEL or target == FIRST_LAYER:
+        first = next((x.predictor for x in plan.layers if not x.is_dense), None)
+        shared: Any = FirstLayer(first) if target == FIRST_LAYER else WITHOUT_MODEL[target]()
         return replace(plan, layers=tuple(x if x.is_dense else replace(x, predictor=shared) for x in plan.layers))
     if target in GRADIENTS:
         return replace(plan, layers=tuple(x if x.is_dense else replace(x, predictor=Remembered()) for x in plan.layers))

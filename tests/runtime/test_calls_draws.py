@@ -182,17 +182,24 @@ def test_evaluation_moves_no_draw(engine):
     assert (handle.sparse_batches, handle.sparse_evaluations) == (3, 9)
 
 
-def test_one_forward_at_a_time():
-    """A forward that begins inside another thread's is refused; the running one is right, and later ones too."""
-    model = tiny_model(dtype=WIDE)
-    plan = replace(drawn(model), scorer="recent")
+def held_up():
+    """A hook that holds up forwards of other threads than the main one, the event of one inside, and that to go on."""
     inside, go_on = threading.Event(), threading.Event()
-    found = []
 
     def wait(module, args):
         if threading.current_thread() is not threading.main_thread():
             inside.set()
             go_on.wait(30)
+
+    return inside, go_on, wait
+
+
+def test_one_forward_at_a_time():
+    """A forward that begins inside another thread's is refused; the running one is right, and later ones too."""
+    model = tiny_model(dtype=WIDE)
+    plan = replace(drawn(model), scorer="recent")
+    inside, go_on, wait = held_up()
+    found = []
 
     with attach(model, plan, engine="generic", self_test=False):
         wanted = float(model(**batch(64)).loss.detach())
@@ -213,13 +220,8 @@ def test_one_forward_at_a_time():
 def test_dense_forwards_share():
     """Scoring and generation in several threads need no batch; a training forward beside them is refused."""
     model, inputs = tiny_model(dtype=WIDE), batch(64)
-    inside, go_on = threading.Event(), threading.Event()
+    inside, go_on, wait = held_up()
     found = []
-
-    def wait(module, args):
-        if threading.current_thread() is not threading.main_thread():
-            inside.set()
-            go_on.wait(30)
 
     def score():
         with torch.no_grad():
