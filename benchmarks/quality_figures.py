@@ -13,7 +13,7 @@ from benchmarks.quality_methods import METHODS
 from lemo.measure.record import Record
 
 # Presets, and what a recipe for documents with questions does.
-_FAMILIES = dict.fromkeys(("balanced", "quality", "fast", "instruct_words_prompt_twice"), "#2563eb")
+_FAMILIES = dict.fromkeys(("balanced", "quality", "fast", "instruct_words_prompt_twice_window_2048"), "#2563eb")
 # Beyond so many nats an axis is logarithmic where it has to be: one failed method would press all others together.
 _LINEAR, _WIDE = 0.05, 0.15
 
@@ -122,8 +122,12 @@ def _name_points(
 
 
 # Lines that are named where accuracy is drawn by depth; others are grey.
-_ASKED = {"dense": ("dense LoRA", "#111827"), "words": ("the default", "#2563eb")}
-_ASKED["balanced"] = ("rows before the answers", "#f59e0b")
+_ASKED = {
+    "words": ("window 1,024", "#93c5fd"),
+    "balanced": ("rows before the answers", "#f59e0b"),
+    "dense": ("dense LoRA", "#111827"),
+    "words_window_2048": ("the default", "#2563eb"),
+}
 
 
 def draw_depths(records: Sequence[Record], path: Path) -> bool:
@@ -152,8 +156,8 @@ def draw_depths(records: Sequence[Record], path: Path) -> bool:
         bins = same[0].setting["depths"]
         by_bin = [fmean(x for r in same for x in _of_bin(r, i, bins)) for i in range(bins)]
         axes.plot([(i + 0.5) / bins for i in range(bins)], by_bin, marker="o", ms=3, color=colour, label=label)
-    axes.set(xlabel="depth of the fact in the prompt: 0 is the start", ylabel="share of answers right", ylim=(0, 1.02))
-    axes.set_title(hardest.replace("_", " "), loc="left", fontsize=10)
+    axes.set(xlabel="depth of the fact in the prompt: 0 is the start", ylim=(0, 1.02))
+    axes.set_ylabel(f"share of answers right: {hardest.replace('_', ' ')}")
     axes.legend(frameon=False, fontsize=8, ncols=len(_ASKED), loc="lower right", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

@@ -35,7 +35,7 @@ class PlanSpec:
     block_size: int = 64
     bypass_rank: int = 64
     bypass_target: str = CalibrationConfig.bypass_target
-    target: str = CalibrationConfig.target
+    target: str = "attention_mass"  # what cells were made with that name none
     fitted_scorer: str = "predictor"
     oracle: str | None = None
     strip_bypass: bool = False

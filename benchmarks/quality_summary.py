@@ -23,7 +23,9 @@ FEATURED = {
         "dense_4k",
         "dense_8k",
         *RIVALS,
+        "predict_mass_loss_rows",
         "skip_30_all_predictor",
+        "skip_30_all_recent",
         "skip_30_all_random",
         "oracle_mass",
     ),
@@ -33,6 +35,7 @@ FEATURED = {
         "instruct_default",
         "instruct_words",
         "instruct_words_prompt_twice",
+        "instruct_words_prompt_twice_window_2048",
         "instruct_dense_twice",
     ),
 }

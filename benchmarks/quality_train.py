@@ -15,8 +15,8 @@ from torch import Tensor
 from benchmarks.quality_specs import Method
 from benchmarks.quality_study import QualityStudy
 from benchmarks.rivals.oracle import GRADIENTS, forget_gradient, look_at_gradient
-from lemo.calibrate.collect import Window
 from lemo.calibrate.refit import predictor_recall, refit_bypass
+from lemo.calibrate.windows import Window
 from lemo.config import CalibrationConfig
 from lemo.core.plan import LayerPlan, Plan
 from lemo.measure.memory import track_peak

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 import lemo
-from lemo.calibrate.collect import Window
 from lemo.calibrate.tune import window_losses, with_thresholds
+from lemo.calibrate.windows import Window
 from lemo.config import CalibrationConfig, DataConfig, ModelConfig
 from lemo.core.plan import Plan
 from lemo.core.predictor import PatternPredictor

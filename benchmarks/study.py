@@ -142,6 +142,7 @@ class Study:
         config = CalibrationConfig(
             windows=split,
             tune_windows=options.tune_windows,
+            target="attention_mass",
             predictor_steps=options.predictor_steps,
             bypass_target=options.bypass_target,
         )

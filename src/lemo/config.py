@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 # What recipes mean that say neither: rows of a chunk that context rows attend within, and the share of local loss rows.
-CONTEXT_WINDOW, LOCAL_SHARE = 1024, 0.25
+CONTEXT_WINDOW, ANSWER_CONTEXT_WINDOW, LOCAL_SHARE = 1024, 2048, 0.25
 IN_RUNS = ("random", "spread")  # placements of loss rows that a span applies to
 
 
@@ -135,7 +135,8 @@ class SparsityConfig:
         dense_layers: layers that never skip; negative numbers count from the end.
         context_window: rows that run forward but pass no gradient attend to their chunk of so many rows of the
             document, the chunk before and the document's first block; a multiple of block_size. 0 for all rows; None
-            for 1,024 under exact forward with gradient `keys`, else for all rows: see `RunConfig.context_window`.
+            for 1,024 under exact forward with gradient `keys` (2,048 where answers alone are learned), else for all
+            rows: see `RunConfig.context_window`.
         far_share: share of the far keys (two stripes of 1,024 rows back or more) that attention's backward reads,
             drawn anew in every step, weighed so that the gradient's expectation stays; for gradient rows and keys.
         local_forward: what local loss rows attend to in forward: the keys `near` them, or `all`, of which those that
@@ -169,7 +170,7 @@ class CalibrationConfig:
         windows: calibration samples.
         tune_windows: held-out samples for thresholds and the report.
         target: block score that predictors learn, see `core.target`; of `mass_loss_rows` they are told how far the next
-            block with loss is.
+            block with loss is. Where all rows carry loss that is `attention_mass`, and they learn this.
         query_stride: look at every n-th query row when attention mass is profiled; 1 for all.
         scorer: what ranks blocks in the calibrated plan, and while the stream for later layers is made; None for
             `predictor`. A recipe names it in `sparsity.scorer`.
@@ -194,7 +195,7 @@ class CalibrationConfig:
     tune_windows: int = 4
     target: Literal[
         "attention_mass", "mass_loss_rows", "mass_detrended", "mass_times_value", "mass_peak", "interaction"
-    ] = "attention_mass"
+    ] = "mass_loss_rows"
     query_stride: int = 4
     scorer: Literal["predictor", "random", "recent", "words"] | None = None
     compare_dense_fit: bool = False
@@ -320,8 +321,8 @@ class RunConfig:
         if sparsity.context_window is not None:
             return sparsity.context_window or None
         block = sparsity.block_size
-        fits = self._gradient_through_all_keys and block > 0 and CONTEXT_WINDOW % block == 0
-        return CONTEXT_WINDOW if fits else None
+        window = ANSWER_CONTEXT_WINDOW if self.data.answer_only else CONTEXT_WINDOW
+        return window if self._gradient_through_all_keys and block > 0 and window % block == 0 else None
 
     @property
     def scorer(self) -> str:

@@ -82,6 +82,15 @@ def test_a_condition_can_fail_a_good_value(tmp_path, capsys, loss, status):
     assert status in _line(_run(tmp_path, capsys, record)[1], "A.elastic_size")
 
 
+@pytest.mark.parametrize(
+    ("gap", "seeds", "status"), [(0.005, 2, "2 of 3 seeds"), (0.005, 3, " met "), (0.02, 2, "MISSED")]
+)
+def test_a_good_value_of_few_seeds_is_not_met_and_a_bad_one_is_missed(tmp_path, capsys, gap, seeds, status):
+    samples = {"baseline": [2.0] * seeds, "lemo": [2.0 + gap] * seeds}
+    record = _record("B.default_gap/code", samples, "gap_plus_error", "nats", seeds=tuple(range(seeds)))
+    assert status in _line(_run(tmp_path, capsys, record)[1], "B.default_gap")
+
+
 def _faulty(kind: str) -> Record:
     good = _record("A.demo_minutes", [7.0], "max", "min")
     ratio = {"statistic": "median"}

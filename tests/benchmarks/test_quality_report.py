@@ -42,8 +42,9 @@ def records(tmp_path: Path) -> Path:
         _cell(path, "dense_rows_balanced", seed, dense)
         _cell(path, "dense_all", seed, [x - 0.005 for x in dense])
         _cell(path, "balanced", seed, [x + 0.006 + 0.001 * seed for x in dense])
-        _cell(path, "skip_30_all_recent", seed, [x + 0.006 + 0.001 * seed for x in dense])
-        _cell(path, "skip_30_all_predictor", seed, [x + 0.006 + 0.001 * seed for x in dense])
+        _cell(path, "skip_30_kept_recent", seed, [x + 0.006 + 0.001 * seed for x in dense])
+        for predictors in ("skip_30_all_predictor", "predict_mass_loss_rows"):
+            _cell(path, predictors, seed, [x + 0.006 + 0.001 * seed for x in dense])
         _cell(path, "skip_30_all_random", seed, [x + 0.03 for x in dense])
         _cell(path, "balanced", seed, [x - 0.03 for x in dense], flops_steps=200, steps=570)
         _cell(path, "dense_8k", seed, [x + 0.1 for x in dense], "last_quarter", steps=113)
@@ -75,8 +76,8 @@ def test_shares_of_the_oracle_and_of_recall(records: Path, capsys):
     for seed in range(3):
         dense = [2.0 + 0.01 * seed, 2.2 + 0.01 * seed, 2.0, 2.0]
         _cell(records, "oracle_mass", seed, [x + 0.002 * (seed + 1) / 2 for x in dense])
-        _cell(records, "skip_30_all_predictor", seed, [0.5, 0.6, 0.4, 0.4], "recall_start")
-        _cell(records, "skip_30_all_predictor", seed, [0.475, 0.57, 0.38, 0.38], "recall_end")
+        _cell(records, "predict_mass_loss_rows", seed, [0.5, 0.6, 0.4, 0.4], "recall_start")
+        _cell(records, "predict_mass_loss_rows", seed, [0.475, 0.57, 0.38, 0.38], "recall_end")
     write_comparisons(records)
     found = {r.bar: r for r in read_records(records) if r.bar}
     assert found["B.recall_drift"].value == pytest.approx(0.95)
@@ -149,8 +150,8 @@ def test_the_page_shows_every_method_and_its_figures(records: Path, tmp_path: Pa
     for part, name in ((summary, "| **balanced**"), (tried, "| balanced")):
         line = next(x for x in part.splitlines() if x.startswith(name))
         assert "+0.0070 ± 0.0006" in line and "|     3 |" in line
-    assert METHODS["balanced"].about in summary and METHODS["skip_30_all_recent"].about in tried
-    assert "| skip 30 all recent" in tried and "| skip 30 all recent" not in summary
+    assert METHODS["balanced"].about in summary and METHODS["skip_30_kept_recent"].about in tried
+    assert "| skip 30 kept recent" in tried and "| skip 30 all recent" not in summary
     assert "Void for bars" in page and "code (0.10" in page
     assert "## Equal FLOPs" in page and "-0.0250" in page
     goals = {x.split("|")[1].strip(" `"): x for x in page.splitlines() if x.startswith("| `B.")}

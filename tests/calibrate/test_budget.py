@@ -28,6 +28,7 @@ CONFIG = CalibrationConfig(
     predictor_steps=4,
     bypass_rank=4,
     allocate="budget",
+    target="attention_mass",  # with what loss rows read, no ratios of these three layers beat uniform ones
 )
 
 

@@ -5,10 +5,11 @@ import dataclasses
 import pytest
 import torch
 
-from lemo.calibrate.collect import PartStatistics, ProjectionFit, Window, blank_predictor, skip_weights
+from lemo.calibrate.collect import PartStatistics, ProjectionFit, blank_predictor, skip_weights
 from lemo.calibrate.fit import fit_part, merge_layouts
 from lemo.calibrate.report import curves, recall, recall_row, summarise
 from lemo.calibrate.tune import ScoreProfile, project, tune_thresholds, window_labels
+from lemo.calibrate.windows import Window
 from lemo.config import CalibrationConfig
 from lemo.core.layout import Layout
 from lemo.errors import ConfigError

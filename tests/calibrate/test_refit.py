@@ -10,9 +10,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lemo
-from lemo.calibrate.collect import Window
 from lemo.calibrate.refit import predictor_recall, refit_bypass
 from lemo.calibrate.session import calibrate
+from lemo.calibrate.windows import Window
 from lemo.config import CalibrationConfig
 from lemo.core.plan import Plan
 from lemo.errors import UnsupportedModelError

@@ -14,8 +14,8 @@ from lemo.calibrate.report import recall
 from lemo.calibrate.session import calibrate
 from lemo.config import CalibrationConfig
 from lemo.core.plan import Plan
-from lemo.core.score import AttentionMass, ScoreInputs
-from lemo.core.target import TARGETS
+from lemo.core.score import ScoreInputs
+from lemo.core.target import TARGETS, target_scores
 from lemo.errors import ConfigError, DataError
 from lemo.runtime.stream import LayerStream
 
@@ -166,7 +166,7 @@ def test_a_layer_is_fitted_on_the_sparse_stream_of_the_layers_before(model, aim)
         x = stream.sparse(1, stream.sparse(0, stream.hidden_BTM, plain), plain)
         trace = stream.dense(2, x, ("attention",))
         inputs = ScoreInputs(stream.layout, None, trace.query_HND, trace.key_GND, trace.scaling)
-        target = AttentionMass(query_stride=CONFIG.query_stride).scores(inputs)
+        target = target_scores(CONFIG.target, inputs, CONFIG.query_stride).block_K
         dense = stream.hidden_BTM
         for layer in range(3):
             dense = stream.dense(layer, dense).output_BTM
@@ -178,7 +178,7 @@ def test_a_layer_is_fitted_on_the_sparse_stream_of_the_layers_before(model, aim)
     torch.testing.assert_close(found.down_MR @ found.up_RM, expected.down_MR @ expected.up_RM, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("target", sorted(set(TARGETS) - {"attention_mass"}))
+@pytest.mark.parametrize("target", sorted(TARGETS))
 def test_every_target_can_be_learnt_and_is_what_recall_is_measured_against(model, plain, target, tmp_path):
     config = dataclasses.replace(CONFIG, target=target)
     plan = _run(model, config, output_dir=tmp_path)
@@ -196,6 +196,21 @@ def test_every_target_can_be_learnt_and_is_what_recall_is_measured_against(model
     scores = plan.layers[layer].predictor.scores(x.flatten(0, 1), stream.layout)
     assert recall(scores, wanted, stream.layout, 0.3) == pytest.approx((row["recall_0.3"], row["mass_0.3"]), rel=1e-4)
     assert len(positions) == LAYERS - 1
+
+
+@pytest.mark.parametrize("loss", [None, "everywhere", "and padding", "some"])
+def test_predictors_are_told_where_loss_is_only_where_they_learned_it(model, loss):
+    batches = _batches(supervised=loss == "some")
+    for batch in batches:
+        if loss in ("everywhere", "and padding"):
+            batch["supervised"] = torch.ones_like(batch["input_ids"], dtype=torch.bool)
+        if loss == "and padding":
+            batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+            batch["attention_mask"][:, -BLOCK:] = batch["supervised"][:, -BLOCK:] = 0
+    plan = _run(model, dataclasses.replace(CONFIG, compare_dense_fit=False), batches)
+    assert plan.provenance["config"]["target"] == ("mass_loss_rows" if loss == "some" else "attention_mass")
+    told = {layer.predictor.loss_distance for layer in plan.layers if layer.predictor is not None}
+    assert told == {loss == "some"}
 
 
 def test_own_mlp_rows_get_their_own_predictor_and_bypass(model):

@@ -244,7 +244,7 @@ def test_local_rows_of_prompts_cost_less_than_far_ones_and_more_than_none(tokens
     assert steps[1].time.products_s == pytest.approx(steps[2].time.products_s), "as many rows pass gradient"
     ratio = near.setting.backward_ratio
     assert near.setting.kept_rows(ratio) == far.kept_rows(ratio) and near.setting.loss_rows == far.loss_rows
-    text = f"10% attend to all keys, {prompts:.0%} and the rows without gradient within chunks of 1,024"
+    text = f"10% attend to all keys, {prompts:.0%} and the rows without gradient within chunks of 2,048"
     assert text in describe(steps[1])
 
 

@@ -160,6 +160,14 @@ def test_the_default_preset_is_what_a_recipe_without_keys_does(model):
     assert found == wanted and (plain.context_window, plain.local_share) == (1024, 0.25)
 
 
+@pytest.mark.parametrize("preset", list(PRESETS))
+def test_answers_get_the_window_that_was_measured_with_them(model, preset):
+    run = draft(model, DataFacts("qas", "text", (9000, 4000), 9000, 0.1), preset=preset)
+    assert run.context_window == run.sparsity.context_window == PRESETS[preset].answer_window
+    silent = dataclasses.replace(run, sparsity=dataclasses.replace(run.sparsity, context_window=None))
+    assert silent.context_window == PRESETS["balanced"].answer_window == 2048
+
+
 def jsonl(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)

@@ -228,9 +228,9 @@ def test_what_local_prompt_rows_attend_to_in_forward_can_be_said():
 @pytest.mark.parametrize(
     ("sparsity", "tokens", "end"),
     [
-        ({}, 4096, "weight and attend within chunks of 1024"),
+        ({}, 8192, "weight and attend within chunks of 2048"),
         ({"context_window": 128, "local_forward": "all"}, 4096, "weight and pass gradient within chunks of 128"),
-        ({}, 2048, "weight"),
+        ({}, 4096, "weight"),
         ({"context_window": 0}, 4096, "weight"),
         ({"enabled": False}, 4096, "weight"),
         ({"plan": "folder"}, 4096, "weight and are local where the plan allows local loss rows"),

@@ -11,8 +11,8 @@ import torch
 from rich.console import Console
 
 import lemo
-from lemo.calibrate.collect import Window
 from lemo.calibrate.session import calibrate
+from lemo.calibrate.windows import Window
 from lemo.config import CalibrationConfig
 from lemo.core.plan import Plan
 from lemo.errors import ConfigError

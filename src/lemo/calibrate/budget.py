@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lemo.calibrate.collect import Window
 from lemo.calibrate.shards import Shards
 from lemo.calibrate.tune import window_labels, window_losses
+from lemo.calibrate.windows import Window
 from lemo.core.layout import Layout
 from lemo.core.plan import LayerPlan, Plan
 from lemo.errors import ConfigError

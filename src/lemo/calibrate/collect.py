@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from lemo.calibrate.windows import Window
 from lemo.config import CalibrationConfig
 from lemo.core.bypass import BypassFit, rms_normalise
 from lemo.core.layout import Layout
@@ -18,56 +18,10 @@ from lemo.core.policy import select
 from lemo.core.predictor import PatternPredictor
 from lemo.core.score import ScoreInputs, mlp_scores
 from lemo.core.target import LOG_FLOOR, TargetScores, target_scores
-from lemo.errors import ConfigError, DataError
+from lemo.errors import ConfigError
 from lemo.runtime.stream import LayerStream, LayerTrace
 
 EDGE_WEIGHT = 0.1  # weight of rows that the oracle keeps in the bypass fit: a predictor will skip some of them
-
-
-@dataclass(frozen=True)
-class Window:
-    """One batch of tokens that calibration looks at.
-
-    Attributes:
-        input_ids_BT: (B, T) int64.
-        supervised_BT: (B, T) bool, or None for no supervised rows.
-        attention_mask_BT: (B, T), or None for no padding.
-        position_ids_BT: (B, T), or None.
-        domain: where the text comes from, for the report.
-        held_out: never fitted on; thresholds and reports come from these.
-    """
-
-    input_ids_BT: Tensor
-    supervised_BT: Tensor | None
-    attention_mask_BT: Tensor | None
-    position_ids_BT: Tensor | None
-    domain: str
-    held_out: bool
-
-
-def read_windows(batches: Iterable[Mapping[str, Any]], held_out: Iterable[Mapping[str, Any]] | None) -> list[Window]:
-    """Windows from dicts of `input_ids`, optional `attention_mask`, `position_ids`, `supervised` and `domain`.
-
-    Raises:
-        DataError: no batches, no token ids in one, or masks whose shape differs from the ids'.
-    """
-    windows = []
-    for held, group in ((False, batches), (True, held_out or ())):
-        for index, batch in enumerate(group):
-            where = f"{'held-out' if held else 'calibration'} batch {index}"
-            ids = batch.get("input_ids")
-            if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.numel() == 0:
-                raise DataError(f"{where}: input_ids must be a (B, T) tensor of token ids")
-            masks = {name: batch.get(name) for name in ("supervised", "attention_mask", "position_ids")}
-            for name, mask in masks.items():
-                if mask is not None and mask.shape != ids.shape:
-                    raise DataError(f"{where}: {name} has shape {tuple(mask.shape)}, input_ids {tuple(ids.shape)}")
-            domain = str(batch.get("domain") or "text")
-            parts = (masks["supervised"], masks["attention_mask"], masks["position_ids"])
-            windows.append(Window(ids, *parts, domain, held))
-    if not any(not w.held_out for w in windows):
-        raise DataError("calibration needs at least one batch of tokens")
-    return windows
 
 
 class HiddenStore:

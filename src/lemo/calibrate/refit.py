@@ -9,9 +9,10 @@ from statistics import fmean
 import torch
 from torch import Tensor, nn
 
-from lemo.calibrate.collect import Window, block_target, skip_weights
+from lemo.calibrate.collect import block_target, skip_weights
 from lemo.calibrate.report import recall
 from lemo.calibrate.streams import open_stream
+from lemo.calibrate.windows import Window
 from lemo.config import CalibrationConfig
 from lemo.core.bypass import BypassFit
 from lemo.core.plan import Plan

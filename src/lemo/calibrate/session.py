@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lemo.calibrate.budget import LayerCost, allocate_once
-from lemo.calibrate.collect import HiddenStore, LayerCollector, PartStatistics, Window, mlp_ratio_of, read_windows
+from lemo.calibrate.collect import HiddenStore, LayerCollector, PartStatistics, mlp_ratio_of
 from lemo.calibrate.fit import PartFit, fit_part, standardise
 from lemo.calibrate.report import SHARES, print_report, recall, recall_row, summarise, write_report
 from lemo.calibrate.shards import Shards, fingerprint_run
@@ -27,6 +27,7 @@ from lemo.calibrate.tune import (
     with_ratios,
     with_thresholds,
 )
+from lemo.calibrate.windows import Window, read_windows, with_target
 from lemo.config import CalibrationConfig
 from lemo.core.layout import Layout
 from lemo.core.plan import LayerPlan, Plan
@@ -350,12 +351,12 @@ def calibrate(
         DataError: batches that cannot be used.
     """
     config = config or CalibrationConfig()
-    config = replace(config, scorer=config.scorer or "predictor")
     batches = list(batches)
     if held_out is None:
         count = min(config.tune_windows, len(batches) - 1)
         batches, held_out = (batches[:-count], batches[-count:]) if count > 0 else (batches, [])
     windows = read_windows(batches, held_out)
+    config = with_target(replace(config, scorer=config.scorer or "predictor"), windows)
     folder = None if output_dir is None else Path(output_dir)
     was_training = model.training
     model.eval()

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lemo.calibrate.collect import PartStatistics, Window
+from lemo.calibrate.collect import PartStatistics
+from lemo.calibrate.windows import Window
 from lemo.config import CalibrationConfig
 from lemo.core.plan import LayerPlan, Plan
 from lemo.errors import ConfigError, PlanError

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from lemo.calibrate.collect import HiddenStore, Window
+from lemo.calibrate.collect import HiddenStore
+from lemo.calibrate.windows import Window
 from lemo.core.plan import Plan
 from lemo.runtime.stream import LayerStream
 

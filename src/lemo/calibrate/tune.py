@@ -9,7 +9,7 @@ from statistics import fmean
 import torch
 from torch import Tensor, nn
 
-from lemo.calibrate.collect import Window
+from lemo.calibrate.windows import Window
 from lemo.core.layout import Layout
 from lemo.core.plan import Plan
 from lemo.errors import ConfigError

@@ -261,7 +261,8 @@ def _loss_rows(data: DataFacts, shape: Shape, preset: Preset) -> list[Line]:
     lines: list[Line] = [
         ("share", preset.loss_share, "of the blocks are far loss rows, which attend to all rows; drawn anew each epoch")
     ]
-    how = "in windows this short far ones, too" if _within(shape, preset) else "which attend within context_window"
+    short = _within(shape, preset.context_window)
+    how = "in windows this short far ones, too" if short else "which attend within context_window"
     about = f"besides are local loss rows, {how}" if preset.local_share else "none besides that attend locally"
     lines.append(("local_share", preset.local_share, about))
     lines.append(("span", preset.span, "rows of a run of them, so that most of what they read carries loss too"))
@@ -282,26 +283,28 @@ def _prompt_rows(data: DataFacts, preset: Preset) -> list[Line]:
     return [("prompt_share", 0.0, f"{PROMPT_SHARE} where prompts are documents to understand; harm where filler")]
 
 
-def _within(shape: Shape, preset: Preset) -> bool:
+def _within(shape: Shape, chunk_rows: int) -> bool:
     """Whether a row of a sample sees all rows before it in its chunk and the chunk before."""
-    return shape.window_tokens <= 2 * preset.context_window
+    return shape.window_tokens <= 2 * chunk_rows
 
 
 def _sparsity(data: DataFacts, shape: Shape, preset: Preset) -> list[Line]:
     block = 64 if shape.window_tokens >= 2048 else 32 if shape.window_tokens >= 512 else 16
     local = " and local ones" if preset.local_share else ""
     window = f"rows of a chunk; rows without loss{local} see theirs, the one before, the first block"
+    chosen = preset.sparsity
+    if data.answers:
+        chosen |= {"scorer": "words", "context_window": preset.answer_window}
+    within = _within(shape, chosen["context_window"])
     about = {
         "forward_ratio": "share of rows that run a layer",
         "backward_ratio": "share of rows that pass gradient; all rows with loss do",
         "scorer": "beside rows with loss those shortly before them; or words, predictor, random",
         "dense_layers": "layers that leave nothing out",
         "gradient": "keys and values of all rows pass gradient as well",
-        "context_window": "of no effect in windows of up to twice as many rows" if _within(shape, preset) else window,
+        "context_window": "of no effect in windows of up to twice as many rows" if within else window,
     }
-    chosen = preset.sparsity
     if data.answers:
-        chosen["scorer"] = "words"
         about["scorer"] = "beside answers what shares rare words with their questions; or recent, predictor, random"
     lines: list[Line] = [("block_size", block, "rows are chosen by blocks of this many tokens")]
     return lines + [(key, value, about[key]) for key, value in chosen.items()]

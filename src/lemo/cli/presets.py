@@ -18,6 +18,7 @@ class Preset:
         loss_share: share of blocks of plain text that are far loss rows: they attend to all rows.
         local_share: share of blocks that carry loss and pass gradient besides, but attend as rows without gradient do.
         context_window: rows of a chunk that rows without gradient attend within.
+        answer_window: the same where answers alone are learned.
         span: rows of a run of blocks with loss.
     """
 
@@ -25,6 +26,7 @@ class Preset:
     loss_share: float
     local_share: float
     context_window: int
+    answer_window: int = 2048
     span: int = 1024
 
     @property
@@ -46,6 +48,6 @@ PRESETS: dict[str, Preset] = {
         "every row runs forward, three of eight carry loss, one of them attends to all rows", 0.12, 0.25, 1024
     ),
     "fast": Preset(
-        "every row runs forward, two of ten carry loss, one in five of them attends to all rows", 0.04, 0.15, 512
+        "every row runs forward, two of ten carry loss, one in five of them attends to all rows", 0.04, 0.15, 512, 512
     ),
 }

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from lemo.calibrate.collect import Window
 from lemo.calibrate.refit import predictor_recall, refit_bypass
+from lemo.calibrate.windows import Window
 from lemo.config import CalibrationConfig, RunConfig
 from lemo.errors import ConfigError
 from lemo.runtime.attach import Handle
@@ -145,7 +145,7 @@ def refitting(
     recall_steps = training.recall_steps if predicts else None
     if refit_steps is None and recall_steps is None:
         return []
-    from lemo.calibrate.collect import read_windows
+    from lemo.calibrate.windows import read_windows
     from lemo.runtime.model import causal_model
     from lemo.train.planning import calibration_batches
 
