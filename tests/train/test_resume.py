@@ -17,6 +17,7 @@ from lemo.train import checkpoint as checkpoint_module
 from lemo.train.checkpoint import RunFolder, SaveOnRequest
 from lemo.train.identity import run_identity
 from lemo.train.run import train
+from lemo.train.trainer import LemoTrainer
 from tests.train.test_run import adapter_of, recipe
 from tests.train.tiny import save_empty_checkpoint, words
 
@@ -32,16 +33,23 @@ def stop_at(monkeypatch, step):
     monkeypatch.setattr(SaveOnRequest, "on_step_end", ask)
 
 
-def stopped(run, step, screen, evaluate=evaluate_loss):
+def stopped(run, step, screen):
     with pytest.MonkeyPatch.context() as patch:
         stop_at(patch, step)
-        return train(run, evaluate, console=screen)
+        return train(run, evaluate_loss, console=screen)
 
 
-def size_of_adapter(model, *given, **options):
-    """A loss that gets worse from the first step on, whatever is learned."""
-    found = [p.detach().abs().sum().item() for name, p in model.named_parameters() if "lora_B" in name]
-    return dataclasses.replace(evaluate_loss(model, *given, **options), nats=1 + sum(found))
+@pytest.fixture
+def worse_from_the_start(monkeypatch):
+    """Validation losses that rise from the first step on, whatever is learned: the number of the step."""
+    loop = LemoTrainer.evaluation_loop
+
+    def measure(self, *given, **options):
+        output = loop(self, *given, **options)
+        output.metrics["eval_loss"] = float(self.state.global_step)
+        return output
+
+    monkeypatch.setattr(LemoTrainer, "evaluation_loop", measure)
 
 
 def same_adapter(a, b):
@@ -186,16 +194,17 @@ def test_old_checkpoints_are_deleted(base, tmp_path, screen):
         train(recipe(base, tmp_path / "run", training={"save_total_limit": 0}), evaluate_loss, console=screen)
 
 
+@pytest.mark.usefixtures("worse_from_the_start")
 def test_a_resumed_run_stops_early_where_the_whole_one_does(base, tmp_path, screen):
     training = {"max_steps": 12, "eval_steps": 1, "early_stopping_evals": 3, "learning_rate": 0.01}
     training |= {"lr_scheduler": "constant", "warmup_steps": 0}
-    whole = train(recipe(base, tmp_path / "whole", training=training), size_of_adapter, console=screen)
+    whole = train(recipe(base, tmp_path / "whole", training=training), evaluate_loss, console=screen)
     assert whole.steps == 4
     # In the step of its last evaluation, and with one and two evaluations counted.
     for before in (0, 1, 2):
         run = recipe(base, tmp_path / f"cut-{before}", training=training)
-        assert stopped(run, whole.steps - before, screen, size_of_adapter).interrupted
-        resumed = train(run, size_of_adapter, resume=True, console=screen)
+        assert stopped(run, whole.steps - before, screen).interrupted
+        resumed = train(run, evaluate_loss, resume=True, console=screen)
         assert resumed.steps == whole.steps and resumed.losses == whole.losses
         assert same_adapter(tmp_path / f"cut-{before}", tmp_path / "whole")
 
