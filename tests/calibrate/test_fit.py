@@ -7,7 +7,7 @@ import torch
 
 from lemo.calibrate.collect import PartStatistics, ProjectionFit, blank_predictor, skip_weights
 from lemo.calibrate.fit import fit_part, merge_layouts
-from lemo.calibrate.report import curves, recall, recall_row, summarise
+from lemo.calibrate.report import curves, print_report, recall, recall_row, summarise
 from lemo.calibrate.tune import ScoreProfile, project, tune_thresholds, window_labels
 from lemo.calibrate.windows import Window
 from lemo.config import CalibrationConfig
@@ -170,3 +170,18 @@ def test_labels_supervise_the_rows_of_the_mask():
     packed = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 5, 6]])
     labels = window_labels(Window(ids, supervised, None, packed, "a", True))
     assert labels[0].tolist() == [-100] * 6 + [6, -100, -100, -100]
+
+
+def test_recall_stands_beside_ranks_that_need_no_predictor(capsys):
+    supervised = torch.zeros(1, 96, dtype=torch.bool)
+    supervised[:, 40:48] = True  # block 5 of 12
+    layout = Layout.build(torch.zeros(1, 96, dtype=torch.int64), supervised, block_size=8)
+    nearest = torch.tensor([0.0, 1, 2, 3, 4, 0, 0, 0, 0, 0, 0, 0])  # what a target may be: blocks right before the loss
+    row = {"domain": "a", "layer": 0} | recall_row(-nearest, nearest, layout, 0, 0)
+    assert row["recent_recall_0.3"] == 1.0 > max(row["recall_0.3"], row["position_recall_0.3"])
+    stage = {"recall": summarise([row])}
+    print_report({"fits": {"sequential": stage}, "losses": {}})
+    assert "before" in (shown := capsys.readouterr().out) and "1.000" in shown
+    stage["recall"]["a"].pop("recent_recall_0.3")  # a calibration of an earlier version is only read
+    print_report({"fits": {"sequential": stage}, "losses": {}})
+    assert "–" in capsys.readouterr().out

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from lemo.core.layout import Layout
-from lemo.core.score import Position, Random, ScoreInputs
+from lemo.core.score import Position, Random, Recent, ScoreInputs
 
 SHARES = (0.15, 0.3)
-RIVALS = ("random", "position")
+RIVALS = ("random", "position", "recent")
 
 
 def recall(scores_K: Tensor, target_K: Tensor, layout: Layout, share: float) -> tuple[float, float] | None:
@@ -48,10 +48,14 @@ def recall(scores_K: Tensor, target_K: Tensor, layout: Layout, share: float) -> 
 
 
 def recall_row(scores_K: Tensor, target_K: Tensor, layout: Layout, layer: int, seed: int) -> dict[str, float]:
-    """Recall and mass at every share, of the scores and beside them of random and position-only ranks; {} for none."""
+    """Recall and mass at every share, of the scores and of ranks that need no predictor; {} for none.
+
+    These are random ones, the place alone, and how shortly before a block with loss a block stands.
+    """
     inputs = ScoreInputs(layout, layer=layer)
     random_K = Random(seed).scores(inputs).to(layout.device)
-    ranks = {"": scores_K, "random_": random_K, "position_": Position().scores(inputs)}
+    ranks = {"": scores_K, "random_": random_K}
+    ranks |= {"position_": Position().scores(inputs), "recent_": Recent().scores(inputs)}
     row: dict[str, float] = {}
     for prefix, ranked_K in ranks.items():
         for share in SHARES:
@@ -98,13 +102,13 @@ def print_report(report: Mapping[str, Any]) -> None:
     console = Console()
     for fit, stage in report["fits"].items():
         table = Table(title=f"Predictors, {fit} fit: recall of the best 0.3 of competing blocks, held-out windows")
-        for column in ("domain", "recall", "worst layer", "mass", "random", "position only"):
+        for column in ("domain", "recall", "worst layer", "mass", "random", "position only", "before loss"):
             table.add_column(column, justify="left" if column == "domain" else "right")
         for domain, row in stage["recall"].items():
             worst = f"{row['worst_recall_0.3']:.3f} (layer {row['worst_layer_0.3']})"
-            figures = [f"{row[name]:.3f}" for name in ("recall_0.3", "mass_0.3", "random_recall_0.3")]
-            position = f"{row['position_recall_0.3']:.3f}"
-            table.add_row(domain, figures[0], worst, figures[1], figures[2], position)
+            names = ["recall_0.3", "mass_0.3", *(f"{rival}_recall_0.3" for rival in RIVALS)]
+            found, *others = (f"{row[name]:.3f}" if name in row else "–" for name in names)
+            table.add_row(domain, found, worst, *others)
         if stage["recall"]:
             console.print(table)
     losses = Table(title="Zero-shot loss on held-out windows (nats per supervised token)")
