@@ -13,6 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 from lemo.cli.main import app
+from lemo.cli.recipe import load_recipe
 from lemo.core.plan import Plan
 from tests.train.tiny import save_tiny_model, words
 
@@ -163,6 +164,22 @@ def test_calibrate_writes_plan_and_report_that_train_can_use(base, tmp_path):
     (tmp_path / "with-plan.yaml").write_text(text.replace("block_size: 64", "block_size: 16"))
     done = lemo("train", tmp_path / "with-plan.yaml", f"output={tmp_path / 'other'}", "training.max_steps=1")
     assert done.exit_code == 0, done.output
+    refused(lemo("train", base / "recipe.yaml", f"output={tmp_path / 'plan'}"), "holds a calibration", "sparsity.plan=")
+
+
+def test_the_recipe_that_was_calibrated_trains_under_its_plan_as_it_is(base, tmp_path):
+    result = lemo("calibrate", base / "recipe.yaml", f"output={tmp_path / 'plan'}")
+    _, _, command = result.stdout.strip().splitlines()[-1].partition("next: lemo ")
+    plan = next(word for word in command.split() if word.startswith("sparsity.plan="))
+    run = load_recipe(base / "recipe.yaml", [plan, f"output={tmp_path / 'run'}"])
+    assert run.sparsity.forward_ratio == 1.0 != load_recipe(base / "recipe.yaml").sparsity.forward_ratio
+    done = lemo(*(word.replace("FOLDER", str(tmp_path / "run")) for word in command.split()), "training.max_steps=1")
+    assert done.exit_code == 0, done.output
+    other = ["sparsity.forward_ratio=0.5", "sparsity.backward_ratio=0.4"]
+    refused(
+        lemo("train", base / "recipe.yaml", plan, *other, f"output={tmp_path / 'no'}"),
+        "sparsity.forward_ratio, sparsity.backward_ratio stand beside sparsity.plan",
+    )
 
 
 def test_calibrate_leaves_a_run_alone(base, trained):

@@ -43,3 +43,4 @@ def calibrate(recipe: Recipe, overrides: Overrides = None) -> None:
     (folder / "recipe.yaml").write_text(dump_recipe(run), encoding="utf-8")
     typer.echo(f"plan: {folder / 'plan'}")
     typer.echo(f"report: {folder / 'calibration-report.json'}")
+    typer.echo(f"next: lemo train {recipe} sparsity.plan={folder / 'plan'} output=FOLDER")

@@ -23,6 +23,8 @@ from lemo.errors import ConfigError
 from lemo.train.checks import check_run
 from lemo.train.start_adapter import KEYS, is_there, settle
 
+_BESIDE_A_PLAN = ("plan", "enabled", "block_size")
+
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, begun: bool = False) -> RunConfig:
     """Reads a recipe, applies `section.key=value` overrides, and checks everything.
@@ -49,6 +51,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, begun: bool 
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a recipe is a mapping of keys, got {_kind(values)}")
     sources = override_values(values, overrides)
+    _drop_keys_of_the_plan(values)
     run = build_run(values, str(path), sources, begun=begun)
     _check_plan_keys(values, str(path))
     return run
@@ -310,8 +313,23 @@ def _kind(value: Any) -> str:
     return repr(value)
 
 
+def _drop_keys_of_the_plan(values: dict[str, Any]) -> None:
+    """A plan brings its own ratios: keys that say what `lemo calibrate` made it for change nothing, and are left out.
+
+    So the recipe that was calibrated trains under its plan with `sparsity.plan` alone added.
+    """
+    sparsity = values.get("sparsity")
+    plan = sparsity.get("plan") if isinstance(sparsity, dict) else None
+    if not isinstance(plan, str) or not (beside := Path(plan).parent / "recipe.yaml").is_file():
+        return
+    made_for = (parse_yaml(beside.read_text(encoding="utf-8"), str(beside)) or {}).get("sparsity", {})
+    for key in [key for key in sparsity if key not in _BESIDE_A_PLAN]:
+        if key in made_for and made_for[key] == sparsity[key]:
+            del sparsity[key]
+
+
 def _check_plan_keys(values: dict[str, Any], source: str) -> None:
-    """A plan brings its own ratios: other values beside it would be ignored, so they are refused.
+    """Other values beside a plan would be ignored, so they are refused.
 
     But for the size of blocks, which loss rows follow too.
     """
@@ -319,9 +337,13 @@ def _check_plan_keys(values: dict[str, Any], source: str) -> None:
     if not sparsity.get("plan"):
         return
     defaults = {field.name: field.default for field in dataclasses.fields(type(RunConfig().sparsity))}
-    for key, value in sparsity.items():
-        value = tuple(value) if isinstance(value, list) else value
-        if key not in ("plan", "enabled", "block_size") and value != defaults[key]:
-            raise ConfigError(
-                f"{source}: sparsity.{key} stands beside sparsity.plan, which brings its own value; remove the key"
-            )
+    wrong = [
+        f"sparsity.{key}"
+        for key, value in sparsity.items()
+        if key not in _BESIDE_A_PLAN and (tuple(value) if isinstance(value, list) else value) != defaults[key]
+    ]
+    if wrong:
+        verb, them = (
+            ("stands", "its own value; remove the key") if len(wrong) == 1 else ("stand", "its own; remove them")
+        )
+        raise ConfigError(f"{source}: {', '.join(wrong)} {verb} beside sparsity.plan, which brings {them}")

@@ -83,6 +83,12 @@ class RunFolder:
             if resume is True:
                 raise ConfigError(f"output: {folder.path} holds no run to resume")
             return folder
+        if RUN_FILE not in present and {"calibration.json", "plan"} <= set(present):
+            plan = folder.path / "plan"
+            raise ConfigError(
+                f"output: {folder.path} holds a calibration; name another folder, and sparsity.plan={plan} to train "
+                "under its plan"
+            )
         if RUN_FILE not in present:
             raise ConfigError(f"output: {folder.path} holds files that are no run ({present[0]}, ...); name another")
         if set(present) <= {RUN_FILE, "recipe.yaml"} and resume is not True:
