@@ -133,7 +133,10 @@ GRIDS: dict[str, list[Cell]] = {
     "targets": _cells([*_RANKED, *TARGETS], range(2), 100),
     "predictors": _cells([*_RANKED, "interaction", *PREDICTED], range(2), 100),
     "oracle": _cells(["oracle_mass"], range(5)),
-    "asked": _cells(["skip_30_all_recent", "predict_mass_loss_rows", "predict_mass_loss_rows_same"], range(5)),
+    "asked": _cells(
+        ["skip_30_all_recent", "predict_mass_loss_rows", "predict_mass_loss_rows_same", "oracle_mass_loss_rows"],
+        range(5),
+    ),
     "break_point": _cells(["dense_rows_10", *THRESHOLDS], range(2), 100),
     "loss_rows": _cells(["far_12", "blocks", "spread_runs", "hardest_weighted"], range(2)),
     "allocate": _cells(["skip_30_all_predictor", "allocated"], range(2), 100),
