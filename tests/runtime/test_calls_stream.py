@@ -157,6 +157,17 @@ def test_a_hook_that_is_given_rows_is_said(engine):
     assert torch.isclose(found, dense, rtol=1e-5) == (engine == "fused")
 
 
+def test_hooks_of_one_kind_are_said_once():
+    model = tiny_model()
+    for index in (0, 2):
+        model.model.layers[index].register_forward_hook(lambda module, args, output: None)
+    plan = replace(plan_of(model, "exact keys"), scorer="recent")
+    with attach(model, plan, engine="generic", self_test=False) as handle:
+        model(**batch(48))
+        said = [note for note in handle.notes if "forward hook" in note]
+    assert len(said) == 1 and said[0].startswith("layers 0, 2 have a forward hook"), said
+
+
 def test_what_hooks_inside_a_layer_keep_stays():
     """Whoever holds what a norm was given holds the stream; the layer then writes into a copy."""
     model, inputs, kept = tiny_model(dtype=WIDE), batch(48), []

@@ -80,10 +80,15 @@ def said_of_hooks(layers: Iterable[nn.Module], fused: frozenset[int]) -> Iterato
     if everywhere is not None:
         yield told.format(f"every module has {everywhere}", "layers run")
         return
+    hooked: dict[str, list[int]] = {}
     for index, layer in enumerate(layers):
         hook = None if index in fused else why_hooked(layer, _PASSING_ON, FORWARD)
         if hook is not None:
-            yield told.format(f"layer {index} has {hook}", "runs")
+            hooked.setdefault(hook, []).append(index)
+    for hook, indices in hooked.items():
+        alone = len(indices) == 1
+        which = f"layer {indices[0]} has" if alone else f"layers {', '.join(map(str, indices))} have"
+        yield told.format(f"{which} {hook}", "runs" if alone else "run")
 
 
 def _observed(module: nn.Module) -> bool:
