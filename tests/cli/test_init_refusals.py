@@ -104,7 +104,7 @@ def test_validation_of_another_kind_is_refused(init, held, parts):
 
 
 def test_no_window_of_the_length_asked_for_is_said(init):
-    made = init([{"text": words(40)}] * 30, "--window", 500)
+    made = init([{"text": words(40)}] * 12, "--window", 500)
     assert made.exit_code == 0
     assert "warning: no window of 500 tokens comes out: the longest document has about" in made.stderr
 
@@ -112,7 +112,8 @@ def test_no_window_of_the_length_asked_for_is_said(init):
 @pytest.mark.parametrize(
     ("lengths", "window", "part"),
     [
-        ((1100,) * 30, 2000, "longest document has about 1,100; name a smaller --window, or set data.packing"),
+        ((1100,) * 30, 2000, None),  # several share one
+        ((1100,) * 12, 2000, "longest document has about 1,100; name a smaller --window"),
         ((1000,), 950, "no window of 950 tokens"),  # a tenth of the document is held out
         ((1000,), 200, "no window for validation of 200 tokens"),
         ((1000,), 100, None),
@@ -122,6 +123,15 @@ def test_no_window_of_the_length_asked_for_is_said(init):
 def test_windows_that_are_missing(lengths, window, part):
     found = missing_windows(Wish(("d",), window_tokens=window), DataFacts("text", None, lengths, max(lengths)))
     assert found is None if part is None else part in found
+
+
+def test_documents_shorter_than_the_window_asked_for_share_it(init, tmp_path):
+    for length, shared in ((40, True), (4000, False)):
+        made = init([{"text": words(length)}] * 300, "--window", 500)
+        assert made.exit_code == 0 and "warning" not in made.stderr
+        run = load_recipe(tmp_path / "r.yaml")
+        assert run.data.packing == shared and run.data.window_tokens == 500
+        (tmp_path / "r.yaml").unlink()
 
 
 def test_a_short_run_has_no_warmup_and_says_no_other_thing(model):

@@ -81,7 +81,8 @@ def find_shape(wish: Wish, model: ModelFacts, data: DataFacts, machine: MachineF
     """
     packing = truncate = False
     if wish.window_tokens is not None:
-        window, why = wish.window_tokens, "as asked for"
+        window, packing = wish.window_tokens, packs(wish, data)
+        why = "as asked for; documents are shorter: several share a window" if packing else "as asked for"
     elif data.answers:
         step = 128 if data.longest_tokens < 4096 else 1024
         # Those of most characters were counted; another one may have a few tokens more.
@@ -140,25 +141,35 @@ def _fills(lengths: Sequence[int], window: int, *, holds_out: bool) -> bool:
     return used and (not parts or any(int(n * HELD_OUT) >= window for n in lengths))
 
 
+def packs(wish: Wish, data: DataFacts) -> bool:
+    """Whether documents share windows of the length asked for: none fills one, and together they fill some."""
+    return _what_lacks(wish, data) is not None and data.tokens * HELD_OUT >= (wish.window_tokens or 0)
+
+
 def missing_windows(wish: Wish, data: DataFacts) -> str | None:
     """Why no window comes out of text for training or validation, when a length was asked for; None when some do."""
+    lacks = _what_lacks(wish, data)
+    if lacks is None or packs(wish, data):
+        return None
+    about = "" if data.kind == "tokens" else "about "
+    return (
+        f"no window{lacks[0]} of {wish.window_tokens:,} tokens comes out: the longest document has {about}"
+        f"{data.longest_tokens:,}{lacks[1]}; name a smaller --window"
+    )
+
+
+def _what_lacks(wish: Wish, data: DataFacts) -> tuple[str, str] | None:
+    """What windows are for that no document fills, and what is left of a document for them; None when some do."""
     window = wish.window_tokens
     if window is None or data.answers:
         return None
     parts = not wish.validation and _holds_out_ends(data.lengths)
-    longest, about = data.longest_tokens, "" if data.kind == "tokens" else "about "
-    trained = int(longest * (1 - HELD_OUT)) if parts else longest
-    if trained < window:
-        what, held = "no window", ""
-    elif parts and int(longest * HELD_OUT) < window:
-        what, held = "no window for validation", f", of which {HELD_OUT:.0%} are held out"
-    else:
-        return None
-    joined = ", or set data.packing: true" if data.tokens * HELD_OUT >= window else ""
-    return (
-        f"{what} of {window:,} tokens comes out: the longest document has {about}{longest:,}{held}; name a smaller "
-        f"--window{joined}"
-    )
+    longest = data.longest_tokens
+    if (int(longest * (1 - HELD_OUT)) if parts else longest) < window:
+        return "", ""
+    if parts and int(longest * HELD_OUT) < window:
+        return " for validation", f", of which {HELD_OUT:.0%} are held out"
+    return None
 
 
 def _holds_out_ends(lengths: Sequence[int]) -> bool:
