@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FIGURE = Path(__file__).with_suffix(".png")
 LETTERS = 74
 SKIPPING = (
-    "loss_rows.share=0.15", "loss_rows.local_share=0", "loss_rows.span=null", "sparsity.forward_ratio=0.5",
+    "loss_rows.share=0.15", "loss_rows.local_share=0", "loss_rows.span=256", "sparsity.forward_ratio=0.5",
     "sparsity.backward_ratio=0.5", "sparsity.context_window=0", "sparsity.kv=kept", "sparsity.scorer=predictor",
     "sparsity.dense_layers=[0, -1]", "calibration.windows=4", "calibration.tune_windows=1",
     "calibration.predictor_steps=150", "calibration.compare_dense_fit=false",
