@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks.quality_corpus import corpus_of, is_published
 from benchmarks.quality_costs import gain_at_64k
 from benchmarks.quality_grids import STEPS
-from benchmarks.quality_methods import METHODS
+from benchmarks.quality_methods import INSTRUCT_DEFAULT, METHODS
 from lemo.measure.record import Record, read_records
 from lemo.measure.statistics import value_of
 
@@ -96,12 +96,12 @@ COMPARISONS = (
     ),
     Comparison("B.sparse_gap", "balanced", "balanced", "sparse", baseline_metric="loss_rows"),
     # What `lemo init` writes for documents with questions; the default without rows of prompts beside it.
-    Comparison("B.instruct_gap", "instruct_words_prompt_twice_window_2048", "instruct_dense"),
+    Comparison("B.instruct_gap", INSTRUCT_DEFAULT, "instruct_dense"),
     *(
         Comparison(None, f"instruct_{name}", "instruct_dense")
         for name in ("words_prompt_twice", "prompt_twice", "default", "words", "words_answered")
     ),
-    Comparison(None, "instruct_words_prompt_twice_window_2048", "instruct_dense_twice"),
+    Comparison(None, INSTRUCT_DEFAULT, "instruct_dense_twice"),
     Comparison("B.instruct_context_value", "instruct_dense", "instruct_no_document", statistic="gain_less_error"),
 )
 GAINS = (

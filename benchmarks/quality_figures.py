@@ -9,11 +9,11 @@ from typing import Any
 
 from benchmarks.quality_costs import gain_at_64k
 from benchmarks.quality_groups import Group, twin_of
-from benchmarks.quality_methods import METHODS
+from benchmarks.quality_methods import INSTRUCT_DEFAULT, METHODS
 from lemo.measure.record import Record
 
 # Presets, and what a recipe for documents with questions does.
-_FAMILIES = dict.fromkeys(("balanced", "quality", "fast", "instruct_words_prompt_twice_window_2048"), "#2563eb")
+_FAMILIES = dict.fromkeys(("balanced", "quality", "fast", INSTRUCT_DEFAULT), "#2563eb")
 # Beyond so many nats an axis is logarithmic where it has to be: one failed method would press all others together.
 _LINEAR, _WIDE = 0.05, 0.15
 

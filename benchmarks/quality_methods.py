@@ -100,6 +100,8 @@ def _answers(about: str, backward: float, **changes: Any) -> Method:
 
 
 _CONTEXT: dict[str, Any] = {"loss_share": ANSWER_SHARE, "span": None}
+# What `lemo init` writes for documents with questions.
+INSTRUCT_DEFAULT = "instruct_words_prompt_twice_window_2048"
 INSTRUCT = {
     "instruct_before": Method("before any training"),
     "instruct_dense": Method("dense LoRA, answers supervised"),

@@ -9,7 +9,7 @@ from benchmarks.quality_compare import domain_means
 from benchmarks.quality_corpus import is_published
 from benchmarks.quality_costs import gain_at_64k
 from benchmarks.quality_groups import Group, twin_of
-from benchmarks.quality_methods import METHODS, PRESETS, RIVALS
+from benchmarks.quality_methods import INSTRUCT_DEFAULT, METHODS, PRESETS, RIVALS
 from lemo.report.tables import markdown
 
 NOTHING = "–"
@@ -35,7 +35,7 @@ FEATURED = {
         "instruct_default",
         "instruct_words",
         "instruct_words_prompt_twice",
-        "instruct_words_prompt_twice_window_2048",
+        INSTRUCT_DEFAULT,
         "instruct_dense_twice",
     ),
 }

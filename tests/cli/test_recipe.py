@@ -269,3 +269,10 @@ def test_the_saved_recipe_of_a_run_with_a_plan_loads(tmp_path):
         read = load_recipe(saved)
         assert read.sparsity == SparsityConfig(plan="p") and read.loss_rows.local_share == run.local_share
         assert resolved(read) == resolved(run)
+
+
+def test_a_recipe_beside_a_plan_that_is_none_is_named(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("[]")
+    (tmp_path / "mine.yaml").write_text(f"{GOOD}\nsparsity: {{plan: {tmp_path / 'plan'}}}\n")
+    with pytest.raises(ConfigError, match=r"recipe\.yaml: a recipe is a mapping of keys, got the list"):
+        load_recipe(tmp_path / "mine.yaml")

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from lemo.config import ANSWER_CONTEXT_WINDOW
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -26,7 +28,7 @@ class Preset:
     loss_share: float
     local_share: float
     context_window: int
-    answer_window: int = 2048
+    answer_window: int = ANSWER_CONTEXT_WINDOW
     span: int = 1024
 
     @property

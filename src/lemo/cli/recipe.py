@@ -41,6 +41,16 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, begun: bool 
             that is not there or has other values. One line for each mistake, naming file and key.
     """
     path = Path(path)
+    values = _read_values(path)
+    sources = override_values(values, overrides)
+    _drop_keys_of_the_plan(values)
+    run = build_run(values, str(path), sources, begun=begun)
+    _check_plan_keys(values, str(path))
+    return run
+
+
+def _read_values(path: Path) -> dict[str, Any]:
+    """Nested values of a recipe, not checked but for being a mapping."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -50,11 +60,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, begun: bool 
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a recipe is a mapping of keys, got {_kind(values)}")
-    sources = override_values(values, overrides)
-    _drop_keys_of_the_plan(values)
-    run = build_run(values, str(path), sources, begun=begun)
-    _check_plan_keys(values, str(path))
-    return run
+    return values
 
 
 def override_values(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, str]:
@@ -322,9 +328,9 @@ def _drop_keys_of_the_plan(values: dict[str, Any]) -> None:
     plan = sparsity.get("plan") if isinstance(sparsity, dict) else None
     if not isinstance(plan, str) or not (beside := Path(plan).parent / "recipe.yaml").is_file():
         return
-    made_for = (parse_yaml(beside.read_text(encoding="utf-8"), str(beside)) or {}).get("sparsity", {})
+    made_for = _read_values(beside).get("sparsity")
     for key in [key for key in sparsity if key not in _BESIDE_A_PLAN]:
-        if key in made_for and made_for[key] == sparsity[key]:
+        if isinstance(made_for, dict) and key in made_for and made_for[key] == sparsity[key]:
             del sparsity[key]
 
 
