@@ -299,8 +299,8 @@ What the project set itself before it was built, and where it stands. Made by `p
 docs/goals.md` from the Records in `benchmarks/results/`; of a goal with several shapes, domains or settings the worst
 is shown. Goals marked A are of the method and its predictors, B of [quality](quality.md), C of
 [performance](performance.md), E of first use. Why a goal is missed stands in the [decisions](decisions/README.md): 16
-and 18 (equal arithmetic, short windows), 17 (steps at 8K, bandwidth of the bypass) and 20 (retrieval). A goal of
-trained models takes three paired seeds, predictors against random rows five; one that has fewer so far says how many.
+and 18 (equal arithmetic, short windows) and 17 (steps at 8K, bandwidth of the bypass). A goal of trained models takes
+three paired seeds, predictors against random rows five; one that has fewer so far says how many.
 """
 
 

@@ -212,7 +212,7 @@ def write_comparisons(path: Path) -> int:
         return 0
     records = read_records(path)
     cells = Cells(records)
-    known = {(r.name, r.config_hash, r.bar, r.seeds) for r in records}
+    known = {(r.name, r.config_hash, r.bar, r.seeds, r.value) for r in records}
     for protocol in cells.protocols():
         for item in COMPARISONS:
             for label, steps, pairs in pairs_of(cells, item, protocol):
@@ -335,7 +335,7 @@ def _append(
     record = Record.measure(name, unit, samples, setting, script=SCRIPT, seeds=seeds, bar=bar)
     newest = max(sources, key=lambda r: r.time)
     record = dataclasses.replace(record, device=newest.device, versions=newest.versions, commit=newest.commit)
-    key = (name, record.config_hash, bar, record.seeds)
+    key = (name, record.config_hash, bar, record.seeds, record.value)
     if key not in known:
         known.add(key)
         record.append(path)

@@ -258,7 +258,7 @@ class Runner:
 def compare(path: Path) -> None:
     """Misses of skipping methods over those of dense LoRA, in points, over the tasks that count."""
     records = read_records(path)
-    known = {(r.name, r.config_hash, r.bar, r.seeds) for r in records}
+    known = {(r.name, r.config_hash, r.bar, r.seeds, r.value) for r in records}
     groups: dict[tuple, list[Record]] = {}
     for record in records:
         if record.name.startswith("retrieval/") and "cell" in record.setting:
@@ -313,7 +313,7 @@ def _compare(
     record = dataclasses.replace(record, device=newest.device, versions=newest.versions, commit=newest.commit)
     gap = value_of(samples, "difference_of_means")
     print(f"{title}: {gap:+.2f} points, with its error {record.value:+.2f} ({len(candidate)} prompts)", flush=True)
-    if (title, record.config_hash, bar, record.seeds) not in known:
+    if (title, record.config_hash, bar, record.seeds, record.value) not in known:
         record.append(path)
 
 

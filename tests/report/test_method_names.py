@@ -23,6 +23,7 @@ from lemo.report.method_names import name_method
             "context=1024,offload=1,recompute=lin",
             "lemo, 12 % far + 25 % local loss rows, window 1,024, recompute lin, offload",
         ),
+        ("liger:adapter=model,recompute=layer,bits=4", "Liger, recompute, 4-bit base"),
         ("lemo:keep=0.5,kv=kept,offload=keys", "lemo, 50 % of rows, kv kept, offload of keys too"),
         (
             "lemo:keep=0.5,kv=kept,recompute=mlp,last=all",

@@ -31,6 +31,8 @@ def name_method(method: str) -> str:
         words.append("recompute" if name != "lemo" else f"recompute {level}")
     if (moved := options.pop("offload", "0")) != "0":
         words.append("offload" if moved == "1" else f"offload of {moved} too")
+    if bits := options.pop("bits", None):
+        words.append(f"{bits}-bit base")
     if (engine := options.pop("engine", "fused")) != "fused":
         words.append(f"{engine} engine")
     if options.pop("last", None) == "all":
