@@ -19,9 +19,10 @@ from lemo.measure.estimate import changes, fit_setting, gain, longest_tokens, ma
 from lemo.measure.memory import GIB
 from lemo.measure.sizes import read_sizes
 from lemo.measure.step_memory import StepSetting, step_memory
-from lemo.train import forecast as forecasts
+from lemo.train import data_gain as gains_of_data
 from lemo.train.data import load_windows
-from lemo.train.forecast import ANSWER_SHARE, data_gain, forecast, window_shares
+from lemo.train.data_gain import data_gain, look_at_data, window_shares, with_data
+from lemo.train.forecast import ANSWER_SHARE, forecast
 from lemo.train.planning import training_collator
 from lemo.train.rehearsal import shape_config
 from tests.train.test_chat import PLAIN, TALK
@@ -288,9 +289,12 @@ def test_data_are_counted_as_training_draws_them(documents, monkeypatch, prompts
     """Shares of rows and blocks with loss are those of real batches, and each step has every such block once."""
     path, tokenizer = documents
     made = of_answers(tokens=16384, prompts=prompts, sparsity=sparsity, train=(path,))
-    steps, known = {}, forecasts.gain
-    monkeypatch.setattr(forecasts, "gain", lambda *given: steps.setdefault(given[1].tokens, given[1]) and known(*given))
-    found = data_gain(made, forecast(made), tokenizer, CARDS["h100"])
+    steps, known = {}, gains_of_data.gain
+    monkeypatch.setattr(
+        gains_of_data, "gain", lambda *given: steps.setdefault(given[1].tokens, given[1]) and known(*given)
+    )
+    first = forecast(made)
+    found = data_gain(made, first, look_at_data(made, first, tokenizer), CARDS["h100"])
     dataset, _ = load_windows(made.data, tokenizer, "train")
     collator = training_collator(made, tokenizer)
     drawn = [window_shares(collator([dataset[i]])["labels"][0].tolist(), 64) for i in range(len(dataset))]
@@ -311,7 +315,7 @@ def test_data_gain_most_from_answers_alone_and_more_from_local_rows_of_prompts_t
     found = [forecast(none), forecast(near)]
     setting = replace(found[1].setting, local_share=0.0)
     gains = [
-        data_gain(made, each, tokenizer, CARDS["h100"])
+        data_gain(made, each, look_at_data(made, each, tokenizer), CARDS["h100"])
         for made, each in ((none, found[0]), (near, found[1]), (near, replace(found[1], setting=setting)))
     ]
     assert gains[0].gain > gains[1].gain > gains[2].gain
@@ -340,9 +344,15 @@ def test_a_recipe_its_data_and_a_real_step(folder, data):
     gains = found["data"]
     assert gains["windows"] > 0 and 0 <= gains["gaining"] <= 1 and 0 < gains["gain"] <= gains["best"]
     assert found["probe"]["source"] == "resident" and found["probe"]["seconds"] > 0
+    tokens = found["estimate"]["setting"]["tokens"]
+    assert tokens == gains["longest_tokens"] == gains["largest"]["tokens"]
+    assert any(f"most demanding window seen, {tokens:,} tokens" in note for note in found["notes"])
+    assert not any("taken to be" in note for note in found["notes"])
     if data == "chat.jsonl":
-        assert any("--data counts them" in note for note in found["notes"])
         assert 0 < gains["supervised_share"] < 1
+        assumed = json.loads(run("r.yaml", "--json", "--card", "l4"))
+        assert any("--data counts them" in note for note in assumed["notes"])
+        assert assumed["estimate"]["setting"]["tokens"] > tokens
 
 
 def test_loss_on_nearly_all_rows_is_counted(folder):
@@ -352,6 +362,33 @@ def test_loss_on_nearly_all_rows_is_counted(folder):
     found = json.loads(run("r.yaml", *shares, "--data", "--json", "--card", "l4"))
     assert found["estimate"]["setting"]["local_share"] == pytest.approx(0.124)
     assert found["data"]["supervised_share"] == pytest.approx(1.0)
+
+
+def test_the_step_of_the_data_is_the_one_that_needs_most_memory(documents):
+    """Not the longest one where a shorter one has more rows with loss."""
+    path, tokenizer = documents
+    made = of_answers(tokens=16384, prompts=0.0, sparsity={}, train=(path,))
+    first, card = forecast(made), CARDS["h100"]
+    found = data_gain(made, first, look_at_data(made, first, tokenizer), card)
+    own = make_estimate(first.sizes, with_data(first, found).setting, card)
+    dataset, _ = load_windows(made.data, tokenizer, "train")
+    for i in range(len(dataset)):
+        tokens, rows, blocks = window_shares(dataset[i]["labels"], 64)
+        step = replace(first.setting, tokens=tokens, loss_share=rows, forced_share=blocks)
+        assert make_estimate(first.sizes, step, card).needed_bytes <= 1.02 * own.needed_bytes
+    assert own.setting.batch == first.setting.batch
+
+
+@pytest.mark.parametrize("options", [(), ("--data",)])
+def test_what_fits_says_how_long_a_run_takes(folder, options):
+    CliRunner().invoke(app, ["init", "model", "chat.jsonl", "--out", "r.yaml", "--machine", "cpu"])
+    steps = "training.max_steps=40", "training.recompute=layer"
+    found = json.loads(run("r.yaml", *steps, *options, "--fit", "--json", "--card", "l4"))
+    assert found["fit_run"]["batches"] == found["run"]["batches"]
+    assert found["fit"]["step_s"] < found["estimate"]["step_s"]
+    assert found["fit_run"]["training_s"] < found["run"]["training_s"]
+    text = run("r.yaml", *steps, *options, "--fit", "--card", "l4")
+    assert text.split("the fastest that fits")[1].count("run: ") == 1
 
 
 def test_a_preset_beside_a_recipe_is_refused(folder):

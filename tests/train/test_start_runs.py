@@ -10,7 +10,7 @@ import signal
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from lemo.cli.main import app
@@ -114,6 +114,24 @@ def test_a_resumed_run_loads_its_checkpoint_and_needs_the_start_no_more(
     assert resumed.losses == whole.losses
     one, other = adapter_of(tmp_path / "whole"), adapter_of(tmp_path / "cut")
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_an_adapter_that_was_overwritten_before_the_first_checkpoint_is_measured_again(
+    base, tmp_path, screen, monkeypatch
+):
+    first = first_run(base, tmp_path, screen)
+    recipe = write(base, tmp_path, "again", {"adapter": str(tmp_path / "first" / "adapter")})
+    with monkeypatch.context() as patch:
+        patch.setattr("lemo.train.trainer.LemoTrainer.train", lambda self, **options: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            go(recipe, screen)
+    stored = tmp_path / "again" / "before.json"
+    assert json.loads(stored.read_text())["dense before"]["nats"] == first.losses["dense after"]
+    last = load_file(tmp_path / "first" / "adapter" / "adapter_model.safetensors")
+    save_file({k: 3 * v for k, v in last.items()}, tmp_path / "first" / "adapter" / "adapter_model.safetensors")
+    result, _ = go(recipe, screen)
+    assert result.losses["dense before"] != first.losses["dense after"]
+    assert json.loads(stored.read_text())["dense before"]["nats"] == result.losses["dense before"]
 
 
 def test_the_command_line_resumes_from_the_stored_recipe(base, tmp_path, screen, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,9 +16,13 @@ if TYPE_CHECKING:
     from lemo.measure.card import Card
     from lemo.measure.estimate import Change, Estimate
     from lemo.measure.step_memory import StepSetting
+    from lemo.train.data_gain import Looked
+    from lemo.train.forecast import Forecast
     from lemo.train.run_time import RunTime
 
 GIB, DEFAULT_CARD = 2**30, "h100"
+# What `--fit` may change in a step.
+FREE = ("recompute", "segment_rows", "offload", "kv", "forward_ratio", "backward_ratio")
 
 
 def estimate(
@@ -52,7 +57,8 @@ def estimate(
     from lemo.errors import ConfigError
     from lemo.measure.card import here
     from lemo.measure.estimate import changes, fit_setting, gain, longest_tokens, make_estimate
-    from lemo.train.forecast import data_gain, forecast, probe_step
+    from lemo.train.data_gain import data_gain, look_at_data, with_data
+    from lemo.train.forecast import forecast, probe_step
     from lemo.train.run_time import UNKNOWN, run_time
 
     quieten()
@@ -60,7 +66,10 @@ def estimate(
     if data and not run.data.train:
         raise ConfigError("--data: data.train is empty; name a recipe that has data, or add data.train=[FILE]")
     chosen = choose_card(card)
-    found = forecast(run)
+    assumed = forecast(run)
+    looked = look_at_data(run, assumed, _tokenizer(run)) if data else None
+    gains = None if looked is None else data_gain(run, assumed, looked, chosen)
+    found = assumed if gains is None else with_data(assumed, gains)
     now = make_estimate(found.sizes, found.setting, chosen)
     report: dict[str, Any] = {"model": run.model.path, "notes": list(found.notes), "estimate": now}
     if card is None and here() is None:
@@ -68,11 +77,11 @@ def estimate(
     report["longest_tokens"] = longest_tokens(found.sizes, found.setting, chosen)
     report["gain"] = gain(found.sizes, found.setting, chosen)
     report["changes"] = [] if now.fits else changes(found.sizes, found.setting, chosen)
+    report |= {} if gains is None else {"data": gains}
+    report["run"] = run_time(run, found, chosen, gains)
     if fit:
-        report["fit"] = fit_setting(found.sizes, found.setting, chosen)
-    if data:
-        report["data"] = data_gain(run, found, _tokenizer(run), chosen)
-    report["run"] = run_time(run, found, chosen, report.get("data"))
+        report["fit"] = best = fit_setting(found.sizes, found.setting, chosen)
+        report["fit_run"] = None if best is None else _fitted_run(run, assumed, looked, best)
     if report["run"] is None and run.data.train:
         report["notes"].append(UNKNOWN)
     if probe:
@@ -81,6 +90,17 @@ def estimate(
         typer.echo(json.dumps(plain(report), indent=1))
         return
     show(report, fit)
+
+
+def _fitted_run(run: RunConfig, assumed: Forecast, looked: Looked | None, fitted: Estimate) -> RunTime | None:
+    """The time of the run with what `--fit` has found."""
+    from lemo.train.data_gain import data_gain
+    from lemo.train.run_time import run_time
+
+    free = {name: getattr(fitted.setting, name) for name in FREE}
+    found = replace(assumed, setting=replace(assumed.setting, **free))
+    gains = None if looked is None else data_gain(run, found, looked, fitted.card)
+    return run_time(run, found, fitted.card, gains)
 
 
 def read_source(source: str, overrides: list[str] | None, preset: PresetName | None) -> RunConfig:
@@ -224,6 +244,8 @@ def _show_more(report: dict[str, Any], fit: bool, console: Any) -> None:
             console.print(f"  {change.text}: {_outcome(change.estimate)}", markup=False)
     if fit:
         _show_fit(report["estimate"], report["fit"], listed, console)
+        if report.get("fit_run") is not None:
+            console.print(f"  {describe_run(report['fit_run'])}", markup=False)
     if "data" in report:
         gain = report["data"]
         console.print(

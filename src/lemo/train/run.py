@@ -310,9 +310,11 @@ class _Session:
         )
 
     def _before(self, model: Any, handle: Handle) -> None:
-        """Losses before training; a resumed run reads those of its first start."""
+        """Losses before training; a run that was begun before reads those of its first start."""
         stored = self.folder.path / "before.json"
-        if self.processes.from_main(stored.exists):
+        # An adapter may have been overwritten since, as long as no checkpoint holds it.
+        same = self.run.lora.adapter is None or self.folder.resume_from is not None
+        if same and self.processes.from_main(stored.exists):
             self.reports = json.loads(stored.read_text(encoding="utf-8"))
             self.losses = {name: report["nats"] for name, report in self.reports.items()}
             return

@@ -9,7 +9,8 @@ from typing import Any
 from lemo.config import RunConfig
 from lemo.measure.card import Card
 from lemo.measure.step_time import forward_time, step_time
-from lemo.train.forecast import DataGain, Forecast
+from lemo.train.data_gain import DataGain
+from lemo.train.forecast import Forecast
 
 UNKNOWN = "training.max_steps is not set, so the data says how many steps a run has: --data counts them"
 
