@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import fcntl
 import json
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 from lemo.errors import ConfigError
 from lemo.eval.perplexity import evaluate_loss
 from lemo.train.checkpoint import RunFolder
+from lemo.train.files import locked
 from lemo.train.run import train
 from tests.train.test_resume import stopped
 from tests.train.test_run import recipe
@@ -93,3 +95,20 @@ with locked(pathlib.Path({str(tmp_path / "run")!r})):
     assert (
         adapter.stat().st_mode & 0o777 == (tmp_path / "run" / "adapter" / "adapter_config.json").stat().st_mode & 0o777
     )
+
+
+def test_a_lock_whose_file_was_just_taken_away_is_taken_anew(tmp_path, monkeypatch):
+    """Between opening the file and locking it, the process that held it may end and remove it."""
+    taken, flock = [], fcntl.flock
+
+    def late(file, how):
+        if not taken:
+            taken.append((tmp_path / "run.lock").unlink())
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with locked(tmp_path):
+        assert taken and (tmp_path / "run.lock").exists()
+        with pytest.raises(ConfigError, match="another process is training into"), locked(tmp_path):
+            pass
+    assert not (tmp_path / "run.lock").exists()
