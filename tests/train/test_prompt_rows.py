@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from transformers import TrainingArguments
 
 from lemo import attach
 from lemo.config import LoraConfig, RunConfig, TrainingConfig, resolved
@@ -157,6 +158,35 @@ def test_the_loss_is_the_weighted_mean():
     expected = float((losses.detach() * weight).sum() / weight.sum())
     with attach(model, plan, self_test=False, unsafe_no_bypass=True):
         assert float(model(**batch).loss.detach()) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("weight_of", ["answers", "row"])
+def test_a_step_of_several_batches_learns_what_one_batch_would(tmp_path, weight_of):
+    """Samples of few and of many answers, together and one by one."""
+    windows = []
+    for i, answers in enumerate([3, 40, 5, 1]):
+        learned = np.zeros(64, bool)
+        learned[-answers:] = True
+        windows.append(Window(f"w{i}", np.random.default_rng(i).integers(3, 90, 64), learned))
+    made = []
+    for size in (4, 1, 2):
+        model = tiny_model("llama")
+        plan = Plan.uniform(model, backward_ratio=0.5, gradient="keys", scorer="recent", block_size=BLOCK)
+        options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size, "max_steps": 2}
+        arguments = TrainingArguments(
+            str(tmp_path), optim="sgd", learning_rate=1.0, max_grad_norm=0.0, report_to="none", use_cpu=True, **options
+        )
+        draw = collator(weight=1.0 if weight_of == "row" else 2.0, weight_of=weight_of)
+        with attach(model, plan, self_test=False) as handle:
+            trainer = LemoTrainer(
+                model=model, args=arguments, data_collator=draw, train_dataset=WindowDataset(windows), handle=handle
+            )
+            trainer.train()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        made.append((losses, torch.cat([p.detach().flatten() for p in model.parameters()])))
+    for losses, weights in made[1:]:
+        assert losses == pytest.approx(made[0][0], rel=1e-5)
+        torch.testing.assert_close(weights, made[0][1], rtol=1e-4, atol=1e-6)
 
 
 def recipe(sparsity=(), **rows) -> RunConfig:

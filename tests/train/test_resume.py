@@ -250,6 +250,22 @@ def test_what_an_interrupted_run_saved_stays_beside_the_best(base, tmp_path, scr
     assert (tmp_path / "run" / "checkpoints" / "checkpoint-3").is_dir()
 
 
+def test_who_is_stopped_where_it_would_evaluate_saves_before(base, tmp_path, screen, monkeypatch):
+    """A launcher that kills after some seconds would lose the steps: validation takes longer."""
+    sections = {"training": {"max_steps": 6, "eval_steps": 3, "save_steps": None}}
+    whole = train(recipe(base, tmp_path / "whole", **sections), evaluate_loss, console=screen)
+    run = recipe(base, tmp_path / "run", **sections)
+    with monkeypatch.context() as patch:
+        patch.setattr(LemoTrainer, "evaluation_loop", lambda *given, **options: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            stopped(run, 3, screen)
+    resumed = train(run, evaluate_loss, resume=True, console=screen)
+    assert resumed.losses == whole.losses and same_adapter(tmp_path / "run", tmp_path / "whole")
+    stopped(recipe(base, tmp_path / "other", **sections), 3, screen)
+    state = json.loads((tmp_path / "other" / "checkpoints" / "checkpoint-3" / "trainer_state.json").read_text())
+    assert any("eval_loss" in entry for entry in state["log_history"]), "and once more when it has evaluated"
+
+
 def test_how_often_to_save_and_log_may_change_on_resume(base, tmp_path, screen):
     free = {"max_steps": 6, "save_total_limit": None, "save_steps": None, "logging_steps": 1}
     stopped(recipe(base, tmp_path / "run", training=free), 2, screen)

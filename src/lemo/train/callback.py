@@ -18,6 +18,7 @@ from lemo.measure.memory import GIB, Peak, resident_bytes, track_peak
 from lemo.runtime.attach import Handle
 from lemo.train.files import replace_text
 from lemo.train.lora import write_context
+from lemo.train.prompt_rows import PromptRows
 from lemo.train.row_draw import RowDraw
 
 STATE_FILE = "lemo.json"
@@ -71,6 +72,7 @@ class LemoCallback(TrainerCallback):
         self._started = self._marked = 0.0
         self._marked_tokens = 0
         self._evaluated_step = -1
+        self._epoch, self._restored = 0, False
         self._device: torch.device | None = None
         self._status: Any = None
         self._logged: dict[str, Any] = {}
@@ -83,8 +85,16 @@ class LemoCallback(TrainerCallback):
         self._open_labels(True)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Starts clock, token count and memory tracking."""
-        self._open_labels(False)
+        """Starts clock, token count and memory tracking; takes up what a checkpoint has of the draws."""
+        # The Trainer may evaluate before the first step; `on_evaluate` masks labels again.
+        self._open_labels(bool(getattr(args, "eval_on_start", False)))
+        self._epoch = math.floor((state.epoch or 0) + 1e-6)
+        if state.global_step and not self._restored:
+            named = args.resume_from_checkpoint
+            own = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            self.restore(named if isinstance(named, str) else own, args.process_index)
+        if self.opens_evaluation and isinstance(self.loss_rows, PromptRows):
+            self._warn_of_parts(args)
         self._device = next(model.parameters()).device
         self._stack = ExitStack()
         self.peak = self._stack.enter_context(track_peak(self._device))
@@ -96,9 +106,10 @@ class LemoCallback(TrainerCallback):
             self._status = self._stack.enter_context(self._terminal().status("training starts"))
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Loss rows are drawn anew in each epoch."""
+        """Loss rows are drawn anew in each epoch. They are counted here: of data without a length nobody knows them."""
         if self.loss_rows is not None:
-            self.loss_rows.set_epoch(math.floor((state.epoch or 0) + 1e-6))
+            self.loss_rows.set_epoch(self._epoch)
+        self._epoch += 1
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Updates the live line."""
@@ -167,6 +178,7 @@ class LemoCallback(TrainerCallback):
 
     def restore(self, checkpoint: str | Path, process: int = 0) -> None:
         """Takes up the counts of a checkpoint, if it has them: those of this process, where there are several."""
+        self._restored = True
         path = Path(checkpoint) / state_file(process)
         if self.handle is not None and path.exists():
             for name, value in json.loads(path.read_text(encoding="utf-8")).items():
@@ -183,6 +195,7 @@ class LemoCallback(TrainerCallback):
         self._status = None
         self._stack.close()
         self._started = 0.0
+        self._restored = False
         self._open_labels(True)
 
     def mean_ratios(self) -> tuple[float, float]:
@@ -242,6 +255,14 @@ class LemoCallback(TrainerCallback):
         """Shows all labels, or masks them again."""
         if self.opens_evaluation:
             self.loss_rows.enabled = not on  # type: ignore[union-attr]
+
+    def _warn_of_parts(self, args: Any) -> None:
+        """Says what a plain Trainer does to rows of prompts where a step has several parts."""
+        if max(args.gradient_accumulation_steps, args.world_size) > 1:
+            self.say(
+                "PromptRows: under a plain Trainer each part of a step counts by its rows with loss, so that answers "
+                "weigh more in parts with few of them; LemoTrainer weighs all rows of a step alike"
+            )
 
     def _status_of_training(self) -> bool:
         """Whether training is under way."""

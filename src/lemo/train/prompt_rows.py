@@ -8,7 +8,7 @@ its place (docs/decisions/0019-prompt-rows.md). Others call the weight of a sing
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -34,8 +34,9 @@ class PromptRows(RowDraw):
 
     Of each sample, runs of blocks without any answer are drawn; their rows predict the next token. A row of an answer
     weighs 1, a drawn row `weight` times the sample's answer rows over its drawn ones, but never more than 1; all times
-    a factor that makes the weights of a batch add up to its rows with loss: the loss is the weighted mean. The draw
-    depends on (seed, sample id, epoch) only. During evaluation answers alone count.
+    a factor that makes the weights of a batch add up to its rows with loss: the loss is the weighted mean. Where a step
+    has several batches, `LemoTrainer` makes it the weighted mean of them all. The draw depends on (seed, sample id,
+    epoch) only. During evaluation answers alone count.
 
     The batch has `loss_weights` (B, T), which only the segmented loss of an attached model knows. Samples whose rows
     all carry loss, as plain text, stay as they are.
@@ -128,3 +129,24 @@ class PromptRows(RowDraw):
         goes_on_BT = torch.zeros_like(document_BT, dtype=torch.bool)
         goes_on_BT[:, :-1] = document_BT[:, 1:] == document_BT[:, :-1]
         return of_rows(drawn_K, layout, answers_BT) & goes_on_BT.to(answers_BT.device)
+
+
+def even_weights(batches: Sequence[Any], of_all: Callable[[Tensor], Tensor] = lambda sums: sums) -> None:
+    """Makes the loss of several batches of `PromptRows` the weighted mean of their rows, in place.
+
+    In a batch alone weights add up to its rows with loss. Divided by those of all batches, a batch with few answers
+    among many drawn rows would count for its rows, not for its weights.
+
+    Args:
+        batches: of one optimizer step, with `labels` and `loss_weights` (B, T), whose largest is that of an answer.
+        of_all: sums (2,) of this process to those of all that share the step.
+    """
+    weighted = [batch for batch in batches if WEIGHTS in batch]
+    if not weighted:
+        return
+    # As drawn: 1 for an answer.
+    drawn = [batch[WEIGHTS] / batch[WEIGHTS].max().clamp_min(1e-9) for batch in weighted]
+    rows = torch.stack([(batch["labels"][:, 1:] != IGNORE).sum() for batch in weighted]).sum()
+    weight, count = of_all(torch.stack([torch.stack([w.sum() for w in drawn]).sum(), rows.to(drawn[0])])).to(drawn[0])
+    for batch, weights_BT in zip(weighted, drawn, strict=True):
+        batch[WEIGHTS] = weights_BT * (count / weight.clamp_min(1e-9))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -31,12 +31,25 @@ class RowDraw:
 
     seed: int
     block_size: int
-    epoch: int = 0
     enabled: bool = True
+    _epoch_1: Tensor
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Puts the epoch where a DataLoader's workers see it change, however long they live."""
+        draw = super().__new__(cls)
+        draw._epoch_1 = torch.zeros(1, dtype=torch.int64)
+        with suppress(RuntimeError):  # no shared memory: workers know the epoch in which they were started
+            draw._epoch_1.share_memory_()
+        return draw
+
+    @property
+    def epoch(self) -> int:
+        """Of the draw."""
+        return int(self._epoch_1)
 
     def set_epoch(self, epoch: int) -> None:
         """Makes the following batches draw anew; call it before the epoch's first batch."""
-        self.epoch = int(epoch)
+        self._epoch_1.fill_(int(epoch))
 
     @contextmanager
     def all_labels(self) -> Iterator[None]:

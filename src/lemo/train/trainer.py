@@ -18,6 +18,7 @@ from lemo.runtime.attach import Handle
 from lemo.train.callback import LemoCallback
 from lemo.train.guards import StepGuard, check_weights
 from lemo.train.master import MasterWeights
+from lemo.train.prompt_rows import PromptRows, even_weights
 from lemo.train.row_draw import RowDraw
 
 
@@ -115,6 +116,19 @@ class LemoTrainer(Trainer):
         self.state = state
         return state.global_step
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's; rows of prompts and of answers weigh the same in all batches of a step."""
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        if items is not None and isinstance(self.data_collator, PromptRows):
+            even_weights(batches, self._of_all_processes)
+        return batches, items
+
+    def _of_all_processes(self, sums_S: Tensor) -> Tensor:
+        """Sums over the processes whose tokens make one mean."""
+        if self.args.world_size == 1 or not self.args.average_tokens_across_devices:
+            return sums_S
+        return self.accelerator.gather(sums_S.to(self.args.device)[None]).sum(0)
+
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         """As Trainer's; the guard gets to see the loss.
 
@@ -151,6 +165,15 @@ class LemoTrainer(Trainer):
             same = (w for w in windows if np.array_equal(w.tokens_T, row[: len(w.tokens_T)]))
             found += [window.sample_id for window in same][:1]
         return found
+
+    def _evaluate(self, trial: Any, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As Trainer's; a run that was asked to stop saves before, too: whoever stopped it may not wait for so long."""
+        stops = self.control.should_training_stop and self.state.global_step < self.state.max_steps
+        if stops and self.control.should_save:
+            self._save_checkpoint(self.model, trial)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+            self.control.should_save = True
+        return super()._evaluate(trial, *args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As Trainer's, with the samples' own labels and no logits."""
