@@ -200,6 +200,9 @@ def test_a_resumed_run_stops_early_where_the_whole_one_does(base, tmp_path, scre
     training |= {"lr_scheduler": "constant", "warmup_steps": 0}
     whole = train(recipe(base, tmp_path / "whole", training=training), evaluate_loss, console=screen)
     assert whole.steps == 4
+    said = screen.file.getvalue()
+    assert "stopped early, after step 4 of 12\nthe adapter is that of step 1, whose validation loss was lowest" in said
+    assert "training goes on from" not in said
     # In the step of its last evaluation, and with one and two evaluations counted.
     for before in (0, 1, 2):
         run = recipe(base, tmp_path / f"cut-{before}", training=training)
@@ -207,6 +210,7 @@ def test_a_resumed_run_stops_early_where_the_whole_one_does(base, tmp_path, scre
         resumed = train(run, evaluate_loss, resume=True, console=screen)
         assert resumed.steps == whole.steps and resumed.losses == whole.losses
         assert same_adapter(tmp_path / f"cut-{before}", tmp_path / "whole")
+    assert "training goes on from checkpoint-2\n" in screen.file.getvalue()
 
 
 def test_a_checkpoint_without_a_process_is_passed_over(base, tmp_path):

@@ -114,7 +114,7 @@ def train(
     if folder is None:
         processes.close()
         raise FinishedRunError(f"output: the run in {run.output} is finished")
-    console = (console or _console()) if processes.is_main else _silence()
+    console = (console or _console()) if processes.is_main else _console(quiet=True)
     session = _Session(run, folder, evaluate, console, processes)
     result = session.run_all(recipe or json.dumps(resolved(run), indent=1) + "\n")
     processes.close()
@@ -185,7 +185,12 @@ class _Session:
         if checkpoint is not None and is_trained(self.run, checkpoint):
             self._say(f"{checkpoint.name} is the end of training; nothing is left but to save the adapter")
             return trainer.take_up(checkpoint)
-        return trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).global_step
+        if checkpoint is not None:
+            self._say(f"training goes on from {checkpoint.name}")
+        steps = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).global_step
+        for line in [] if self.saver.interrupted else trainer.end():
+            self._say(line)
+        return steps
 
     def _save(self, model: Any) -> None:
         """Saves the adapter, the whole of it or nothing."""
@@ -388,13 +393,7 @@ class _Session:
         self._say(f"{title}: " + "\n  ".join(lines))
 
 
-def _console() -> Any:
+def _console(*, quiet: bool = False) -> Any:
     from rich.console import Console
 
-    return Console(stderr=True)
-
-
-def _silence() -> Any:
-    from rich.console import Console
-
-    return Console(quiet=True)
+    return Console(quiet=True) if quiet else Console(stderr=True)

@@ -116,6 +116,18 @@ class LemoTrainer(Trainer):
         self.state = state
         return state.global_step
 
+    def end(self) -> list[str]:
+        """What is worth saying of how training ended: that it stopped early, to which step's weights it went back."""
+        state, lines = self.state, []
+        if state.global_step < state.max_steps:
+            lines.append(f"stopped early, after step {state.global_step} of {state.max_steps}")
+        best = state.best_global_step
+        if self.args.load_best_model_at_end and best and best != state.global_step:
+            lines.append(
+                f"the adapter is that of step {best}, whose validation loss was lowest: {state.best_metric:.4f}"
+            )
+        return lines
+
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's; rows of prompts and of answers weigh the same in all batches of a step."""
         batches, items = super().get_batch_samples(*args, **kwargs)
