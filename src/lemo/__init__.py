@@ -13,6 +13,7 @@ __version__ = "0.1.0.dev0"
 
 _HOMES = {
     "BackendError": "lemo.errors",
+    "CalibrationConfig": "lemo.config",
     "ConfigError": "lemo.errors",
     "DataError": "lemo.errors",
     "Handle": "lemo.runtime.attach",
@@ -33,6 +34,7 @@ _HOMES = {
 
 __all__ = [
     "BackendError",
+    "CalibrationConfig",
     "ConfigError",
     "DataError",
     "Handle",
@@ -54,7 +56,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from lemo import calibrate
-    from lemo.config import RunConfig
+    from lemo.config import CalibrationConfig, RunConfig
     from lemo.core.plan import LayerPlan, Plan
     from lemo.core.selection import Selection
     from lemo.errors import (

@@ -218,3 +218,24 @@ def test_the_longest_sample_is_the_one_of_most_tokens(tmp_path):
     rows = [{"prompt": "Say: ", "completion": "a" * 300}, {"prompt": "Say: ", "completion": "ä" * 200}]
     found = survey_data([write(tmp_path / "a.jsonl", rows)], byte_tokenizer())
     assert 400 < found.longest_tokens < 420
+
+
+@pytest.mark.parametrize("bad", [1, 2, 7, 150])
+def test_all_rows_that_cannot_be_used_are_told_together(tmp_path, bad):
+    """Nobody wants to repair hundreds of rows one run at a time."""
+    faults = ['{"text": ""}', '{"texts": "a"}', "{", "[1]"]
+    lines = ['{"text": "a good one"}', *(faults[i % 4] for i in range(bad)), '{"text": "another"}']
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(lines))
+    with pytest.raises(DataError) as caught:
+        list(read_documents([path]))
+    said = str(caught.value)
+    if bad == 1:
+        assert said == f"{path}, row 2: field 'text' is empty"
+        return
+    counted = {2: "2", 7: "7", 150: "at least 100"}[bad]
+    assert said.startswith(
+        f"{path}: {counted} rows cannot be used\n  row 2: field 'text' is empty\n  row 3: has no field"
+    )
+    assert said.count("\n") == min(bad, 6)
+    assert said.endswith({2: "data.text_field names it", 7: "and 2 more", 150: "and 95 more"}[bad])

@@ -19,6 +19,7 @@ from lemo.train.documents import TOOLS, Document, FieldNames, drop_nulls, make_d
 # A folder stands for files of these kinds; others are read where they are named.
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".npz")
 NAMED_SUFFIXES = (*SUFFIXES, ".parquet", ".json")
+MOST_FAULTS, SHOWN_FAULTS = 100, 5  # of rows in a file: counted, and told
 _UNREAD = (".parquet", ".json", ".csv", ".tsv", ".arrow", ".jsonl.zst", ".jsonl.bz2", ".json.gz", ".txt.gz")
 
 
@@ -139,7 +140,7 @@ def read_first_row(path: Path) -> dict[str, Any] | None:
     """
     if path.name.endswith((".txt", ".npz")) and not path.is_dir():
         return None
-    return next((values for _, values in _rows(path)), None)
+    return next((_given(values) for _, values in _rows(path)), None)
 
 
 def write_npz(path: str | Path, documents: Sequence[Sequence[int] | np.ndarray]) -> None:
@@ -166,16 +167,45 @@ def write_npz(path: str | Path, documents: Sequence[Sequence[int] | np.ndarray])
 
 
 def _documents(path: Path, name: str, fields: FieldNames) -> Iterator[Document]:
-    """The documents of one source."""
-    if path.is_dir() or not path.name.endswith((".txt", ".npz")):
-        for row, values in _rows(path):
-            yield make_document(values, fields, name=f"{name}:{row}", place=f"{path}, row {row}")
-    else:
+    """The documents of one source. One error tells of all rows that cannot be used: nobody repairs one at a time."""
+    if not path.is_dir() and path.name.endswith((".txt", ".npz")):
         yield from (_read_txt if path.name.endswith(".txt") else _read_npz)(path, name)
+        return
+    faults: list[DataError] = []
+    for row, values in _rows(path):
+        try:
+            document = make_document(_given(values), fields, name=f"{name}:{row}", place=f"{path}, row {row}")
+        except DataError as error:
+            faults.append(error)
+            if len(faults) == MOST_FAULTS:
+                break
+        else:
+            if not faults:
+                yield document
+    if faults:
+        raise _together(faults, path) from faults[0]
 
 
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Rows with named fields, and their numbers."""
+def _together(faults: list[DataError], path: Path) -> DataError:
+    """One error for all rows of a file that cannot be used."""
+    if len(faults) == 1:
+        return faults[0]
+    shown = [str(fault).removeprefix(f"{path}, ") for fault in faults[:SHOWN_FAULTS]]
+    least = "at least " if len(faults) == MOST_FAULTS else ""
+    rest = [f"and {len(faults) - SHOWN_FAULTS} more"] if len(faults) > SHOWN_FAULTS else []
+    lines = "\n  ".join([*shown, *rest])
+    return DataError(f"{path}: {least}{len(faults)} rows cannot be used\n  {lines}")
+
+
+def _given(values: dict[str, Any] | DataError) -> dict[str, Any]:
+    """The fields of a row, or raises what is wrong with it."""
+    if isinstance(values, DataError):
+        raise values
+    return values
+
+
+def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | DataError]]:
+    """Rows with named fields, or what is wrong with one, and their numbers."""
     if path.is_dir():
         return _filled(_load_rows(path))
     if path.name.endswith(".parquet"):
@@ -196,21 +226,21 @@ def _read_txt(path: Path, name: str) -> Iterator[Document]:
     yield Document(name, str(path), text=text)
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any] | DataError]]:
     """Each line of a .jsonl or .jsonl.gz file is one row; blank lines are none, but count."""
     row = 0
     try:
         with _open_text(path) as file:
             for row, line in enumerate(file, start=1):
                 if line.strip():
-                    yield row, _object(_parse(line, f"{path}, row {row}"), f"{path}, row {row}")
+                    yield row, _line(line, f"{path}, row {row}")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}, row {row + 1}: not UTF-8 text") from error
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}, row {row + 1}: cannot be read ({error})") from error
 
 
-def _read_json(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_json(path: Path) -> Iterator[tuple[int, dict[str, Any] | DataError]]:
     """Each element of the list in a .json file is one row."""
     try:
         with _open_text(path) as file:
@@ -262,10 +292,18 @@ def _parse(text: str, place: str) -> Any:
         raise DataError(f"{place}: cannot be read ({str(error).split(';')[0]})") from error
 
 
-def _object(values: Any, place: str) -> dict[str, Any]:
-    """A row, which has named fields."""
+def _line(text: str, place: str) -> dict[str, Any] | DataError:
+    """The row that a line of JSON holds, or what is wrong with it."""
+    try:
+        return _object(_parse(text, place), place)
+    except DataError as error:
+        return error
+
+
+def _object(values: Any, place: str) -> dict[str, Any] | DataError:
+    """A row, which has named fields, or what is wrong with it."""
     if not isinstance(values, dict):
-        raise DataError(f"{place}: must be a JSON object, got {type(values).__name__}")
+        return DataError(f"{place}: must be a JSON object, got {type(values).__name__}")
     return values
 
 
