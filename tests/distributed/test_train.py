@@ -75,6 +75,16 @@ def test_two_processes_are_one_with_twice_the_accumulation(folder):
     assert all(relative(got[name], wanted[name]) <= 1e-3 for name in wanted)
 
 
+def test_rows_of_prompts_weigh_the_same_however_a_step_is_parted(folder):
+    """Two processes, one with twice the accumulation, and one with batches of two; answers are short and long."""
+    good(folder, "asked")
+    batch = adapter_of(folder / "asked-batch")
+    for name in ("asked", "asked-alone"):
+        assert metrics(folder / name, "loss") == pytest.approx(metrics(folder / "asked-batch", "loss"), rel=2e-5)
+        got = adapter_of(folder / name)
+        assert all(relative(got[key], batch[key]) <= 1e-3 for key in batch)
+
+
 def test_reports_are_in_the_order_of_the_data(folder):
     """Windows that the processes shared come back in order, with all tokens counted."""
     report = good(folder, "whole")[0]["evaluations"]["dense before"]

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 import torch.distributed as dist
@@ -36,6 +37,12 @@ def prepare(folder: Path) -> None:
     save_tiny_model(folder / "model", layers=3)
     (folder / "train.txt").write_text(words(900, seed=1))
     (folder / "validation.txt").write_text(words(120, seed=2))
+    lengths = [2, 20, 3, 12, 2, 16, 4, 2]
+    rows = [
+        {"text": words(24 - n, seed=i), "qas": [{"question": "what", "answers": [words(n, seed=100 + i)]}]}
+        for i, n in enumerate(lengths)
+    ]
+    (folder / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def recipe(folder: Path, name: str, **training) -> RunConfig:
@@ -59,12 +66,24 @@ def recipe(folder: Path, name: str, **training) -> RunConfig:
     )
 
 
-def run(folder: Path, name: str, *, resume: bool = False, evaluate=evaluate_loss, **training) -> dict:
+def asked(folder: Path, name: str, **training) -> RunConfig:
+    """Documents with questions, whose answers are of different lengths; rows of prompts carry loss as well."""
+    made = recipe(folder, name, **training)
+    return replace(
+        made,
+        data=DataConfig(train=(str(folder / "asked.jsonl"),), window_tokens=256, answer_only=True),
+        loss_rows=LossRowsConfig(prompt_share=0.25, span=16),
+        sparsity=SparsityConfig(backward_ratio=0.3, block_size=16, context_window=32),
+        training=replace(made.training, eval_steps=None),
+    )
+
+
+def run(folder: Path, name: str, *, made=recipe, resume: bool = False, evaluate=evaluate_loss, **training) -> dict:
     """One run: its result, and what it printed."""
     from rich.console import Console
 
     screen = io.StringIO()
-    result = train(recipe(folder, name, **training), evaluate, resume=resume, console=Console(file=screen, width=200))
+    result = train(made(folder, name, **training), evaluate, resume=resume, console=Console(file=screen, width=200))
     return {**result.to_dict(), "screen": screen.getvalue()}
 
 
@@ -98,6 +117,7 @@ def failing(folder: Path, rank: int) -> dict:
 def scenarios(folder: Path, rank: int):
     """(name, function) in the same order on both processes."""
     yield "whole", lambda: run(folder, "whole")
+    yield "asked", lambda: run(folder, "asked", made=asked)
     yield "cut", lambda: cut(folder, rank)
     yield "resumed", lambda: run(folder, "cut", resume=True)
     yield "failing", lambda: failing(folder, rank)
@@ -119,6 +139,8 @@ def main(rank: int, folder: Path) -> None:
 
 def alone(folder: Path) -> dict:
     """One process that takes both processes' batches in turn."""
+    run(folder, "asked-alone", made=asked, gradient_accumulation_steps=WORLD)
+    run(folder, "asked-batch", made=asked, batch_size=WORLD)
     return run(folder, "alone", gradient_accumulation_steps=WORLD)
 
 
