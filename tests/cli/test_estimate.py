@@ -189,8 +189,11 @@ def test_a_fit_is_the_fastest_of_those_it_may_choose_from():
 
 def test_the_card_that_is_assumed_is_named(monkeypatch):
     monkeypatch.setattr("lemo.measure.card.here", lambda: None)
-    assert "no CUDA device: the card is taken to be h100" in run("smollm2-135m")
-    assert "taken to be" not in run("smollm2-135m", "--card", "l4")
+    first = run("smollm2-135m").splitlines()[0]
+    assert first.endswith(", on h100, which is assumed: this machine has no CUDA device (--card)")
+    assert "taken to be h100" in "".join(json.loads(run("smollm2-135m", "--json"))["notes"])
+    text = run("smollm2-135m", "--card", "l4")
+    assert text.splitlines()[0].endswith(", on l4") and "assumed" not in text
 
 
 @pytest.mark.parametrize(

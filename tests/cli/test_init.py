@@ -9,13 +9,14 @@ import re
 import pytest
 from typer.testing import CliRunner
 
-from lemo.cli.draft import Wish, draft_recipe, find_shape
+from lemo.cli.draft import draft_recipe
 from lemo.cli.estimate import read_source
 from lemo.cli.init import PresetName
 from lemo.cli.main import app
 from lemo.cli.presets import PRESETS
 from lemo.cli.recipe import build_run, load_recipe, parse_yaml
 from lemo.cli.schema import describe_fields, recipe_schema
+from lemo.cli.shape import Wish, find_shape
 from lemo.config import RunConfig, resolved
 from lemo.errors import ConfigError, DataError
 from lemo.train.data import load_windows
@@ -98,6 +99,61 @@ def test_windows_fit_the_documents(model, lengths, window, packing):
     assert (shape.window_tokens, shape.packing) == (window, packing)
 
 
+@pytest.mark.parametrize(
+    ("lengths", "held", "why"),
+    [
+        ((100_000,), (), "the model's own context"),
+        ((3000,), (), "only 300 tokens of the longest document are held out (--validation FILE avoids that)"),
+        ((3000,), ("v",), "the model's own context"),
+        ((1000,) * 30, (), "windows of 512, one document each, would leave more than a quarter unused"),
+        ((150,) * 30, (), "several documents share one: no document has 512 tokens"),
+        ((700,) * 30, (), "several documents share one: windows of 512, one document each, would leave more than a"),
+        ((1200,), (), "several documents share one: only 120 tokens of the longest document are held out (--val"),
+    ],
+)
+def test_windows_have_their_true_reason(model, lengths, held, why):
+    shape = find_shape(Wish(("d",), held), survey_model(str(model)), text_facts(*lengths), GPU)
+    assert shape.why.startswith(why)
+
+
+def test_few_samples_beyond_the_context_are_left_out(model, tmp_path):
+    talks = [{"messages": [{**TALK[1], "content": f"Say {i:02}."}, TALK[2]]} for i in range(29)]
+    long = {"messages": [{**TALK[1], "content": "x" * 700}, TALK[2]]}
+    for count, left_out in ((1, True), (2, False)):
+        out = tmp_path / f"{count}.yaml"
+        data = jsonl(tmp_path / f"{count}.jsonl", [*talks, *[long] * count])
+        made = lemo("init", model, data, "--out", out, "--run", tmp_path / "run")
+        run, text = load_recipe(out), out.read_text()
+        if left_out:
+            assert (run.data.window_tokens, run.data.long_rows, run.model.rope_scaling) == (512, "drop", "none")
+            assert "long_rows: drop " in text and "leaves out longer samples, about 1 of 30; lemo init --window" in text
+            warning = (
+                "left out (data.long_rows: drop): about 1 of 30 samples, the longest " + data + ", row 30 with about"
+            )
+            keeps = re.search(r"--window (\d+) keeps all and extends the context", made.stderr)
+            done = lemo("train", out, "training.max_steps=1", "training.eval_steps=null", "training.save_steps=null")
+            assert done.exit_code == 0 and "samples dropped: 1" in done.stderr, done.output
+            again = tmp_path / "again.yaml"
+            made_again = lemo("init", model, data, "--out", again, "--window", keeps[1])
+            assert load_recipe(again).model.rope_scaling == "linear" and "--window asks for it" in made_again.stderr
+        else:
+            assert run.data.long_rows == "error" and run.data.window_tokens == run.model.context_length > 700
+            warning = f"512 tokens, is extended (model.rope_scaling: linear): the longest sample is {data}, row 3"
+        assert "warning: " in made.stderr and warning in made.stderr
+
+
+def test_samples_that_fit_the_context_leave_it_as_it_is(model):
+    """Room for a few tokens more is no reason to change the model."""
+    run = draft(model, DataFacts("messages", "messages", (510, 90), 510, 0.2))
+    assert (run.data.window_tokens, run.model.context_length, run.data.long_rows) == (512, None, "error")
+
+
+def test_validation_that_is_trained_on_is_said(model, tmp_path):
+    (tmp_path / "a.txt").write_text(words(1600))
+    made = lemo("init", model, tmp_path / "a.txt", "--validation", tmp_path / "a.txt", "--out", tmp_path / "r.yaml")
+    assert made.exit_code == 0 and "warning: data.validation has text of data.train, in 1 of 1 documents" in made.stderr
+
+
 def test_a_longer_window_extends_the_context(model):
     facts, data = survey_model(str(model)), text_facts(100_000)
     run = draft(model, data, window_tokens=1024)
@@ -114,6 +170,10 @@ def test_a_context_that_cannot_grow_is_said_or_samples_are_cut(tmp_path):
     run = draft(fixed, DataFacts("qas", "text", (900, 300), 900, 0.1))
     assert run.data.window_tokens == 512 and run.data.long_rows == "truncate"
     assert run.model.context_length is None
+    row = {"text": words(300), "qas": [{"question": "q", "answers": ["a"]}]}
+    data = jsonl(tmp_path / "q.jsonl", [row, row])
+    made = lemo("init", fixed, data, "--out", tmp_path / "r.yaml")
+    assert "warning: longer samples are shortened (data.long_rows: truncate), the longest " + data in made.stderr
 
 
 def test_a_single_sample_is_not_held_out(model):

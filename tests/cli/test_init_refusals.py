@@ -7,9 +7,10 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from lemo.cli.draft import Wish, draft_recipe, missing_windows
+from lemo.cli.draft import draft_recipe
 from lemo.cli.main import app
 from lemo.cli.recipe import load_recipe
+from lemo.cli.shape import Wish, missing_windows
 from lemo.train.survey import DataFacts, MachineFacts, survey_model
 from tests.train.test_chat import PLAIN, TALK
 from tests.train.tiny import byte_tokenizer, save_tiny_model, words
@@ -103,10 +104,10 @@ def test_validation_of_another_kind_is_refused(init, held, parts):
     refused(init([{"text": words(300)}] * 30, "--validation", held), "--validation", *parts)
 
 
-def test_no_window_of_the_length_asked_for_is_said(init):
+def test_a_window_that_no_document_fills_is_refused(init, tmp_path):
     made = init([{"text": words(40)}] * 12, "--window", 500)
-    assert made.exit_code == 0
-    assert "warning: no window of 500 tokens comes out: the longest document has about" in made.stderr
+    refused(made, "--window: no window of 500 tokens comes out: the longest document has about", "a smaller --window")
+    assert not (tmp_path / "r.yaml").exists()
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lemo.cli.recipe import build_run, dump_recipe, load_recipe, parse_yaml
+from lemo.cli.recipe import _OTHER_NAMES, _keys, build_run, dump_recipe, load_recipe, parse_yaml
 from lemo.config import DataConfig, ModelConfig, RunConfig, SparsityConfig, TrainingConfig, resolved
 from lemo.errors import ConfigError
 
@@ -163,7 +163,7 @@ def test_overrides_win_and_are_typed(tmp_path):
         ("sparsity: {mlp_ratio: 0.2}", "sparsity.mlp_ratio needs sparsity.mlp=own"),
         ("model: {path: m, context_length: 100}", "data.window_tokens (4096) exceeds model.context_length (100)"),
         ("model: 3", "model must be a section with keys of its own, got 3"),
-        ("data: {train: a.txt}", "data.train must be a list of texts, got the text 'a.txt'"),
+        ("data: {train: a.txt}", "data.train must be a list of texts, got the text 'a.txt'; write train: [a.txt]"),
         ("data: {train: [a.txt, 3]}", "data.train must be a list of texts, got 3"),
         ("model: {}", "model.path is empty"),
         ("training: {max_steps: 0}", "training.max_steps must be positive"),
@@ -205,6 +205,13 @@ def test_each_mistake_has_its_line(tmp_path):
         ("sparsity.forward_ratio=2", "command line: sparsity.forward_ratio must lie in (0, 1], got 2"),
         ("training.learning_rate", "command line: 'training.learning_rate' is no override"),
         ("--debug=1", "is no override"),
+        ("traning.max_steps=4", "command line: unknown key traning; did you mean training?"),
+        ("lr=1e-4", "command line: unknown key lr; did you mean training.learning_rate?"),
+        ("lora.r=8", "command line: unknown key lora.r; did you mean lora.rank?"),
+        ("training.max_seq_length=8", "did you mean data.window_tokens?"),
+        ("batch_size=2", "did you mean training.batch_size?"),
+        ("data.train=texts", "data.train must be a list of texts, got the text 'texts'; write data.train=[texts]"),
+        ("lora.targets=q_proj", "got the text 'q_proj'; write lora.targets=[q_proj]"),
         ("output.x=1", "command line: output.x cannot be set, output is no section"),
         ("training.max_steps=[1", "command line, training.max_steps, line 1"),
     ],
@@ -213,6 +220,26 @@ def test_bad_overrides_name_the_command_line(tmp_path, override, message):
     with pytest.raises(ConfigError) as caught:
         load_recipe(recipe(tmp_path, GOOD), [override])
     assert message in str(caught.value)
+
+
+def test_validation_of_the_command_line_replaces_what_the_recipe_holds_out(tmp_path, caplog):
+    path = recipe(tmp_path, GOOD.replace("data: {", "data: {held_out_share: 0.1, "))
+    assert load_recipe(path).data.held_out_share == 0.1 and not caplog.messages
+    data = load_recipe(path, ["data.validation=[v.txt]"]).data
+    assert (data.validation, data.held_out_share) == (("v.txt",), 0.0)
+    assert caplog.messages == [f"{path}: data.held_out_share does not count, the command line names data.validation"]
+    with pytest.raises(ConfigError, match=r"^command line: .* or set data\.held_out_share=0$"):
+        load_recipe(path, ["data.validation=[v.txt]", "data.held_out_share=0.2"])
+    both = recipe(tmp_path, GOOD.replace("data: {", "data: {held_out_share: 0.1, validation: [v.txt], "))
+    with pytest.raises(ConfigError, match="remove one of them"):
+        load_recipe(both)
+
+
+def test_names_of_other_tools_lead_to_keys():
+    """Each to one that there is, and none is a key itself."""
+    known = set(_keys(RunConfig))
+    assert set(_OTHER_NAMES.values()) <= known
+    assert not set(_OTHER_NAMES) & {key.rpartition(".")[2] for key in known}
 
 
 def test_unreadable_recipes_are_named(tmp_path):

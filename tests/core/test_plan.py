@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -42,6 +43,17 @@ def test_saved_plan_loads_and_selects_alike(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1], strict=True))
     fields = ("block_size", "policy", "scorer", "kv", "gradient", "mlp", "seed", "fingerprint", "provenance")
     assert all(getattr(plan, f) == getattr(loaded, f) for f in fields)
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_others_may_read_a_plan_as_far_as_the_umask_says(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        Plan((LayerPlan(bypass=Bypass(torch.ones(4, 2), torch.ones(2, 4))),)).save(tmp_path / "plan")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "plan").iterdir()}
+    assert modes == {"plan.json": 0o666 & ~mask, "plan.safetensors": 0o666 & ~mask}
 
 
 def test_plan_of_another_model_is_refused():

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from lemo import attach
 from lemo.ops.backend import HostCopy
@@ -56,6 +58,39 @@ def test_documents_do_not_see_each_other(mode, kind):
         inside = [name for name in wanted if "layers" in name]
         assert all(torch.allclose(got[name], wanted[name], atol=1e-12) for name in inside)
     assert_equal_engines(model, plan, inputs)
+
+
+@pytest.mark.parametrize("how", ["evaluation", "evaluation, loss only", "training mode", "training mode, no labels"])
+def test_documents_do_not_see_each_other_without_gradients(how):
+    """Transformers parts them by their positions only where it makes no cache, which it does unless told otherwise."""
+    model, inputs = tiny_model(dtype=WIDE), packed("restarting")
+    assert model.config.use_cache
+    asked = {name: x for name, x in inputs.items() if name != "labels" or "no labels" not in how}
+    other = asked | {"input_ids": inputs["input_ids"].clone()}
+    other["input_ids"][0, :BORDER] = 7
+    with attach(model, plan_of(model, "exact keys")) as handle, torch.no_grad():
+        model.train("training" in how)
+        with handle.loss_only() if "loss only" in how else nullcontext():
+            found, moved = model(**asked), model(**other)
+    assert found.past_key_values is None
+    if "labels" in asked:
+        alone = {name: tensor[:, BORDER:] for name, tensor in inputs.items()}
+        wanted = float(model(**alone).loss.detach())
+        assert abs(float(found.loss) - wanted) <= BOUND * wanted and abs(float(moved.loss) - wanted) <= BOUND * wanted
+    if found.logits is not None:
+        assert torch.allclose(moved.logits[:, BORDER:], found.logits[:, BORDER:], rtol=0, atol=1e-12)
+
+
+def test_a_cache_that_is_asked_for_is_made():
+    """By the call, by one that it brings, or by an evaluation forward without labels, as generation by hand does."""
+    model, inputs = tiny_model(dtype=WIDE), batch(48)
+    ids = {"input_ids": inputs["input_ids"]}
+    with attach(model, plan_of(model, "exact keys")), torch.no_grad():
+        for training in (True, False):
+            model.train(training)
+            assert model(**inputs, use_cache=True).past_key_values.get_seq_length() == 48
+            assert model(**inputs, past_key_values=DynamicCache()).past_key_values.get_seq_length() == 48
+        assert model(**ids).past_key_values.get_seq_length() == 48
 
 
 def test_borders_in_positions_leave_the_dense_pass(monkeypatch):

@@ -250,6 +250,21 @@ def test_dropout_is_refused_on_exact_forward():
         assert torch.isfinite(model(**batch()).loss)
 
 
+def test_jitter_is_refused_on_exact_forward():
+    """The second pass would draw other factors than the first; the message names the configuration's key."""
+    model = tiny_model("mixtral", router_jitter_noise=0.2)
+    plan = Plan.uniform(model, backward_ratio=0.5, block_size=4)
+    needed = r"mlp has jitter_noise=0\.2; set router_jitter_noise to 0 in the model's configuration"
+    with attach(model, plan, self_test=False):
+        with pytest.raises(UnsupportedModelError, match=needed):
+            model(**batch())
+        model.eval()
+        assert torch.isfinite(model(**batch()).loss)
+    skipping = Plan.uniform(model, forward_ratio=0.5, backward_ratio=0.5, block_size=4)
+    with attach(model.train(), skipping, unsafe_no_bypass=True):
+        assert torch.isfinite(model(**batch()).loss)
+
+
 def test_attention_of_pairs_has_no_second_derivative():
     """Its backward is not differentiable, and says so instead of giving a derivative without it."""
     rows = RowRange.of_batch(read_layout(batch(12), None, 4))

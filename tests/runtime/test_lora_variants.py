@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, XLoraConfig, get_peft_model
 
 from lemo import attach
 from lemo.core.plan import Plan
@@ -96,3 +96,40 @@ def test_a_reason_is_noted_once():
         assert handle._fused._ask(list(decoder_layers(model))) == frozenset()
         found = [note for note in handle.notes if "DoRA" in note]
     assert len(found) == 1 and "(first: layer 0)" in found[0]
+
+
+def test_activated_lora_is_refused_when_a_plan_is_attached():
+    """Its offsets count from the end of the sequence, of which layers get some rows."""
+    model = adapted(task_type="CAUSAL_LM", alora_invocation_tokens=[5, 7])
+    with pytest.raises(UnsupportedModelError, match=r"'default' is an activated LoRA \(alora_invocation_tokens\)"):
+        attach(model, sparse_plan(model), unsafe_no_bypass=True)
+    assert "_lemo_handle" not in model.__dict__
+
+
+def test_activated_lora_is_refused_where_it_is_in_force():
+    """Beside a plain adapter it does no harm; in force it is refused in training, and an evaluation forward runs."""
+    plain, activated = (
+        LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", alora_invocation_tokens=tokens)
+        for tokens in (None, [5, 7])
+    )
+    model = get_peft_model(tiny_model(), plain)
+    model.add_adapter("late", activated)
+    with attach(model, sparse_plan(model), unsafe_no_bypass=True):
+        model(**batch()).loss.backward()
+        model.set_adapter("late")
+        with pytest.raises(UnsupportedModelError, match="'late' is an activated LoRA"):
+            model(**batch())
+        with model.disable_adapter():
+            assert torch.isfinite(model(**batch()).loss)
+        with torch.no_grad():
+            assert torch.isfinite(model.eval()(**batch()).loss)
+
+
+def test_x_lora_is_refused(tmp_path):
+    """It brings a weight for every token of the batch."""
+    get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(str(tmp_path))
+    base = tiny_model(use_cache=False)
+    settings = {"hidden_size": base.config.hidden_size, "adapters": {"0": str(tmp_path)}}
+    model = get_peft_model(base, XLoraConfig(task_type="CAUSAL_LM", **settings))
+    with pytest.raises(UnsupportedModelError, match="'default' is an X-LoRA"):
+        attach(model, sparse_plan(model), unsafe_no_bypass=True)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from lemo.config import DataConfig
 from lemo.errors import DataError
 from lemo.train.chat import fit_messages, render_chat
-from lemo.train.data import load_windows
+from lemo.train.data import load_windows, read_documents
 from tests.train.tiny import byte_tokenizer
 
 PLAIN = (
@@ -167,3 +167,23 @@ def test_another_field_and_a_forgotten_option(tmp_path):
     assert len(dataset) == 1
     with pytest.raises(DataError, match=r"row 1: is a conversation: set data\.answer_only=true"):
         load(tmp_path, [{"messages": TALK}], answer_only=False)
+
+
+def test_content_may_be_in_parts_of_text(tmp_path):
+    def read(content):
+        row = {"messages": [TALK[1], {"role": "assistant", "content": content}]}
+        (tmp_path / "p.jsonl").write_text(json.dumps(row) + "\n")
+        return next(iter(read_documents([tmp_path / "p.jsonl"]))).messages[1]["content"]
+
+    part = {"type": "text", "text": "Jupiter."}
+    assert read([part]) == "Jupiter." == read("Jupiter.")
+    assert read([part, {**part, "text": "It is."}]) == "Jupiter.\nIt is."
+    for wrong, said in (
+        ([part, {"type": "image_url", "image_url": {"url": "x"}}], r"\(assistant\) has a part of type 'image_url' in"),
+        (["Jupiter."], "part of type 'str'"),
+        ([], "has no text in 'content'"),
+        ([{"type": "text"}], "has no text in 'content'"),
+        ([{**part, "text": " "}], "has no text in 'content'"),
+    ):
+        with pytest.raises(DataError, match=said):
+            read(wrong)

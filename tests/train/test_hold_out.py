@@ -108,3 +108,35 @@ def test_duplicates_are_in_the_report(tmp_path):
     (tmp_path / "d.jsonl").write_text(rows)
     config = DataConfig(train=(str(tmp_path / "d.jsonl"),), held_out_share=0.1, window_tokens=16)
     assert load_windows(config, byte_tokenizer())[1].lines()[-1].startswith("20 of 40 documents repeat the text")
+
+
+@pytest.mark.parametrize(("seeds", "count"), [((3, 90, 5), 2), ((90, 91), 0), ((3, 3), 2)])
+def test_validation_that_is_trained_on_is_in_the_report(tmp_path, seeds, count):
+    for name, found in (("train", range(20)), ("held", seeds)):
+        rows = "".join(f'{{"text": "{words(20, seed=seed)}"}}\n' for seed in found)
+        (tmp_path / f"{name}.jsonl").write_text(rows)
+    config = DataConfig(
+        train=(str(tmp_path / "train.jsonl"),), validation=(str(tmp_path / "held.jsonl"),), window_tokens=16
+    )
+    train, held = (load_windows(config, byte_tokenizer(), split)[1].lines() for split in ("train", "validation"))
+    said = [f"data.validation has text of data.train, in {count} of {len(seeds)} documents"] if count else []
+    assert [line.partition(":")[0] for line in train if "data.validation" in line] == said
+    (tmp_path / "train.jsonl").unlink()  # evaluation needs no training data
+    assert load_windows(config, byte_tokenizer(), "validation")[1].lines() == held
+
+
+def test_a_part_without_a_window_is_named(tmp_path):
+    (tmp_path / "a.txt").write_text(words(100))
+    (tmp_path / "b.txt").write_text(words(10))
+    found = {}
+    for name, keys in {"share": {"held_out_share": 0.1}, "files": {"validation": (str(tmp_path / "b.txt"),)}}.items():
+        config = DataConfig(train=(str(tmp_path / "a.txt"),), window_tokens=128, **keys)
+        load_windows(config, byte_tokenizer())
+        with pytest.raises(DataError) as caught:
+            load_windows(config, byte_tokenizer(), "validation")
+        found[name] = str(caught.value)
+    assert "out of 1 document held out for validation by data.held_out_share=0.1 (" in found["share"]
+    assert "raise that share, name files in data.validation, shorten data.window_tokens" in found["share"]
+    assert "out of 1 document of data.validation (" in found["files"] and "share" not in found["files"]
+    with pytest.raises(DataError, match=r"out of 1 document of data\.train \("):
+        load_windows(DataConfig(train=(str(tmp_path / "b.txt"),), window_tokens=128), byte_tokenizer())

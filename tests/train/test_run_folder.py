@@ -91,10 +91,10 @@ with locked(pathlib.Path({str(tmp_path / "run")!r})):
         other.kill()  # the lock goes with it, its file stays
     assert train(run, evaluate_loss, resume="if possible", console=screen).steps == 4
     assert not (tmp_path / "run" / "run.lock").exists()
-    adapter = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
-    assert (
-        adapter.stat().st_mode & 0o777 == (tmp_path / "run" / "adapter" / "adapter_config.json").stat().st_mode & 0o777
-    )
+    kept = [tmp_path / "run" / "adapter", *(tmp_path / "run" / "checkpoints").iterdir()]
+    for folder in kept:
+        weights, settings = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+        assert weights.stat().st_mode & 0o777 == settings.stat().st_mode & 0o777
 
 
 def test_a_lock_whose_file_was_just_taken_away_is_taken_anew(tmp_path, monkeypatch):

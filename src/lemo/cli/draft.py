@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from lemo.cli.presets import PRESETS, Preset
 from lemo.cli.recipe import dump_value
-from lemo.errors import ConfigError
+from lemo.cli.shape import HELD_OUT, Shape, Wish, find_shape, room_for
 from lemo.train.survey import KNOWN_CHATS, DataFacts, MachineFacts, ModelFacts
-from lemo.train.windows import share_windows
 
-HELD_OUT, PROMPT_SHARE = 0.1, 0.1
-STEP_TOKENS = 32_768
-CPU_TOKENS, CPU_STEP_TOKENS, CPU_STEPS = 1024, 4096, 20
-_SHORTEST, _COMMENT_COLUMN = 128, 36
+PROMPT_SHARE, CPU_STEPS = 0.1, 20
+_COMMENT_COLUMN = 36
 
 KINDS = {
     "qas": "documents with questions",
@@ -27,154 +22,6 @@ KINDS = {
 }
 
 Line = tuple[str, Any, str]
-
-
-@dataclass(frozen=True)
-class Wish:
-    """What the user said.
-
-    Attributes:
-        train: files or folders.
-        validation: the same; empty holds a share of the training data out.
-        output: folder of the run.
-        preset: name of a set of options.
-        window_tokens: asked-for length of a sample; None finds one.
-    """
-
-    train: tuple[str, ...]
-    validation: tuple[str, ...] = ()
-    output: str = "run"
-    preset: str = "balanced"
-    window_tokens: int | None = None
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Lengths and counts that follow from model, data and machine.
-
-    Attributes:
-        window_tokens: of a sample.
-        why: where that comes from.
-        rope_scaling: `none` within the model's own context.
-        packing: short documents share windows.
-        truncate: samples that are longer are shortened, because the model's context cannot be extended.
-        windows: training windows, about.
-        accumulation: batches per optimizer step.
-        steps: optimizer steps of one pass, about.
-    """
-
-    window_tokens: int
-    why: str
-    rope_scaling: str
-    packing: bool
-    truncate: bool
-    windows: int
-    accumulation: int
-    steps: int
-
-
-def find_shape(wish: Wish, model: ModelFacts, data: DataFacts, machine: MachineFacts) -> Shape:
-    """Decides the lengths.
-
-    Raises:
-        ConfigError: the data is too short, or the window asked for is beyond what the model can be extended to.
-    """
-    packing = truncate = False
-    if wish.window_tokens is not None:
-        window, packing = wish.window_tokens, packs(wish, data)
-        why = "as asked for; documents are shorter: several share a window" if packing else "as asked for"
-    elif data.answers:
-        step = 128 if data.longest_tokens < 4096 else 1024
-        # Those of most characters were counted; another one may have a few tokens more.
-        window, why = (
-            math.ceil(1.02 * data.longest_tokens / step) * step,
-            f"the longest sample counted has {data.longest_tokens:,}",
-        )
-    else:
-        window, why, packing = _text_window(wish, model, data, machine)
-    scaling = model.rope_scaling(window)
-    if scaling is None:
-        if wish.window_tokens is not None:
-            raise ConfigError(
-                f"--window: the context of {model.context_tokens:,} tokens of this model cannot be extended"
-            )
-        window, scaling, truncate = model.context_tokens or window, "none", data.answers
-        why = "the model's own context, which cannot be extended"
-    kept = 1.0 if wish.validation else 1 - HELD_OUT
-    if data.answers or packing:
-        lengths = [min(n, window) for n in data.lengths] if data.answers else [n % window for n in data.lengths]
-        full = 0 if data.answers else sum(n // window for n in data.lengths)
-        windows = round((full + len(share_windows(lengths, window))) * kept)
-    else:
-        windows = sum(int(n * kept) // window for n in data.lengths)
-    windows = max(1, windows)
-    step_tokens = STEP_TOKENS if machine.gpu else CPU_STEP_TOKENS
-    accumulation = max(1, min(step_tokens // window, windows // 20))
-    return Shape(window, why, scaling, packing, truncate, windows, accumulation, max(1, windows // accumulation))
-
-
-def _text_window(wish: Wish, model: ModelFacts, data: DataFacts, machine: MachineFacts) -> tuple[int, str, bool]:
-    """The longest power of two within the model's context that documents fill; its reason; whether to pack."""
-    most, why = model.context_tokens or 8192, "the model's own context"
-    if not machine.gpu and most > CPU_TOKENS:
-        most, why = CPU_TOKENS, "enough to try on a CPU; raise it on a GPU"
-    window = first = 2 ** int(math.log2(most))
-    if first < most:
-        why = f"the largest power of two in the model's context of {most:,}"
-    while window >= max(_SHORTEST, first // 2):
-        if _fills(data.lengths, window, holds_out=not wish.validation):
-            return window, why if window == first else "longer windows would leave more than a quarter unused", False
-        window //= 2
-    window = first
-    while window >= _SHORTEST and data.tokens < 2 * window:
-        window //= 2
-    if window < _SHORTEST:
-        raise ConfigError(f"the data has about {data.tokens:,} tokens, too few to train on and hold some out")
-    return window, "documents are short: several share a window", True
-
-
-def _fills(lengths: Sequence[int], window: int, *, holds_out: bool) -> bool:
-    """Whether windows leave at most a quarter of the tokens over, and what is held out has one."""
-    parts = holds_out and _holds_out_ends(lengths)
-    train = [int(n * (1 - HELD_OUT)) if parts else n for n in lengths]
-    used = sum(n // window * window for n in train) >= 0.75 * sum(train)
-    return used and (not parts or any(int(n * HELD_OUT) >= window for n in lengths))
-
-
-def packs(wish: Wish, data: DataFacts) -> bool:
-    """Whether documents share windows of the length asked for: none fills one, and together they fill some."""
-    return _what_lacks(wish, data) is not None and data.tokens * HELD_OUT >= (wish.window_tokens or 0)
-
-
-def missing_windows(wish: Wish, data: DataFacts) -> str | None:
-    """Why no window comes out of text for training or validation, when a length was asked for; None when some do."""
-    lacks = _what_lacks(wish, data)
-    if lacks is None or packs(wish, data):
-        return None
-    about = "" if data.kind == "tokens" else "about "
-    return (
-        f"no window{lacks[0]} of {wish.window_tokens:,} tokens comes out: the longest document has {about}"
-        f"{data.longest_tokens:,}{lacks[1]}; name a smaller --window"
-    )
-
-
-def _what_lacks(wish: Wish, data: DataFacts) -> tuple[str, str] | None:
-    """What windows are for that no document fills, and what is left of a document for them; None when some do."""
-    window = wish.window_tokens
-    if window is None or data.answers:
-        return None
-    parts = not wish.validation and _holds_out_ends(data.lengths)
-    longest = data.longest_tokens
-    if (int(longest * (1 - HELD_OUT)) if parts else longest) < window:
-        return "", ""
-    if parts and int(longest * HELD_OUT) < window:
-        return " for validation", f", of which {HELD_OUT:.0%} are held out"
-    return None
-
-
-def _holds_out_ends(lengths: Sequence[int]) -> bool:
-    """Whether the end of each document is held out, because there are too few documents."""
-    return len(lengths) < round(1 / HELD_OUT)
 
 
 def draft_recipe(wish: Wish, model: ModelFacts, data: DataFacts, machine: MachineFacts) -> str:
@@ -260,7 +107,11 @@ def _data(wish: Wish, data: DataFacts, shape: Shape, machine: MachineFacts) -> l
         share = data.supervised_share or 0.0
         lines.append(("answer_only", True, f"answers carry loss: {share:.1%} of the rows of the longest sample"))
         rule = "truncate" if shape.truncate else "error"
-        lines.append(("long_rows", rule, "what happens to longer samples: error, truncate or drop"))
+        what = "what happens to longer samples: error, truncate or drop"
+        if shape.dropped:
+            count = f"about {shape.dropped:,} of {len(data.lengths):,}"
+            rule, what = "drop", f"leaves out longer samples, {count}; lemo init --window {room_for(data)} keeps all"
+        lines.append(("long_rows", rule, what))
     if shape.packing or data.answers:
         lines.append(("packing", True, "documents that share a window never see each other"))
     return lines

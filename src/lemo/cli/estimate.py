@@ -16,11 +16,15 @@ if TYPE_CHECKING:
     from lemo.measure.card import Card
     from lemo.measure.estimate import Change, Estimate
     from lemo.measure.step_memory import StepSetting
-    from lemo.train.data_gain import Looked
+    from lemo.train.data_gain import DataGain, Looked
     from lemo.train.forecast import Forecast
     from lemo.train.run_time import RunTime
 
 GIB, DEFAULT_CARD = 2**30, "h100"
+_CARD_HELP = (
+    "h200, a100-80gb, rtx-4090:24, ...; `probed` measures this machine's. By default this machine's, or where it has "
+    f"none, {DEFAULT_CARD}."
+)
 # What `--fit` may change in a step.
 FREE = ("recompute", "segment_rows", "offload", "kv", "forward_ratio", "backward_ratio")
 
@@ -30,12 +34,7 @@ def estimate(
         str, typer.Argument(help="A recipe, a model folder, a config.json or a known shape.", show_default=False)
     ],
     overrides: Overrides = None,
-    card: Annotated[
-        str | None,
-        typer.Option(
-            "--card", help="h200, a100-80gb, rtx-4090:24, ...; `probed` to measure this machine's, its default."
-        ),
-    ] = None,
+    card: Annotated[str | None, typer.Option("--card", help=_CARD_HELP)] = None,
     preset: Annotated[
         PresetName | None, typer.Option("--preset", help="Ratios of a model without recipe.", show_default="balanced")
     ] = None,
@@ -72,7 +71,8 @@ def estimate(
     found = assumed if gains is None else with_data(assumed, gains)
     now = make_estimate(found.sizes, found.setting, chosen)
     report: dict[str, Any] = {"model": run.model.path, "notes": list(found.notes), "estimate": now}
-    if card is None and here() is None:
+    assumes = card is None and here() is None
+    if assumes and as_json:
         report["notes"].append(f"this machine has no CUDA device: the card is taken to be {chosen.name} (--card)")
     report["longest_tokens"] = longest_tokens(found.sizes, found.setting, chosen)
     report["gain"] = gain(found.sizes, found.setting, chosen)
@@ -89,7 +89,8 @@ def estimate(
     if as_json:
         typer.echo(json.dumps(plain(report), indent=1))
         return
-    show(report, fit)
+    on = f"{chosen.name}, which is assumed: this machine has no CUDA device (--card)" if assumes else chosen.name
+    show(report, fit, on)
 
 
 def _fitted_run(run: RunConfig, assumed: Forecast, looked: Looked | None, fitted: Estimate) -> RunTime | None:
@@ -196,15 +197,17 @@ def plain(value: Any) -> Any:
     return value
 
 
-def show(report: dict[str, Any], fit: bool) -> None:
-    """Prints the report: a table with colours on a terminal, plain text elsewhere."""
+def show(report: dict[str, Any], fit: bool, on: str) -> None:
+    """Prints the report, on the card named: a table with colours on a terminal, plain text elsewhere."""
     from rich.console import Console
     from rich.table import Table
 
     console = Console(highlight=False, soft_wrap=True)
     now: Estimate = report["estimate"]
     setting, card = now.setting, now.card
-    console.print(f"{report['model']}, {setting.tokens:,} tokens a sample, {setting.batch} at a time", markup=False)
+    console.print(
+        f"{report['model']}, {setting.tokens:,} tokens a sample, {setting.batch} at a time, on {on}", markup=False
+    )
     console.print(describe(now), markup=False)
     table = Table(box=None, pad_edge=False, show_edge=False)
     table.add_column("peak memory")
@@ -247,13 +250,7 @@ def _show_more(report: dict[str, Any], fit: bool, console: Any) -> None:
         if report.get("fit_run") is not None:
             console.print(f"  {describe_run(report['fit_run'])}", markup=False)
     if "data" in report:
-        gain = report["data"]
-        console.print(
-            f"data: {gain.windows:,} samples looked at, the longest of {gain.longest_tokens:,} tokens; "
-            f"{gain.supervised_share:.0%} of the rows carry loss, in {gain.forced_share:.0%} of the blocks\n"
-            f"  {gain.gaining:.0%} of the steps gain, the best is {gain.best:.1f} times as fast; all together "
-            f"{gain.gain:.1f} times; {gain.short:.0%} are too short to gain"
-        )
+        console.print(describe_data(report["data"]))
     if "probe" in report:
         probe = report["probe"]
         what = "allocated" if probe.source == "cuda" else "resident, of the whole process,"
@@ -263,6 +260,23 @@ def _show_more(report: dict[str, Any], fit: bool, console: Any) -> None:
 
             batches = report["run"].batches
             console.print(f"  {batches:,} of them, the batches of the run: {say_duration(batches * probe.seconds)}")
+
+
+def describe_data(found: DataGain) -> str:
+    """What the data's steps gain, on two lines; of those that do not gain, why."""
+    rest = round(1 - found.gaining - found.short, 6)
+    parts = ["no step gains"]
+    if found.gaining:
+        best = f"the best is {found.best:.1f} times as fast; all together {found.gain:.1f} times"
+        parts = [f"{found.gaining:.0%} of the steps gain, {best}"]
+    for share, why in ((found.short, "are too short to gain"), (rest, "leave too little out to gain at any length")):
+        if share:
+            parts.append(f"{'all' if share == 1 else f'{share:.0%}'} {why}")
+    return (
+        f"data: {found.windows:,} samples looked at, the longest of {found.longest_tokens:,} tokens; "
+        f"{found.supervised_share:.0%} of the rows carry loss, in {found.forced_share:.0%} of the blocks\n"
+        f"  {'; '.join(parts)}"
+    )
 
 
 def _show_fit(before: Estimate, found: Estimate | None, listed: list[Change], console: Any) -> None:

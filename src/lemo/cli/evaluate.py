@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -58,7 +59,8 @@ def evaluate(
             raise ConfigError("--lengths is for --retrieval; a loss is measured at data.window_tokens")
         if wrong := [path for path in outputs if path.suffix in _PICTURES]:
             raise ConfigError(f"--output: {wrong[0]}: only --retrieval draws pictures; name a .json file")
-        reports = _losses(load_wanted(source, overrides, adapter, plan, bare=False), bins)
+        loaded = load_wanted(source, overrides, adapter, plan, bare=False)
+        reports = _losses(loaded, bins, source, overrides or [])
         _show(reports)
     else:
         loaded = load_wanted(source, overrides, adapter, plan, bare=True)
@@ -184,17 +186,53 @@ def _show_retrieval(reports: dict[str, Any]) -> None:
     Console(width=None if Console().is_terminal else 80 + 8 * len(depths)).print(table)
 
 
-def _losses(loaded: Any, bins: int) -> dict[str, Any]:
-    """Reports of validation loss by name."""
+def _losses(loaded: Any, bins: int, source: Path, overrides: list[str]) -> dict[str, Any]:
+    """Reports of validation loss by name; of a run on the data, and with chat templates of the day, that it began with.
+
+    Raises:
+        ConfigError: the run's validation data has changed since, and no key of `data` says that other data is meant.
+    """
     from lemo.cli.arguments import load_parts
+    from lemo.train.chat import chat_date, dated
     from lemo.train.data import load_windows
 
+    begun = _read_run(source)
     model, tokenizer = load_parts(loaded, loaded.run.data.validation_sources)
     vocabulary = model.config.get_text_config().vocab_size
-    dataset, report = load_windows(loaded.run.data, tokenizer, "validation", vocabulary=vocabulary)
-    for line in report.lines():
-        typer.echo(line, err=True)
-    return _measure(loaded, model, tokenizer, dataset, bins)
+    with dated(date.fromisoformat(begun["date"]) if "date" in begun else chat_date()):
+        dataset, report = load_windows(loaded.run.data, tokenizer, "validation", vocabulary=vocabulary)
+        if not any(override.startswith("data.") for override in overrides):
+            _check_data((begun.get("data") or {}).get("validation"), dataset, source)
+        for line in report.lines():
+            typer.echo(line, err=True)
+        return _measure(loaded, model, tokenizer, dataset, bins)
+
+
+def _read_run(source: Path) -> dict[str, Any]:
+    """What a run noted in its folder when it began; nothing where the source is no such folder."""
+    from lemo.errors import ConfigError
+
+    path = source / "run.json"
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{path} cannot be read ({error})") from error
+
+
+def _check_data(stored: dict[str, Any] | None, dataset: Any, source: Path) -> None:
+    """Raises ConfigError where a run had other validation data than there is now; a run without any had none."""
+    from lemo.errors import ConfigError
+    from lemo.train.checkpoint import data_fingerprint
+
+    if stored is None or (found := data_fingerprint(dataset.windows)) == stored:
+        return
+    had, has = (f"{d['windows']:,} windows of {d['tokens']:,} tokens (hash {d['hash'][:8]})" for d in (stored, found))
+    raise ConfigError(
+        f"the validation data of the run in {source} has changed since it began: it had {had} and has {has}. Bring the "
+        "files back as they were, or name what to evaluate on, by data.validation=[FILE]"
+    )
 
 
 def _measure(loaded: Any, model: Any, tokenizer: Any, dataset: Any, bins: int) -> dict[str, Any]:

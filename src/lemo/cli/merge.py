@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +14,9 @@ def merge(
     source: Annotated[Path, typer.Argument(help="Output folder of a run, or of an adapter.", show_default=False)],
     out: Annotated[Path, typer.Option("--out", help="Folder for the merged model.", show_default=False)],
     base: Annotated[str | None, typer.Option("--base", help="Base model, when the adapter's own has moved.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="Of the merged model. The run's, or the base model's, by default.")
+    ] = None,
     device: Annotated[str | None, typer.Option("--device", help="Where to compute; a GPU if there is one.")] = None,
 ) -> None:
     """Merge an adapter into its base model, check the result against the adapter model, and save it.
@@ -22,26 +26,42 @@ def merge(
     """
     from lemo.cli.arguments import check_device, check_writable, quieten
     from lemo.errors import ConfigError
-    from lemo.train.merge import merge_adapter, read_samples
-    from lemo.train.model import load_tokenizer
+    from lemo.train.merge import DTYPES, merge_adapter
 
     if out.exists():
         raise ConfigError(f"--out: {out} exists already")
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"--dtype {dtype}: a model is written in one of {', '.join(DTYPES)}")
     check_device(device)
     quieten()
     run, adapter = _find(source, base)
+    model = run.model if dtype is None else replace(run.model, dtype=dtype)  # type: ignore[arg-type]
     check_writable([out])
-    samples: Any = None
-    if run.data.validation_sources:
-        try:
-            samples = read_samples(run, load_tokenizer(run.model))
-        except ConfigError:  # no tokenizer: random tokens serve as well
-            samples = None
-    name = "tokens drawn at random" if samples is None else "validation text"
-    report = merge_adapter(run.model, adapter, out, samples=samples, sample_name=name, device=device)
+    samples, name = _find_samples(run)
+    options: dict[str, Any] = {"samples": samples, "sample_name": name, "device": device}
+    report = merge_adapter(model, adapter, out, **options, progress=partial(typer.echo, err=True))
     for line in report.lines():
         typer.echo(line)
+    if report.base_dtype not in (None, report.dtype):
+        origin = "the run's dtype" if dtype is None else "as asked for"
+        typer.echo(f"written in {report.dtype}, {origin}; the base model is in {report.base_dtype}")
     typer.echo(f"merged model: {report.output}")
+
+
+def _find_samples(run: Any) -> tuple[Any, str]:
+    """What to compare the models on, and what that is: a run's validation text where it can be read."""
+    from lemo.errors import ConfigError, DataError, first_line
+    from lemo.train.merge import read_samples
+    from lemo.train.model import load_tokenizer
+
+    drawn = "tokens drawn at random"
+    if not run.data.validation_sources:
+        return None, drawn
+    typer.echo("reading the run's validation data", err=True)
+    try:
+        return read_samples(run, load_tokenizer(run.model)), "validation text"
+    except (ConfigError, DataError) as error:
+        return None, f"{drawn}, since the run's validation data cannot be read: {first_line(error)}"
 
 
 def _find(source: Path, base: str | None) -> tuple[Any, Path]:

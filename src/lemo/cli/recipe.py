@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import functools
 import json
+import logging
 import re
 import types
 from collections.abc import Sequence
@@ -23,7 +24,23 @@ from lemo.errors import ConfigError
 from lemo.train.checks import check_run
 from lemo.train.start_adapter import KEYS, is_there, settle
 
+_LOG = logging.getLogger("lemo")
+_COMMAND_LINE = "command line"
 _BESIDE_A_PLAN = ("plan", "enabled", "block_size")
+# Names that other tools have for keys.
+_OTHER_NAMES = {
+    "r": "lora.rank",
+    "lora_r": "lora.rank",
+    "lora_alpha": "lora.alpha",
+    "lora_dropout": "lora.dropout",
+    "target_modules": "lora.targets",
+    "lr": "training.learning_rate",
+    "num_train_epochs": "training.epochs",
+    "per_device_train_batch_size": "training.batch_size",
+    "gradient_accumulation": "training.gradient_accumulation_steps",
+    "max_length": "data.window_tokens",
+    "max_seq_length": "data.window_tokens",
+}
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, begun: bool = False) -> RunConfig:
@@ -43,6 +60,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, begun: bool 
     path = Path(path)
     values = _read_values(path)
     sources = override_values(values, overrides)
+    _drop_share(values, sources, str(path))
     _drop_keys_of_the_plan(values)
     run = build_run(values, str(path), sources, begun=begun)
     _check_plan_keys(values, str(path))
@@ -76,7 +94,7 @@ def override_values(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
     for override in overrides:
         key, value = _parse_override(override)
         _assign(values, key, value)
-        sources[key] = "command line"
+        sources[key] = _COMMAND_LINE
     return sources
 
 
@@ -243,7 +261,8 @@ def _explain(error: dict[str, Any], source: str, sources: dict[str, str]) -> str
         while len(path) > 1 and ".".join(path) not in known:
             path.pop()
     key = ".".join(path)
-    source = sources.get(key, source)
+    # Of an unknown section only the first key is told, and overrides name keys inside.
+    source = next((place for given, place in sources.items() if f"{given}.".startswith(f"{key}.")), source)
     if error["type"] == "extra_forbidden":
         return f"{source}: unknown key {key}{_nearest(path)}"
     hint = _hint_of(path)
@@ -251,13 +270,19 @@ def _explain(error: dict[str, Any], source: str, sources: dict[str, str]) -> str
         return f"{source}: {key} must be a section with keys of its own, got {_kind(error['input'])}"
     if error["type"] == "finite_number":
         return f"{source}: {key} must be a finite number"
-    return f"{source}: {key} must be {_describe(hint)}, got {_kind(error['input'])}"
+    wrong = f"{source}: {key} must be {_describe(hint)}, got {_kind(error['input'])}"
+    if get_origin(hint) is tuple and isinstance(error["input"], str) and error["type"] == "tuple_type":
+        said = f"{key}=" if source == _COMMAND_LINE else f"{path[-1]}: "
+        return f"{wrong}; write {said}[{error['input']}]"
+    return wrong
 
 
 def _nearest(path: list[str]) -> str:
-    """The key that was probably meant: a sibling that looks like it, or one of that name in another section."""
+    """The key that was probably meant: one that other tools call so, a sibling like it, or one in another section."""
     known = _keys(RunConfig)
     section, name = ".".join(path[:-1]), path[-1]
+    if name in _OTHER_NAMES:
+        return f"; did you mean {_OTHER_NAMES[name]}?"
     siblings = [key for key in known if key.rpartition(".")[0] == section]
     close = difflib.get_close_matches(name, [key.rpartition(".")[2] for key in siblings], n=1, cutoff=0.6)
     if close:
@@ -317,6 +342,14 @@ def _kind(value: Any) -> str:
     if isinstance(value, dict | list):
         return "a mapping" if isinstance(value, dict) else f"the list {value!r}"
     return repr(value)
+
+
+def _drop_share(values: dict[str, Any], sources: dict[str, str], source: str) -> None:
+    """Files for validation on the command line take the place of a share that the recipe holds out."""
+    data = values.get("data")
+    asked = "data.validation" in sources and "data.held_out_share" not in sources
+    if asked and isinstance(data, dict) and data.get("validation") and data.pop("held_out_share", None):
+        _LOG.warning("%s: data.held_out_share does not count, the command line names data.validation", source)
 
 
 def _drop_keys_of_the_plan(values: dict[str, Any]) -> None:

@@ -189,7 +189,7 @@ class Plan:
             PlanError: it cannot be written there.
         """
         from safetensors import SafetensorError
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         folder = Path(folder)
         tensors: dict[str, Tensor] = {}
@@ -200,7 +200,7 @@ class Plan:
         )
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, folder / _TENSORS)
+            (folder / _TENSORS).write_bytes(save(tensors))  # save_file would shut out everybody but the owner
             (folder / _JSON).write_text(text + "\n", encoding="utf-8")
         except (OSError, SafetensorError) as error:
             reason = (getattr(error, "strerror", None) or str(error)).splitlines()[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -67,7 +68,10 @@ def find_card(name: str) -> Card:
     """
     known, colon, size = name.lower().partition(":")
     if known not in CARDS:
-        raise ConfigError(f"no card is called {known!r}; known are {', '.join(CARDS)}, each also as NAME:GIB")
+        begun = [card for card in CARDS if known and card.startswith(known)]
+        close = begun or difflib.get_close_matches(known, CARDS, n=1)
+        meant = f"; did you mean {' or '.join(close)}?" if close else ""
+        raise ConfigError(f"no card is called {known!r}, known are {', '.join(CARDS)}, each also as NAME:GIB{meant}")
     if not colon:
         return CARDS[known]
     try:

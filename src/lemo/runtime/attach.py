@@ -21,6 +21,7 @@ from lemo.runtime.calls import (
     check_capturing,
     check_supervised,
     drop_hidden_labels,
+    drop_unasked_cache,
     is_labelled,
     may_go_maskless,
     said_of_dense,
@@ -34,7 +35,8 @@ from lemo.runtime.head import LemoModel, model_class, own_parameters, segmented_
 from lemo.runtime.layer import LayerState, install, removable, remove
 from lemo.runtime.model import (
     causal_model,
-    check_no_dropout,
+    check_adapters,
+    check_no_noise,
     check_not_wrapped,
     check_plan,
     decoder_layers,
@@ -197,11 +199,11 @@ class Handle:
             return self._run_model(inner, own, training, arguments)
 
     def _run_model(self, inner: Callable, own: bool, training: bool, arguments: dict[str, Any]) -> Any:
-        labelled, names = is_labelled(arguments), own_parameters(self.model)
+        labelled = is_labelled(arguments)
         local_BT = arguments.pop(LOCAL_ROWS, None)
         context = self._open(arguments, training, torch.compiler.is_compiling(), local_BT)
-        if (training or context is not None) and arguments.get("use_cache") is None and "use_cache" in names:
-            arguments["use_cache"] = False
+        if self.model.training or labelled or context is not None:
+            drop_unasked_cache(arguments, own_parameters(self.model))
         segmented = labelled and self._segmented(training, own, arguments)
         if arguments.get("loss_weights") is not None and not segmented:
             raise ConfigError("loss_weights need the segmented loss, which does not run here; see the handle's notes")
@@ -247,11 +249,12 @@ class Handle:
             check_not_wrapped(decoder_layers(self.model))
         try:
             check_capturing(self.model.config, arguments, self.check_generation if sparse_eval else None)
+            check_adapters(self.model)
             if training:
                 check_supervised(arguments, self._supervised)
             fused = self.fused_layers()
             if training and any(x.is_exact for x in self.plan.layers):
-                check_no_dropout(self.model, fused)
+                check_no_noise(self.model, fused)
             # What else the host can do comes before: this waits for the device.
             sees = reads_positions(self.model)
             layout = read_layout(arguments, self._supervised, self.plan.block_size, local_BT, sees)
@@ -375,10 +378,6 @@ def attach(
     check_plan(handle.model, plan, layers, unsafe_no_bypass)
     if loss == "segmented" and "forward" in handle.model.__dict__:
         handle.note(FOREIGN_FORWARD)
-    names = mlp_names(model)
-    if plan.mlp == "own" and not names:
-        kind = handle.model.config.get_text_config().model_type
-        raise UnsupportedModelError(f"mlp 'own' needs the name of the MLP, and no family file describes {kind!r}")
     handle.model.__dict__["_lemo_handle"] = handle
     handle.model.__class__ = model_class(type(handle.model))
     handle._attached = True
@@ -388,7 +387,7 @@ def attach(
         text = handle.model.config.get_text_config()
         for index, layer in enumerate(layers if sparse or engine == "fused" else ()):
             if not plan.layers[index].is_dense or why_dense(layer, index, text) is None:
-                install(layer, LayerState(index, handle, names, handle._fused.names, text))
+                install(layer, LayerState(index, handle, mlp_names(model), handle._fused.names, text))
         handle._fused.install()
         if self_test:
             from lemo.runtime.selftest import check_layers

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -103,6 +103,18 @@ def check_capturing(config: Any, arguments: Mapping[str, Any], check_generation:
 def is_labelled(arguments: Mapping[str, Any]) -> bool:
     """Whether a call brings labels."""
     return arguments.get("labels") is not None or arguments.get("shift_labels") is not None
+
+
+def drop_unasked_cache(arguments: dict[str, Any], names: Sequence[str]) -> None:
+    """Switches the cache off that Transformers makes unless told otherwise: with one, it does not part documents.
+
+    Args:
+        arguments: keywords of the call.
+        names: of the parameters that the forward takes.
+    """
+    asked = arguments.get("use_cache") is not None or arguments.get("past_key_values") is not None
+    if not asked and "use_cache" in names:
+        arguments["use_cache"] = False
 
 
 def check_supervised(arguments: Mapping[str, Any], supervised_BT: Tensor | None) -> None:

@@ -142,21 +142,55 @@ def check_not_wrapped(layers: nn.ModuleList) -> None:
         )
 
 
-def check_no_dropout(model: nn.Module, fused: Container[int]) -> None:
-    """Raises UnsupportedModelError when a decoder layer would draw dropout: exact forward runs its rows twice.
+def check_adapters(model: nn.Module) -> None:
+    """Raises UnsupportedModelError for an adapter in force that knows a row by its place in the whole batch.
+
+    Activated LoRA counts rows from the end of the sequence, and X-LoRA brings weights for every row of the batch.
+    """
+    base = causal_model(model)
+    for name, config in getattr(base, "peft_config", {}).items():
+        reason = None
+        if getattr(config, "alora_invocation_tokens", None) and _is_in_force(base, name):
+            reason = "is an activated LoRA (alora_invocation_tokens), which counts rows from the end of the sequence"
+        elif getattr(config, "peft_type", None) == "XLORA":
+            reason = "is an X-LoRA, which weighs the row of every token by itself"
+        if reason is not None:
+            raise UnsupportedModelError(
+                f"adapter {name!r} {reason}, but lemo gives layers a part of the rows; train it without lemo, or use "
+                "a plain LoRA adapter"
+            )
+
+
+def _is_in_force(base: nn.Module, adapter: str) -> bool:
+    """Whether some module runs with a LoRA adapter of that name."""
+    adapted: Any = (x for x in base.modules() if adapter in getattr(x, "lora_A", ()))
+    return any(adapter in x.active_adapters and not x.disable_adapters for x in adapted)
+
+
+def check_no_noise(model: nn.Module, fused: Container[int]) -> None:
+    """Raises UnsupportedModelError when a decoder layer would draw dropout or jitter: exact forward runs it twice.
 
     Layers that the fused engine runs draw the same mask for a row both times.
     """
     for layer in (layer for index, layer in enumerate(decoder_layers(model)) if index not in fused):
         for name, module in layer.named_modules():
-            # nn.Dropout, and the numbers that families keep for functional dropout (`dropout`, `attention_dropout`)
+            # nn.Dropout, and the numbers that families keep for functional dropout (`dropout`, `attention_dropout`) and
+            # for the jitter of experts' routers (`jitter_noise`, which is `router_jitter_noise` in the configuration)
             values = {"p": getattr(module, "p", 0.0)} if isinstance(module, nn.Dropout) else vars(module)
-            active = [k for k, v in values.items() if (k == "p" or "dropout" in k) and isinstance(v, float) and v > 0]
+            active = [k for k, v in values.items() if _is_noise(k) and isinstance(v, float) and v > 0]
             if active and module.training:
+                settings = causal_model(model).config.get_text_config().to_dict()
+                key = next((key for key in settings if key.endswith(active[0])), active[0])
+                hint = f"; set {key} to 0 in the model's configuration" if "jitter" in key else ""
                 raise UnsupportedModelError(
-                    f"exact forward (backward_ratio < forward_ratio) needs dropout off: {name or 'the layer'} has "
-                    f"{active[0]}={values[active[0]]}"
+                    "exact forward (backward_ratio < forward_ratio) needs dropout and jitter off: "
+                    f"{name or 'the layer'} has {active[0]}={values[active[0]]}{hint}"
                 )
+
+
+def _is_noise(name: str) -> bool:
+    """Whether an attribute of that name says how much of what a module computes is drawn at random."""
+    return name == "p" or "dropout" in name or "jitter" in name
 
 
 def mlp_names(model: nn.Module) -> tuple[str, ...]:
@@ -190,11 +224,17 @@ def fingerprint(model: nn.Module) -> str | None:
 
 
 def check_plan(model: Any, plan: Plan, layers: nn.ModuleList, unsafe_no_bypass: bool) -> None:
-    """Raises PlanError unless the plan is for this model and safe; UnsupportedModelError when already attached."""
+    """Raises an error unless a plan can be attached to a model.
+
+    Raises:
+        PlanError: the plan is not for this model, or not safe.
+        UnsupportedModelError: the model has a plan already, an adapter that takes none, or an MLP without a name.
+    """
     if not isinstance(plan, Plan):
         raise PlanError(f"plan must be a lemo.Plan, got {type(plan).__name__}; lemo.Plan.uniform(model, ...) makes one")
     if "_lemo_handle" in model.__dict__ and model.__dict__["_lemo_handle"] is not None:
         raise UnsupportedModelError("the model has a plan attached already; detach it first")
+    check_adapters(model)
     if len(plan.layers) != len(layers):
         raise PlanError(f"the plan has {len(plan.layers)} layers, the model {len(layers)}")
     if plan.fingerprint is not None:
@@ -215,3 +255,6 @@ def check_plan(model: Any, plan: Plan, layers: nn.ModuleList, unsafe_no_bypass: 
             raise PlanError(f"scorer 'predictor' but layer {missing[0]} has no predictor; calibrate, or use 'random'")
     if plan.policy == "threshold" and any(x.threshold is None and not x.is_dense for x in plan.layers):
         raise PlanError("policy 'threshold' but some layers have no threshold; calibrate with tune_steps > 0")
+    if plan.mlp == "own" and not mlp_names(model):
+        kind = model.config.get_text_config().model_type
+        raise UnsupportedModelError(f"mlp 'own' needs the name of the MLP, and no family file describes {kind!r}")

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from lemo.errors import ConfigError
 from lemo.measure.memory import GIB, Peak, resident_bytes, track_peak
 from lemo.runtime.attach import Handle
-from lemo.train.files import replace_text
+from lemo.train.files import replace_text, share_files
 from lemo.train.lora import write_context
 from lemo.train.prompt_rows import PromptRows
 from lemo.train.row_draw import RowDraw
@@ -171,8 +171,10 @@ class LemoCallback(TrainerCallback):
         """Adds to the checkpoint how the context was extended, and the handle's counts, on which draws depend."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if folder.is_dir():
-            if args.process_index == 0 and kwargs.get("model") is not None:
-                write_context(kwargs["model"], folder)
+            if args.process_index == 0:
+                share_files(folder)
+                if kwargs.get("model") is not None:
+                    write_context(kwargs["model"], folder)
             counts = {} if self.handle is None else {name: getattr(self.handle, name) for name in COUNTS}
             replace_text(folder / state_file(args.process_index), json.dumps(counts) + "\n")
 

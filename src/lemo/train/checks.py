@@ -35,7 +35,9 @@ def check_run(run: RunConfig) -> None:
         if value is not None and not 0 <= value < 1:
             raise ConfigError(f"{key} must lie in [0, 1), got {value!r}")
     if run.data.validation and run.data.held_out_share:
-        raise ConfigError("data.held_out_share has no effect beside data.validation; remove one of them")
+        raise ConfigError(
+            "data.held_out_share has no effect beside data.validation; remove one of them, or set data.held_out_share=0"
+        )
     _check_stopping(run)
     if run.data.window_tokens < 2:
         raise ConfigError(f"data.window_tokens must be at least 2, got {run.data.window_tokens}")

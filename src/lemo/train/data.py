@@ -10,7 +10,7 @@ from lemo.errors import ConfigError
 from lemo.train.collate import WindowCollator, WindowDataset
 from lemo.train.data_report import DataReport
 from lemo.train.documents import Document
-from lemo.train.hold_out import split_documents
+from lemo.train.hold_out import note_shared, split_documents
 from lemo.train.loss_rows import LossRows
 from lemo.train.prompt_rows import PromptRows
 from lemo.train.sources import describe_unread, read_documents, write_npz
@@ -72,12 +72,19 @@ def load_windows(
         long_rows=config.long_rows,
         vocabulary=vocabulary,
     )
-    documents = read_documents(paths, text_field=config.text_field, messages_field=config.messages_field)
+    fields = {"text_field": config.text_field, "messages_field": config.messages_field}
+    documents = read_documents(paths, **fields)
     notes: list[str] = []
+    part, advice = f" of data.{split}", ""
     if config.held_out_share and not config.validation:
         documents = split_documents(documents, config.held_out_share, split, notes=notes)
+        if split == "validation":
+            part = f" held out for validation by data.held_out_share={config.held_out_share}"
+            advice = "raise that share, name files in data.validation, "
+    elif split == "train" and config.validation:
+        documents = note_shared(documents, read_documents(config.validation, **fields), notes)
     unread = describe_unread(paths)
-    windows, report = cutter.cut(documents)
+    windows, report = cutter.cut(documents, part, advice)
     report.notes.extend([*notes, unread] if unread else notes)
     return WindowDataset(spread(windows, limit, report)), report
 

@@ -19,6 +19,7 @@ from lemo.train.data import load_windows
 from lemo.train.forecast import ASSUMED, Forecast
 
 GAINS = 1.05  # a step gains when it is so many times as fast
+LONG_TOKENS = 65_536  # a window that does not gain is too short when one of this length would, of the same shares
 SAMPLED_WINDOWS = 512
 
 
@@ -34,7 +35,8 @@ class DataGain:
         longest_tokens: of the longest window.
         supervised_share: of all rows.
         forced_share: of all blocks: those with loss, which never skip.
-        short: share of windows that do not gain and have few blocks with loss: they are too short.
+        short: share of windows that do not gain, but would if they were of 64K tokens. Others that do not gain leave
+            too little out at any length.
         training_windows: of which an epoch consists, looked at or not.
         mean_tokens: of a window.
         mean_s: of the steps of single windows.
@@ -92,9 +94,9 @@ def data_gain(run: RunConfig, found: Forecast, looked: Looked, card: Card) -> Da
     shares = [(t, r + more, b + more) for (t, r, b), more in zip(shares, prompts, strict=True)]
     drawn = not run.data.answer_only and run.loss_rows.share < 1
     all_loss = run.loss_rows.share + run.local_share
-    cache: dict[tuple[int, float], tuple[float, float]] = {}
+    cache: dict[tuple[int, float], tuple[float, float, bool]] = {}
     steps: dict[tuple[int, float], StepSetting] = {}
-    near, gains, seconds = found.setting.local_share, [], []
+    near, costs = found.setting.local_share, []
     for (tokens, rows, blocks), more in zip(shares, prompts, strict=True):
         local = near if drawn or not near else more
         forced = found.setting.loss_share if drawn else blocks - local
@@ -105,24 +107,25 @@ def data_gain(run: RunConfig, found: Forecast, looked: Looked, card: Card) -> Da
             loss = max(0.01, min(1.0 - local, key[1] if drawn else rows - local))
             far = {"loss_share": loss, "forced_share": key[1]}
             step = replace(found.setting, tokens=key[0], **far, local_share=min(local, 1.0 - loss), batch=1)
-            cache[key] = gain(found.sizes, step, card), step_time(found.sizes, step, card).total_s
+            gained = gain(found.sizes, step, card)
+            short = gained < GAINS <= gain(found.sizes, replace(step, tokens=LONG_TOKENS), card)
+            cache[key] = gained, step_time(found.sizes, step, card).total_s, short
             steps[key] = replace(step, tokens=2, batch=found.setting.batch)
         steps[key] = replace(steps[key], tokens=max(steps[key].tokens, tokens))
-        gains.append(cache[key][0])
-        seconds.append(cache[key][1])
+        costs.append(cache[key])
+    gains, seconds, shorts = zip(*costs, strict=True)
     dense = sum(g * s for g, s in zip(gains, seconds, strict=True))
     tokens = sum(t for t, _, _ in shares)
-    idle = [g < GAINS for g in gains]
     forced_shares = [all_loss if drawn else b for _, _, b in shares]
     return DataGain(
         windows=len(shares),
-        gaining=1 - sum(idle) / len(idle),
+        gaining=sum(g >= GAINS for g in gains) / len(gains),
         gain=dense / sum(seconds),
         best=max(gains),
         longest_tokens=max(t for t, _, _ in shares),
         supervised_share=sum(t * (all_loss if drawn else r) for t, r, _ in shares) / tokens,
         forced_share=sum(t * f for (t, _, _), f in zip(shares, forced_shares, strict=True)) / tokens,
-        short=sum(i and f < found.setting.backward_ratio for i, f in zip(idle, forced_shares, strict=True)) / len(idle),
+        short=sum(shorts) / len(shorts),
         training_windows=looked.training_windows,
         mean_tokens=tokens / len(shares),
         mean_s=sum(seconds) / len(seconds),

@@ -166,20 +166,34 @@ def _messages(messages: Any, field: str, place: str, system: Any = None) -> tupl
         raise DataError(f"{place}: field {field!r} must be a list of messages")
     if has_speakers(messages):
         messages = read_speakers(messages, system, field, place)
+    found = []
     for number, message in enumerate(messages, start=1):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise DataError(f"{place}: message {number} of {field!r} has no role")
         if message.get("tool_calls"):
             raise DataError(f"{place}: message {number} of {field!r} calls tools, which is not supported")
-        content = message.get("content")
+        where = f"{place}: message {number} of {field!r} ({message['role']})"
+        content = _join_parts(message.get("content"), where)
         if not isinstance(content, str) or (message["role"] == "assistant" and not content.strip()):
-            raise DataError(f"{place}: message {number} of {field!r} ({message['role']}) has no text in 'content'")
+            raise DataError(f"{where} has no text in 'content'")
         if message.get("weight") not in (None, 0, 1):
             raise DataError(
                 f"{place}: message {number} of {field!r} has weight {message['weight']!r}; an answer is learned (1, or "
                 "no weight) or not (0)"
             )
-    return tuple({k: v for k, v in message.items() if v or k != "tool_calls"} for message in messages)
+        found.append({k: v for k, v in message.items() if v or k != "tool_calls"} | {"content": content})
+    return tuple(found)
+
+
+def _join_parts(content: Any, where: str) -> Any:
+    """What a message says, line by line where it is in parts, `{"type": "text", "text": ...}`."""
+    if not isinstance(content, list):
+        return content
+    kinds = [part.get("type") if isinstance(part, dict) else type(part).__name__ for part in content]
+    if other := [kind for kind in kinds if kind != "text"]:
+        raise DataError(f"{where} has a part of type {other[0]!r} in 'content'; only parts of type 'text' are read")
+    texts = [part.get("text") for part in content]
+    return "\n".join(texts) if texts and all(isinstance(text, str) for text in texts) else None
 
 
 def _tools(tools: Any, place: str) -> tuple[dict[str, Any], ...]:

@@ -1,4 +1,4 @@
-"""Holds documents out of training data for validation, where no files are named for it."""
+"""Holds documents out of training data for validation where no files are named for it, and compares those that are."""
 
 from __future__ import annotations
 
@@ -57,6 +57,26 @@ def split_documents(
         return (_part(document, share, split) for document in found)
     chosen = {count - 1} if count < every else _choose(count, share)
     return (d for d, group in zip(found, groups, strict=True) if (group in chosen) == (split == "validation"))
+
+
+def note_shared(documents: Iterable[Document], validation: Iterable[Document], notes: list[str]) -> Iterator[Document]:
+    """The training documents as they are; behind the last, a note says how many of validation have a text of theirs.
+
+    Args:
+        documents: of training.
+        validation: of the files that are named for it.
+        notes: receives the note.
+    """
+    held = [_text(document) for document in validation]
+    wanted, shared = set(held), set()
+    for document in documents:
+        shared |= wanted & {_text(document)}
+        yield document
+    if count := sum(text in shared for text in held):
+        notes.append(
+            f"data.validation has text of data.train, in {count:,} of {len(held):,} documents: their loss does not "
+            "show what is learned beyond the training data"
+        )
 
 
 def _choose(count: int, share: float) -> set[int]:

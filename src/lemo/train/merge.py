@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lemo.config import ModelConfig, RunConfig
-from lemo.errors import ConfigError, DataError, MergeError
+from lemo.errors import ConfigError, MergeError
+from lemo.runtime.model import in_force
 from lemo.train.files import share_files
 from lemo.train.four_bits import is_packed, unpack_linear
 from lemo.train.lora import load_adapter, merge_layers, read_context, wrapped_names
@@ -20,8 +21,16 @@ from lemo.train.model import has_context, load_model, load_settings, load_tokeni
 
 SAMPLE_TOKENS = 512
 ULPS = 4.0
+DTYPES = ("float32", "bfloat16", "float16")
 _WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
-_NORMS = {"largest": lambda t: float(t.abs().max()), "root mean square": lambda t: float(t.square().mean().sqrt())}
+TYPICAL = "root mean square"
+_NORMS = {"largest": lambda t: float(t.abs().max()), TYPICAL: lambda t: float(t.square().mean().sqrt())}
+
+_WHICH = {
+    "unrounded": ", before its weights are rounded,",
+    "weights": " that was written, computed in a wider dtype,",
+    "merged": "",
+}
 
 
 @dataclass(frozen=True)
@@ -31,17 +40,21 @@ class MergeReport:
     Attributes:
         output: folder of the merged model.
         dtype: of its weights.
+        base_dtype: that the base model's configuration names; None where it names none.
         wider_dtype: of the exact logits.
         sample: which tokens were compared.
         tokens: how many.
-        errors: by norm (`largest`, `root mean square`): `merged` and its `budget`; `weights`, the error of the merged
-            weights alone, computed in the wider dtype; `adapter`, what the adapter model itself errs in `dtype`, which
-            is the budget of `weights`; and `effect`, by how much the adapter moved the base model's exact logits.
+        errors: by norm (`largest`, `root mean square`): `merged` and, in root mean square, its `budget`; `weights`, the
+            error of the merged weights alone, computed in the wider dtype; `unrounded`, before they were rounded;
+            `adapter`, what the adapter model itself errs in `dtype`, which is the budget of `unrounded`; `rounding`, by
+            how much rounding the weights moves logits, which `weights` may err more; and `effect`, by how much the
+            adapter moved the base model's exact logits.
         notes: what had to be changed.
     """
 
     output: Path
     dtype: str
+    base_dtype: str | None
     wider_dtype: str
     sample: str
     tokens: int
@@ -52,9 +65,11 @@ class MergeReport:
         """The report as lines of text."""
         lines = [f"compared {self.tokens:,} tokens ({self.sample}) with the adapter model in {self.wider_dtype}"]
         for norm, found in self.errors.items():
+            budget = f" (budget {found['budget']:.2e})" if "budget" in found else ""
             lines.append(
-                f"{norm} error of a logit: merged {found['merged']:.2e} (budget {found['budget']:.2e}), its weights "
-                f"alone {found['weights']:.2e} (budget {found['adapter']:.2e}); the adapter moved logits by "
+                f"{norm} error of a logit: merged {found['merged']:.2e}{budget}, its weights "
+                f"alone {found['weights']:.2e} (budget {found['adapter'] + found['rounding']:.2e}), before they were "
+                f"rounded {found['unrounded']:.2e} (budget {found['adapter']:.2e}); the adapter moved logits by "
                 f"{found['effect']:.2e}"
             )
         return lines + [f"note: {note}" for note in self.notes]
@@ -68,14 +83,16 @@ def merge_adapter(
     samples: Sequence[Tensor] | None = None,
     sample_name: str = "tokens drawn at random",
     device: Any = None,
+    progress: Callable[[str], None] | None = None,
 ) -> MergeReport:
     """Writes base plus adapter as a plain Transformers model, and checks what was written.
 
-    The sum is formed in fp32 (fp64 for an fp32 model) and rounded once to the model's dtype. The written folder is then
-    loaded as any user would, and its logits are compared with those of the adapter model in the wider dtype. Their
-    error may be twice the one that the adapter model makes in its own dtype, plus a few units of its resolution.
-    Computed in the wider dtype too, where only the rounding of the weights is left, it may be no larger than that one:
-    this is what notices an adapter that was merged in part.
+    The sum is formed in fp32 (fp64 for an fp32 model) and rounded once to the model's dtype. Before it is rounded, its
+    logits may differ from those of the adapter model, both computed in the wider dtype, by no more than the adapter
+    model errs in its own dtype: this is what notices an adapter that was merged in part. The written folder is then
+    loaded as any user would. Computed in the wider dtype, it may err more by as much as the rounding of the weights
+    moves logits; in its own, by twice the adapter model's error, that rounding and a few units of the resolution. The
+    latter holds in root mean square: there, a row may err by many times what it erred in another order of sums.
 
     Args:
         config: the base model. Its context is extended as in training; where it says nothing of it, as the adapter's
@@ -85,19 +102,23 @@ def merge_adapter(
         samples: sequences of token ids to compare on; None draws some.
         sample_name: what they are, for the report.
         device: where it is computed; a GPU if there is one when None.
+        progress: told of each stage before it begins.
 
     Raises:
         ConfigError: the output exists, or model or adapter cannot be loaded.
         MergeError: the merged model errs more than its budget; nothing is left behind.
 
-    *Cost*: weights in the wider dtype, twice the model's size, and six forwards of the samples.
+    *Cost*: weights in the wider dtype, twice the model's size, and seven forwards of the samples.
     """
+    say = progress or (lambda text: None)
     output = Path(output)
     if output.exists():
         raise ConfigError(f"--out: {output} exists already")
     config, extended = with_context(config, adapter)
     if config.load_in_4bit:
         extended.append("the adapter was trained over weights in 4 bits, and is merged into the whole ones")
+    base_dtype = getattr(load_settings(config).get_text_config(), "dtype", None)
+    say(f"loading the base model {config.path} and the adapter {adapter}")
     model = load_model(replace(config, load_in_4bit=False), device=device)
     if is_packed(model):
         unpack_linear(model)
@@ -107,41 +128,36 @@ def merge_adapter(
         samples = draw_samples(model.config.get_text_config())
     model = load_adapter(model, adapter).eval()
     place = next(model.parameters()).device
-    with torch.no_grad():
-        working = _logits(model, samples)
-        dtypes = _widen(model)
-        exact = _logits(model, samples)
-        with model.disable_adapter():
-            plain = _logits(model, samples)
-        notes = extended + _untie(model, wrapped_names(model))
-        merged = merge_layers(model)
-        for parameter in merged.parameters():
-            parameter.data = parameter.data.to(dtypes.get(id(parameter), working[0].dtype))
-    _check_names(set(dict(merged.named_parameters())), names, len(notes) > len(extended))
+    merged, logits, untied = _merge(model, samples, say)
+    dtype, notes = logits["working"][0].dtype, extended + untied
+    _check_names(set(dict(merged.named_parameters())), names, bool(untied))
     merged.config.use_cache = True  # load_model switches it off for training
     staging = output.parent / f".{output.name}.unchecked"
     shutil.rmtree(staging, ignore_errors=True)
     try:
+        say(f"writing the merged model in {_name(dtype)}")
         merged.save_pretrained(str(staging))
         share_files(staging)
         _save_tokenizer(config, adapter, staging, notes)
         del model, merged
+        say("reading it back, and comparing its logits with the adapter model's")
         written = load_model(ModelConfig(str(staging), dtype=config.dtype, attention=config.attention), device=place)
-        own = _logits(written.eval(), samples)
+        logits["merged"] = _logits(written.eval(), samples)
         _widen(written)
-        errors = _compare(own, _logits(written, samples), working, exact, plain)
+        logits["weights"] = _logits(written, samples)
+        errors = _compare(logits)
         staging.rename(output)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    dtype = working[0].dtype
-    typical = errors["root mean square"]
+    typical = errors[TYPICAL]
     if typical["weights"] > typical["effect"] / 2:
         notes.append(
             f"rounding to {_name(dtype)} changes the logits about as much as the adapter does; the adapter itself, or "
             "model.dtype float32, keeps what was learned"
         )
     tokens = sum(sample.numel() for sample in samples)
-    return MergeReport(output, _name(dtype), _name(_WIDER[dtype]), sample_name, tokens, errors, tuple(notes))
+    base = _name(base_dtype) if isinstance(base_dtype, torch.dtype) else None
+    return MergeReport(output, _name(dtype), base, _name(_WIDER[dtype]), sample_name, tokens, errors, tuple(notes))
 
 
 def base_config(path: str) -> ModelConfig:
@@ -169,17 +185,17 @@ def with_context(config: ModelConfig, adapter: str | Path) -> tuple[ModelConfig,
     return replace(config, context_length=length, rope_scaling=scaling), [note]
 
 
-def read_samples(run: RunConfig, tokenizer: Any, *, count: int = 2) -> list[Tensor] | None:
-    """The first tokens of some validation windows of a run; None when it has none that can be read now."""
+def read_samples(run: RunConfig, tokenizer: Any, *, count: int = 2) -> list[Tensor]:
+    """The first tokens of some validation windows of a run.
+
+    Raises:
+        DataError: a file cannot be read now.
+        ConfigError: the run has no validation data.
+    """
     from lemo.train.data import load_windows
 
-    if not run.data.validation_sources:
-        return None
     data = replace(run.data, max_windows=None, validation_windows=count)
-    try:
-        dataset, _ = load_windows(data, tokenizer, "validation")
-    except DataError:
-        return None
+    dataset, _ = load_windows(data, tokenizer, "validation")
     return [torch.as_tensor(dataset[i]["input_ids"][:SAMPLE_TOKENS])[None] for i in range(len(dataset))]
 
 
@@ -188,6 +204,32 @@ def draw_samples(settings: Any, count: int = 2) -> list[Tensor]:
     length = min(SAMPLE_TOKENS, getattr(settings, "max_position_embeddings", None) or SAMPLE_TOKENS)
     generator = torch.Generator().manual_seed(0)
     return [torch.randint(settings.vocab_size, (1, length), generator=generator) for _ in range(count)]
+
+
+def _merge(
+    model: Any, samples: Sequence[Tensor], say: Callable[[str], None]
+) -> tuple[Any, dict[str, list[Tensor]], list[str]]:
+    """Adds an adapter to its base model.
+
+    Returns:
+        The base model with rounded weights, the logits of `_compare` that there are by then, and notes.
+    """
+    with torch.no_grad():
+        say("computing the adapter model's logits")
+        logits = {"working": _logits(model, samples)}
+        dtype, dtypes = logits["working"][0].dtype, _widen(model)
+        logits["exact"] = _logits(model, samples)
+        with model.disable_adapter():
+            logits["plain"] = _logits(model, samples)
+        say("merging")
+        notes = _untie(model, wrapped_names(model))
+        merged = merge_layers(model)
+        logits["unrounded"] = _logits(merged, samples)
+        _narrow(merged, dtypes, dtype)
+        _widen(merged)
+        logits["rounded"] = _logits(merged, samples)
+        _narrow(merged, dtypes, dtype)
+    return merged, logits, notes
 
 
 def _logits(model: Any, samples: Sequence[Tensor]) -> list[Tensor]:
@@ -206,6 +248,12 @@ def _widen(model: nn.Module) -> dict[int, torch.dtype]:
     return dtypes
 
 
+def _narrow(model: nn.Module, dtypes: Mapping[int, torch.dtype], dtype: torch.dtype) -> None:
+    """Rounds every parameter to what `_widen` says it was, and new ones to `dtype`, in place."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtypes.get(id(parameter), dtype))
+
+
 def _untie(model: Any, wrapped: Sequence[str]) -> list[str]:
     """Gives the head its own weight where it shares the embedding's and the adapter changes one of them."""
     base = model.get_base_model()
@@ -217,9 +265,9 @@ def _untie(model: Any, wrapped: Sequence[str]) -> list[str]:
     changed = [name for name in ends if any(w == name or w.endswith(f".{name}") for w in wrapped)]
     if not changed:
         return []
-    head = base.get_output_embeddings()
-    while hasattr(head, "base_layer"):
-        head = head.base_layer
+    head: Any = in_force(base.get_output_embeddings())
+    while "weight" not in head._parameters:  # PEFT's modules around it pass its weight on
+        head = head.base_layer if hasattr(head, "base_layer") else head.original_module
     head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
     settings.tie_word_embeddings = base.config.tie_word_embeddings = False
     return [f"head and embedding shared their weight and the adapter changes {changed[0]}: they are now two weights"]
@@ -245,38 +293,36 @@ def _save_tokenizer(config: ModelConfig, adapter: str | Path, folder: Path, note
     notes.append("neither adapter nor base model has a tokenizer that can be read, so none was saved")
 
 
-def _compare(*logits: Sequence[Tensor]) -> dict[str, dict[str, float]]:
+def _compare(logits: Mapping[str, Sequence[Tensor]]) -> dict[str, dict[str, float]]:
     """Errors by norm.
 
     Args:
-        *logits: of the merged model in its dtype and in the wider one, of the adapter model in both, and of the base
-            model in the wider one.
+        logits: of the adapter model in its dtype (`working`) and in the wider one (`exact`), of the written model in
+            its dtype (`merged`) and in the wider one (`weights`), of the merged model in the wider one before
+            (`unrounded`) and after its weights were `rounded`, and of the base model in the wider one (`plain`).
 
     Raises:
         MergeError: one is above its budget.
     """
-    resolution = torch.finfo(logits[0][0].dtype).eps
-    merged_N, weights_N, working_N, exact_N, plain_N = (
-        torch.cat([t.double().flatten() for t in each]) for each in logits
-    )
-    if not bool(merged_N.isfinite().all()):
+    resolution = torch.finfo(logits["merged"][0].dtype).eps
+    flat = {name: torch.cat([t.double().flatten() for t in each]) for name, each in logits.items()}
+    if not bool(flat["merged"].isfinite().all()):
         raise MergeError("the merged model's logits are not finite; nothing was written")
     errors = {}
     for name, norm in _NORMS.items():
-        adapter = norm(working_N - exact_N)
-        found = errors[name] = {
-            "merged": norm(merged_N - exact_N),
-            "budget": 2 * adapter + ULPS * resolution * norm(exact_N),
-            "weights": norm(weights_N - exact_N),
-            "adapter": adapter,
-            "effect": norm(exact_N - plain_N),
-        }
-        for error, budget in (("merged", "budget"), ("weights", "adapter")):
-            if not found[error] <= found[budget]:
-                what = "" if error == "merged" else " weights, computed in a wider dtype,"
+        error = {each: norm(flat[each] - flat["exact"]) for each in ("unrounded", "weights", "merged")}
+        adapter, rounding = norm(flat["working"] - flat["exact"]), norm(flat["rounded"] - flat["unrounded"])
+        effect = norm(flat["exact"] - flat["plain"])
+        errors[name] = error | {"adapter": adapter, "rounding": rounding, "effect": effect}
+        budgets = {"unrounded": adapter, "weights": adapter + rounding}
+        if name == TYPICAL:
+            budget = 2 * adapter + rounding + ULPS * resolution * norm(flat["exact"])
+            budgets["merged"] = errors[name]["budget"] = budget
+        for what, allowed in budgets.items():
+            if not error[what] <= allowed:
                 raise MergeError(
-                    f"the merged model{what} does not compute what the adapter model does: {name} error of its logits "
-                    f"is {found[error]:.2e}, more than {found[budget]:.2e}, for which rounding accounts; the adapter "
+                    f"the merged model{_WHICH[what]} does not compute what the adapter model does: {name} error of its "
+                    f"logits is {error[what]:.2e}, more than {allowed:.2e}, for which rounding accounts; the adapter "
                     f"model's own is {adapter:.2e}. Nothing was written"
                 )
     return errors

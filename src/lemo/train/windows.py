@@ -76,8 +76,13 @@ class WindowCutter:
     long_rows: Literal["error", "truncate", "drop"] = "error"
     vocabulary: int | None = None
 
-    def cut(self, documents: Iterable[Document]) -> tuple[list[Window], DataReport]:
+    def cut(self, documents: Iterable[Document], part: str = "", advice: str = "") -> tuple[list[Window], DataReport]:
         """All windows of the documents, in order, and the account of them.
+
+        Args:
+            documents: what is cut.
+            part: of the data that they are, for messages.
+            advice: what else may be done where no window results, for messages.
 
         Raises:
             DataError: a row cannot be used, a sample is longer than the window, or no window results.
@@ -101,7 +106,7 @@ class WindowCutter:
             report.notes.append(f"{ignored_qas:,} rows have qas that are not used (data.answer_only is false)")
         windows.extend(pack(pieces, self.window_tokens))
         if not windows:
-            raise DataError(_no_windows(report))
+            raise DataError(_no_windows(report, part, advice))
         finish(report, windows)
         return windows, report
 
@@ -335,9 +340,13 @@ def _size(turns: Sequence[tuple[list[int], list[int]]]) -> int:
     return sum(len(question) + len(answer) for question, answer in turns)
 
 
-def _no_windows(report: DataReport) -> str:
+def _no_windows(report: DataReport, part: str, advice: str) -> str:
     """Why nothing is left, and what to change."""
-    text = f"no window of {report.window_tokens:,} tokens came out of {report.documents:,} documents"
+    s = "" if report.documents == 1 else "s"
+    text = f"no window of {report.window_tokens:,} tokens came out of {report.documents:,} document{s}{part}"
     if report.dropped:
         return f"{text}: all samples are longer than the window and data.long_rows is drop"
-    return f"{text} ({report.tokens:,} tokens): shorten data.window_tokens, or set data.packing or data.remainder=keep"
+    return (
+        f"{text} ({report.tokens:,} tokens): {advice}shorten data.window_tokens, or set data.packing or "
+        "data.remainder=keep"
+    )
