@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -145,3 +148,29 @@ def test_a_single_process_has_nobody_to_talk_to():
     assert alone.is_main and alone.trainer_arguments() == {} and alone.device is None
     with pytest.raises(PeerError), alone.together():
         raise PeerError("process 1 of 2 stopped")
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts threads as Linux lists them")
+def test_threads_of_the_group_have_ended_when_a_run_ends():
+    """One that outlives the interpreter's lock ends the process by a signal, after all has gone well."""
+    script = """
+import os
+import socket
+import subprocess
+import sys
+from lemo.train.distributed import Processes
+processes = Processes.start()
+assert processes.gather(os.environ["RANK"]) == ["0", "1"]
+before = len(os.listdir("/proc/self/task"))
+processes.close()
+assert processes.group is None and len(os.listdir("/proc/self/task")) <= before - 4, before
+"""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = str(found.getsockname()[1])
+    names = {"WORLD_SIZE": str(WORLD), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
+    started = [
+        subprocess.Popen([sys.executable, "-c", script], env={**os.environ, **names, "RANK": rank, "LOCAL_RANK": rank})
+        for rank in map(str, range(WORLD))
+    ]
+    assert [process.wait(timeout=120) for process in started] == [0] * WORLD

@@ -165,9 +165,15 @@ class Processes:
             self._exchange(None)
 
     def close(self) -> None:
-        """Leaves the other processes, at the end of a run that went well."""
-        if self.owns:
-            dist.destroy_process_group()
+        """Leaves the other processes, at the end of a run that went well.
+
+        With its last reference a group waits for its threads. One that still gave back the tensors of the last
+        collective would end the process by SIGABRT, when it asks an interpreter that is shutting down for its lock.
+        """
+        group = self.group
+        if group is not None:
+            object.__setattr__(self, "group", None)
+            dist.destroy_process_group(None if self.owns else group)
 
     def _exchange(self, value: Any, error: str | None = None) -> list[Any]:
         """Every process's value. All that processes tell each other passes here, so that calls always match."""
