@@ -25,8 +25,14 @@ _CARD_HELP = (
     "h200, a100-80gb, rtx-4090:24, ...; `probed` measures this machine's. By default this machine's, or where it has "
     f"none, {DEFAULT_CARD}."
 )
-# What `--fit` may change in a step.
-FREE = ("recompute", "segment_rows", "offload", "kv", "forward_ratio", "backward_ratio")
+# What `--fit` may change in a step, and the keys of a recipe that say it; a level is said by one key or another.
+FREE_KEYS = {
+    "segment_rows": "training.segment_rows",
+    "offload": "training.offload",
+    "kv": "sparsity.kv",
+    "forward_ratio": "sparsity.forward_ratio",
+    "backward_ratio": "sparsity.backward_ratio",
+}
 
 
 def estimate(
@@ -98,7 +104,7 @@ def _fitted_run(run: RunConfig, assumed: Forecast, looked: Looked | None, fitted
     from lemo.train.data_gain import data_gain
     from lemo.train.run_time import run_time
 
-    free = {name: getattr(fitted.setting, name) for name in FREE}
+    free = {name: getattr(fitted.setting, name) for name in ("recompute", *FREE_KEYS)}
     found = replace(assumed, setting=replace(assumed.setting, **free))
     gains = None if looked is None else data_gain(run, found, looked, fitted.card)
     return run_time(run, found, fitted.card, gains)
@@ -298,13 +304,7 @@ def fit_keys(before: Estimate, found: Estimate) -> dict[str, Any]:
         keys: dict[str, Any] = {"training.recompute": new.recompute}
     else:
         keys = {"training.gradient_checkpointing": str(new.recompute == "layer").lower()}
-    for key, name in (
-        ("training.segment_rows", "segment_rows"),
-        ("training.offload", "offload"),
-        ("sparsity.kv", "kv"),
-        ("sparsity.forward_ratio", "forward_ratio"),
-        ("sparsity.backward_ratio", "backward_ratio"),
-    ):
+    for name, key in FREE_KEYS.items():
         if getattr(old, name) != getattr(new, name):
             value = getattr(new, name)
             keys[key] = str(value).lower() if isinstance(value, bool) else value

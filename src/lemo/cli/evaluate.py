@@ -211,8 +211,9 @@ def _losses(loaded: Any, bins: int, source: Path, overrides: list[str]) -> dict[
 def _read_run(source: Path) -> dict[str, Any]:
     """What a run noted in its folder when it began; nothing where the source is no such folder."""
     from lemo.errors import ConfigError
+    from lemo.train.checkpoint import RUN_FILE
 
-    path = source / "run.json"
+    path = source / RUN_FILE
     if not path.is_file():
         return {}
     try:
@@ -224,11 +225,11 @@ def _read_run(source: Path) -> dict[str, Any]:
 def _check_data(stored: dict[str, Any] | None, dataset: Any, source: Path) -> None:
     """Raises ConfigError where a run had other validation data than there is now; a run without any had none."""
     from lemo.errors import ConfigError
-    from lemo.train.checkpoint import data_fingerprint
+    from lemo.train.checkpoint import data_fingerprint, describe_fingerprint
 
     if stored is None or (found := data_fingerprint(dataset.windows)) == stored:
         return
-    had, has = (f"{d['windows']:,} windows of {d['tokens']:,} tokens (hash {d['hash'][:8]})" for d in (stored, found))
+    had, has = describe_fingerprint(stored), describe_fingerprint(found)
     raise ConfigError(
         f"the validation data of the run in {source} has changed since it began: it had {had} and has {has}. Bring the "
         "files back as they were, or name what to evaluate on, by data.validation=[FILE]"

@@ -174,7 +174,8 @@ class RunFolder:
         stored = self._started().get("data")
         if stored is not None and stored != data:
             changes = [
-                f"{split} data had {_describe(stored.get(split))} and has {_describe(data.get(split))}"
+                f"{split} data had {describe_fingerprint(stored.get(split))} and has "
+                f"{describe_fingerprint(data.get(split))}"
                 for split in dict.fromkeys([*stored, *data])
                 if stored.get(split) != data.get(split)
             ]
@@ -265,7 +266,8 @@ def _missing(checkpoint: Path, processes: int) -> list[str]:
     return faults(checkpoint, [state_file(rank) for rank in range(processes)], processes)
 
 
-def _describe(split: Mapping[str, Any] | None) -> str:
+def describe_fingerprint(split: Mapping[str, Any] | None) -> str:
+    """A `data_fingerprint` in words; None for a split without data."""
     if split is None:
         return "nothing"
     return f"{split['windows']:,} windows of {split['tokens']:,} tokens (hash {split['hash'][:8]})"
