@@ -88,7 +88,7 @@ COMPARISONS = (
     Comparison(None, PREDICTOR, RANDOM, "sparse", "gain_less_error", pooled=True),
     *(
         Comparison(bar, method, RANDOM, statistic=_SHARE, pooled=True, unit="share", best=best)
-        for bar, method, best in (("B.oracle_share", FORMER, "oracle_mass"), (None, PREDICTOR, "oracle_mass_loss_rows"))
+        for bar, method, best in (("B.oracle_share", PREDICTOR, "oracle_mass_loss_rows"), (None, FORMER, "oracle_mass"))
     ),
     *(
         Comparison(bar, name, name, "recall_end", "kept_less_error", "recall_start", pooled=True, unit="share")
