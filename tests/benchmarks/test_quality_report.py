@@ -75,7 +75,7 @@ def test_bars_are_a_mean_with_its_error_over_seeds(records: Path, capsys):
 def test_shares_of_the_oracle_and_of_recall(records: Path, capsys):
     for seed in range(3):
         dense = [2.0 + 0.01 * seed, 2.2 + 0.01 * seed, 2.0, 2.0]
-        _cell(records, "oracle_mass", seed, [x + 0.002 * (seed + 1) / 2 for x in dense])
+        _cell(records, "oracle_mass_loss_rows", seed, [x + 0.002 * (seed + 1) / 2 for x in dense])
         _cell(records, "predict_mass_loss_rows", seed, [0.5, 0.6, 0.4, 0.4], "recall_start")
         _cell(records, "predict_mass_loss_rows", seed, [0.475, 0.57, 0.38, 0.38], "recall_end")
     write_comparisons(records)
@@ -88,8 +88,8 @@ def test_shares_of_the_oracle_and_of_recall(records: Path, capsys):
     assert check_bars.main([str(records)]) == 0
     for seed in range(3):
         dense = [2.0 + 0.01 * seed, 2.2 + 0.01 * seed, 2.0, 2.0]
-        _cell(records, "oracle_mass", seed, [x + 0.03 - 0.01 * (seed % 2) for x in dense], asked=100)
-        _cell(records, "skip_30_all_predictor", seed, [x + 0.02 for x in dense], asked=100)
+        _cell(records, "oracle_mass_loss_rows", seed, [x + 0.03 - 0.01 * (seed % 2) for x in dense], asked=100)
+        _cell(records, "predict_mass_loss_rows", seed, [x + 0.02 for x in dense], asked=100)
         _cell(records, "skip_30_all_random", seed, [x + 0.03 + 0.001 * seed for x in dense], asked=100)
     capsys.readouterr()
     write_comparisons(records)
