@@ -173,7 +173,7 @@ class CalibrationConfig:
             block with loss is. Where all rows carry loss that is `attention_mass`, and they learn this.
         query_stride: look at every n-th query row when attention mass is profiled; 1 for all.
         scorer: what ranks blocks in the calibrated plan, and while the stream for later layers is made; None for
-            `predictor`. A recipe names it in `sparsity.scorer`.
+            `predictor`. Others need no predictors, and none are fitted. A recipe names it in `sparsity.scorer`.
         compare_dense_fit: also fit on the dense stream, for the report; about half as much time again.
         pooled_features: most directions that rows are projected on before pooling; one per head if that is less.
         predictor_width: width of the nets' middle maps.

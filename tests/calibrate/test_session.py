@@ -9,14 +9,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lemo
 from lemo.calibrate import session
-from lemo.calibrate.collect import BypassFit, block_target, skip_weights
-from lemo.calibrate.report import recall
+from lemo.calibrate.collect import EDGE_WEIGHT, BypassFit, block_target, skip_weights
+from lemo.calibrate.report import curves, print_report, recall
 from lemo.calibrate.session import calibrate
 from lemo.config import CalibrationConfig
 from lemo.core.plan import Plan
 from lemo.core.score import ScoreInputs
 from lemo.core.target import TARGETS, target_scores
 from lemo.errors import ConfigError, DataError
+from lemo.runtime.batch import BatchContext, document_keys
 from lemo.runtime.stream import LayerStream
 
 TOKENS, BLOCK, LAYERS = 96, 8, 4
@@ -77,6 +78,8 @@ def _same(first, second):
         assert (a.predictor is None) == (b.predictor is None)
         if a.predictor is not None:
             assert all(torch.equal(x, b.predictor.state_dict()[k]) for k, x in a.predictor.state_dict().items())
+        assert (a.bypass is None) == (b.bypass is None)
+        if a.bypass is not None:
             assert torch.equal(a.bypass.down_MR, b.bypass.down_MR) and torch.equal(a.bypass.up_RM, b.bypass.up_RM)
         assert a.threshold == b.threshold
 
@@ -105,6 +108,40 @@ def test_a_plan_comes_out_and_the_model_is_as_before(model):
 def test_the_result_is_a_function_of_its_inputs(model, plain):
     torch.manual_seed(99)
     _same(plain, _run(model))
+
+
+@pytest.mark.parametrize("scorer", ["recent", "random"])
+@pytest.mark.parametrize("options", [{}, {"bypass_target": "update", "compare_dense_fit": False}])
+def test_without_predictors_only_bypasses_are_fitted_on_rows_that_the_scorer_skips(model, scorer, options, tmp_path):
+    config = dataclasses.replace(CONFIG, scorer=scorer, **options)
+    plan = _run(model, config, output_dir=tmp_path)
+    assert plan.scorer == scorer and all(x.predictor is None for x in plan.layers) and not plan.needs_bypass
+    report = json.loads((tmp_path / "calibration-report.json").read_text())
+    assert report["fits"]["sequential"]["recall"] == {} and report["losses"]["dense"]
+    print_report(report)
+    assert curves(report)["recall"] == {} and len(curves(report)["explained"]["sequential"]) == LAYERS - 1
+    _same(plan, _run(model, config))
+    _same(plan, Plan.load(tmp_path / "plan"))
+    # The first layer that skips sees the dense stream: its fit can be made from scratch.
+    fit, windows = BypassFit(24), _batches()[:-1]
+    for batch in windows:
+        stream = LayerStream.open(model, batch["input_ids"], supervised_BT=batch["supervised"], block_size=BLOCK)
+        x_BTM = stream.dense(0, stream.hidden_BTM).output_BTM
+        context = BatchContext(plan, stream.layout, in_place=False, document_keys_D=document_keys(stream.layout))
+        kept_N = context.select(1, x_BTM[0]).forward.rows_N
+        competing_N = (~stream.layout.forced_K)[stream.layout.block_of_row_N].float()
+        weight_N = competing_N.clone()
+        weight_N[kept_N] *= EDGE_WEIGHT
+        fit.add(x_BTM[0], (stream.dense(1, x_BTM).output_BTM - x_BTM)[0], weight_N)
+    wanted = fit.solve(CONFIG.bypass_rank, CONFIG.bypass_ridge)
+    found = plan.layers[1].bypass
+    assert torch.allclose(wanted.down_MR @ wanted.up_RM, found.down_MR @ found.up_RM, atol=1e-5)
+
+
+def test_thresholds_need_the_scores_that_they_are_of(model):
+    for changes, skeleton in (({"tune_steps": 1}, None), ({}, _skeleton(model, policy="threshold"))):
+        with pytest.raises(ConfigError, match=r"needs scorer predictor .*the scorer is recent"):
+            _run(model, dataclasses.replace(CONFIG, scorer="recent", **changes), skeleton=skeleton)
 
 
 def test_an_interrupted_run_continues_to_the_same_plan(model, plain, tmp_path, monkeypatch):

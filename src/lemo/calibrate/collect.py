@@ -16,12 +16,13 @@ from lemo.core.layout import Layout
 from lemo.core.plan import LayerPlan, Plan
 from lemo.core.policy import select
 from lemo.core.predictor import PatternPredictor
-from lemo.core.score import ScoreInputs, mlp_scores
+from lemo.core.score import ScoreInputs, mlp_scores, scorer_named
 from lemo.core.target import LOG_FLOOR, TargetScores, target_scores
 from lemo.errors import ConfigError
+from lemo.runtime.batch import document_keys
 from lemo.runtime.stream import LayerStream, LayerTrace
 
-EDGE_WEIGHT = 0.1  # weight of rows that the oracle keeps in the bypass fit: a predictor will skip some of them
+EDGE_WEIGHT = 0.1  # weight of rows that are kept in the bypass fit: a predictor, or another draw, will skip some
 
 
 class HiddenStore:
@@ -143,20 +144,20 @@ class PartStatistics:
     """What a predictor and a bypass of one part of a layer (attention rows, or own MLP rows) are fitted on.
 
     Attributes:
-        projection_MF: directions of the predictor.
-        features: (K, inputs) fp32 per window, before standardisation.
+        projection_MF: directions of the predictor; None where none is fitted.
+        features: (K, inputs) fp32 per window, before standardisation; none without a predictor.
         targets: (K,) fp32 per window, score of blocks.
         moments: of the rows to be skipped; None when no row is skipped.
     """
 
-    projection_MF: Tensor
+    projection_MF: Tensor | None
     targets: list[Tensor]
     moments: BypassFit | None
     features: list[Tensor] = field(default_factory=list)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors for a shard."""
-        state = {"projection": self.projection_MF}
+        state = {} if self.projection_MF is None else {"projection": self.projection_MF}
         for name in ("features", "targets"):
             state |= {f"{name}.{i}": value for i, value in enumerate(getattr(self, name))}
         if self.moments is not None:
@@ -171,8 +172,9 @@ class PartStatistics:
             name: [state[f"{name}.{i}"].to(device) for i in range(sum(k.startswith(f"{name}.") for k in state))]
             for name in ("features", "targets")
         }
+        projection_MF = state.get("projection")
         return cls(
-            state["projection"].to(device),
+            None if projection_MF is None else projection_MF.to(device),
             lists["targets"],
             BypassFit.from_state_dict(moments) if moments else None,
             lists["features"],
@@ -191,12 +193,21 @@ def block_target(trace: LayerTrace, layout: Layout, config: CalibrationConfig) -
     return target_scores(config.target, inputs, config.query_stride)
 
 
-def skip_weights(layout: Layout, target_K: Tensor, ratio: float, ratio_of: str = "all") -> Tensor:
-    """Weight of rows in the bypass fit: 1 where the oracle skips, little where it keeps, 0 where rows always run."""
-    competing_K = (~layout.forced_K).to(target_K.device)
+def ranked(plan: Plan, layer: int, x_NM: Tensor, layout: Layout) -> Tensor:
+    """(K,) fp32 scores that rank a layer's blocks under the plan; a draw of its own for `random`."""
+    predictor = plan.layers[layer].predictor
+    name = "random" if plan.scorer == "predictor" and predictor is None else plan.scorer
+    keys = document_keys(layout) if name == "random" else None
+    inputs = ScoreInputs(layout, x_NM=x_NM, layer=layer, document_keys_D=keys)
+    return scorer_named(name, predictor=predictor, seed=plan.seed).scores(inputs).to(x_NM.device, torch.float32)
+
+
+def skip_weights(layout: Layout, scores_K: Tensor, ratio: float, ratio_of: str = "all") -> Tensor:
+    """Weight of rows in the bypass fit: 1 where these scores skip, little where they keep, 0 where rows always run."""
+    competing_K = (~layout.forced_K).to(scores_K.device)
     weight_N = torch.where(layout.block_of_row_N >= 0, competing_K[layout.block_of_row_N.clamp_min(0)], False)
     weight_N = weight_N.float() * EDGE_WEIGHT
-    chosen = select(layout, target_K, forward_ratio=ratio, backward_ratio=ratio, ratio_of=ratio_of).forward
+    chosen = select(layout, scores_K, forward_ratio=ratio, backward_ratio=ratio, ratio_of=ratio_of).forward
     if chosen is not None:
         weight_N[chosen.skipped_S] = 1.0
     return weight_N
@@ -209,7 +220,8 @@ class LayerCollector:
         streams: one per window.
         windows: the windows; held-out ones give targets and features but are not fitted on.
         store: residual streams at the layer's input.
-        plan: its ratios say which rows the bypass is fitted on.
+        plan: its ratios say how many rows the bypass is fitted on. Which, its scorer does, unless that is `predictor`;
+            nothing is summed up for predictors then, and no attention is looked at.
         config: calibration options.
         dense: residual streams of a run without skipping, at the layer's output; the bypass then learns the way there.
     """
@@ -225,7 +237,7 @@ class LayerCollector:
     ) -> None:
         """Keeps what it is given."""
         self.streams, self.windows, self.store, self.plan, self.config = streams, windows, store, plan, config
-        self.dense = dense
+        self.dense, self.predicts = dense, plan.scorer == "predictor"
 
     def collect(self, layer: int, *, keep_output: bool) -> dict[str, PartStatistics]:
         """Statistics of one layer: `rows`, and `mlp` when the plan gives MLPs rows of their own.
@@ -234,23 +246,28 @@ class LayerCollector:
             layer: index of the layer.
             keep_output: store the dense output as the next generation of streams.
         """
-        own_mlp = self.plan.mlp == "own"
+        looked_at = [*(["attention"] if self.predicts else []), *(["mlp"] if self.plan.mlp == "own" else [])]
         parts: dict[str, _Part] = {}
         for index, (stream, window) in enumerate(zip(self.streams, self.windows, strict=True)):
             x_BTM = self.store.get(index, stream.layout.device)
-            trace = stream.dense(layer, x_BTM, ("attention", "mlp") if own_mlp else ("attention",))
-            reached_BTM = trace.output_BTM if self.dense is None else self.dense.get(index, stream.layout.device)
+            reached_BTM = None if self.dense is None else self.dense.get(index, stream.layout.device)
+            if looked_at or keep_output or reached_BTM is None:
+                trace = stream.dense(layer, x_BTM, tuple(looked_at))
+            else:
+                trace = LayerTrace(reached_BTM)
+            reached_BTM = trace.output_BTM if reached_BTM is None else reached_BTM
             update_NM = (reached_BTM.float() - x_BTM.float()).flatten(0, 1)
             self._add_rows(parts, layer, stream.layout, window, x_BTM.flatten(0, 1), trace, update_NM)
-            if own_mlp:
+            if "mlp" in looked_at:
                 self._add_mlp(parts, layer, stream.layout, window, x_BTM.flatten(0, 1), trace)
             if keep_output:
                 self.store.put(index, trace.output_BTM)
             del trace
         done = {name: part.finish(self.config.pooled_features) for name, part in parts.items()}
-        for index, stream in enumerate(self.streams):
+        learned = [statistics for statistics in done.values() if statistics.projection_MF is not None]
+        for index, stream in enumerate(self.streams if learned else []):
             x_NM = self.store.get(index, stream.layout.device).flatten(0, 1)
-            for statistics in done.values():
+            for statistics in learned:
                 shape = blank_predictor(statistics.projection_MF, self.config)
                 statistics.features.append(shape.raw_features(x_NM, stream.layout))
         return done
@@ -265,11 +282,12 @@ class LayerCollector:
         trace: LayerTrace,
         update_NM: Tensor,
     ) -> None:
-        """Target, row scores and the update that the bypass learns, of one window."""
-        target = block_target(trace, layout, self.config)
-        part = parts.setdefault("rows", _Part(x_NM.shape[1], target.row_NH.shape[1], x_NM.device, self.plan.ratio_of))
+        """What ranks blocks, row scores that predictors learn, and the update that the bypass learns, of one window."""
+        target = block_target(trace, layout, self.config) if self.predicts else None
+        scores_K = ranked(self.plan, layer, x_NM, layout) if target is None else target.block_K
+        part = parts.setdefault("rows", _Part(x_NM, target, self.plan.ratio_of))
         ratio = self.plan.layers[layer].forward_ratio
-        part.add(layout, window, target, x_NM, (x_NM, update_NM) if ratio < 1 else None, ratio)
+        part.add(layout, window, (scores_K, target), x_NM, (x_NM, update_NM) if ratio < 1 else None, ratio)
 
     def _add_mlp(
         self, parts: dict[str, _Part], layer: int, layout: Layout, window: Window, x_NM: Tensor, trace: LayerTrace
@@ -278,12 +296,12 @@ class LayerCollector:
         if trace.mlp_norm_N is None or trace.mlp_input_NM is None or trace.mlp_output_NM is None:
             raise ConfigError("mlp 'own' needs a family that names its MLP, so that its activation can be recorded")
         target_K = mlp_scores(trace.mlp_norm_N, layout)
-        part = parts.setdefault("mlp", _Part(x_NM.shape[1], 1, x_NM.device, self.plan.ratio_of))
         score_NH = torch.log(trace.mlp_norm_N.float() + LOG_FLOOR)[:, None]
-        target = TargetScores(target_K, score_NH, layout.block_of_row_N >= 0)
+        target = TargetScores(target_K, score_NH, layout.block_of_row_N >= 0) if self.predicts else None
+        part = parts.setdefault("mlp", _Part(x_NM, target, self.plan.ratio_of))
         ratio = mlp_ratio_of(self.plan.layers[layer])
         pair = (trace.mlp_input_NM, trace.mlp_output_NM) if ratio < 1 else None
-        part.add(layout, window, target, x_NM, pair, ratio)
+        part.add(layout, window, (target_K, target), x_NM, pair, ratio)
 
 
 def mlp_ratio_of(layer: LayerPlan) -> float:
@@ -309,9 +327,11 @@ def blank_predictor(projection_MF: Tensor, config: CalibrationConfig) -> Pattern
 class _Part:
     """Sums of one part of a layer while windows pass by."""
 
-    def __init__(self, width: int, outputs: int, device: torch.device, ratio_of: str) -> None:
+    def __init__(self, x_NM: Tensor, target: TargetScores | None, ratio_of: str) -> None:
+        """Empty, for rows like these; what predictors need only with a target to learn."""
+        width, device = x_NM.shape[1], x_NM.device
         self.ratio_of = ratio_of
-        self.projection = ProjectionFit(width, outputs, device)
+        self.projection = None if target is None else ProjectionFit(width, target.row_NH.shape[1], device)
         self.moments = BypassFit(width, device)
         self.targets: list[Tensor] = []
 
@@ -319,21 +339,24 @@ class _Part:
         self,
         layout: Layout,
         window: Window,
-        target: TargetScores,
+        ranks: tuple[Tensor, TargetScores | None],
         x_NM: Tensor,
         update: tuple[Tensor, Tensor] | None,
         ratio: float,
     ) -> None:
-        """Adds one window; a held-out one leaves only its target."""
-        self.targets.append(target.block_K.float())
+        """Adds one window, its blocks' ranks and what is learned of them; a held-out one leaves only the ranks."""
+        scores_K, target = ranks
+        self.targets.append(scores_K.float())
         if window.held_out:
             return
-        known_rows = target.known_N.nonzero().squeeze(-1)
-        self.projection.add(x_NM[known_rows], target.row_NH[known_rows])
+        if self.projection is not None and target is not None:
+            known_rows = target.known_N.nonzero().squeeze(-1)
+            self.projection.add(x_NM[known_rows], target.row_NH[known_rows])
         if update is not None:
-            self.moments.add(*update, skip_weights(layout, target.block_K, ratio, self.ratio_of))
+            self.moments.add(*update, skip_weights(layout, scores_K, ratio, self.ratio_of))
 
     def finish(self, features: int) -> PartStatistics:
         """Statistics with their projection; features follow in a second pass over the streams."""
         moments = self.moments if float(self.moments.weight) > 0 else None
-        return PartStatistics(self.projection.solve(features), self.targets, moments)
+        projection_MF = None if self.projection is None else self.projection.solve(features)
+        return PartStatistics(projection_MF, self.targets, moments)

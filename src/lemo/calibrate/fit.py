@@ -31,16 +31,16 @@ class PartFit:
     """A fitted predictor, as it was before pruning, and the bypass.
 
     Attributes:
-        predictor: what the plan uses.
+        predictor: what the plan uses; None where nothing reads one.
         unpruned: the predictor at full size; the same object when nothing was pruned.
         inputs: which of the collected features the predictor reads.
         bypass: None when no row skips or rank 0 was asked for.
         explained: share of the update's energy that the bypass explains on the rows it was fitted on; None without one.
     """
 
-    predictor: PatternPredictor
-    unpruned: PatternPredictor
-    inputs: Tensor
+    predictor: PatternPredictor | None
+    unpruned: PatternPredictor | None
+    inputs: Tensor | None
     bypass: Bypass | None
     explained: float | None
 
@@ -89,18 +89,34 @@ def fit_part(
     """Trains the predictor, prunes it when asked, and solves for the bypass.
 
     Args:
-        statistics: of one part of one layer.
+        statistics: of one part of one layer; those without a projection give a bypass alone.
         layouts: one per window.
         fitted_on: indices of the windows that are not held out.
         config: calibration options.
     """
-    device = statistics.projection_MF.device
+    chosen = unpruned = inputs = None
+    if statistics.projection_MF is not None:
+        chosen, unpruned, inputs = _fit_predictor(statistics, layouts, fitted_on, config)
+    bypass = explained = None
+    if statistics.moments is not None and config.bypass_rank > 0:
+        rank = min(config.bypass_rank, statistics.moments.width)
+        bypass = statistics.moments.solve(rank, config.bypass_ridge)
+        explained = statistics.moments.explained(bypass)
+    return PartFit(chosen, unpruned, inputs, bypass, explained)
+
+
+def _fit_predictor(
+    statistics: PartStatistics, layouts: Sequence[Layout], fitted_on: Sequence[int], config: CalibrationConfig
+) -> tuple[PatternPredictor, PatternPredictor, Tensor]:
+    """The predictor, the same before pruning, and which of the features it reads."""
+    projection_MF = statistics.projection_MF
+    device = projection_MF.device
     layout = merge_layouts([layouts[i] for i in fitted_on])
     raw_KF = torch.cat([statistics.features[i] for i in fitted_on])
     target_K = torch.cat([statistics.targets[i] for i in fitted_on])
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(config.seed)
-        predictor = blank_predictor(statistics.projection_MF, config)
+        predictor = blank_predictor(projection_MF, config)
         predictor.feature_mean.copy_(raw_KF.mean(0))
         predictor.feature_scale.copy_(1 / (raw_KF.std(0) + 1e-6))
         unpruned = _train(predictor, raw_KF, target_K, layout, config.predictor_steps)
@@ -110,12 +126,7 @@ def fit_part(
             census.add(unpruned, standardise(unpruned, raw_KF))
             chosen, inputs = prune_with_inputs(unpruned, census, config.prune_to)
             chosen = _train(chosen, raw_KF[:, inputs], target_K, layout, int(config.predictor_steps * FINE_TUNE_SHARE))
-    bypass = explained = None
-    if statistics.moments is not None and config.bypass_rank > 0:
-        rank = min(config.bypass_rank, statistics.projection_MF.shape[0])
-        bypass = statistics.moments.solve(rank, config.bypass_ridge)
-        explained = statistics.moments.explained(bypass)
-    return PartFit(chosen, unpruned, inputs, bypass, explained)
+    return chosen, unpruned, inputs
 
 
 def standardise(predictor: PatternPredictor, raw_KF: Tensor) -> Tensor:

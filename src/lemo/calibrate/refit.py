@@ -6,18 +6,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from statistics import fmean
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lemo.calibrate.collect import block_target, skip_weights
+from lemo.calibrate.collect import block_target, ranked, skip_weights
 from lemo.calibrate.report import recall
 from lemo.calibrate.streams import open_stream
 from lemo.calibrate.windows import Window
 from lemo.config import CalibrationConfig
 from lemo.core.bypass import BypassFit
 from lemo.core.plan import Plan
-from lemo.core.score import ScoreInputs, scorer_named
-from lemo.runtime.batch import document_keys
 from lemo.runtime.stream import LayerStream
 
 REFIT_RIDGE = 0.05  # how strongly one window's fit is held to the bypass before
@@ -62,7 +59,7 @@ def refit_bypass(
                 fit = BypassFit(sparse[0].shape[-1], sparse[0].device)
                 for place, (stream, x_BTM) in enumerate(zip(streams, sparse, strict=True)):
                     reached = stream.dense(index, x_BTM).output_BTM if dense is None else dense[place]
-                    scores_K = _scores(plan, index, x_BTM.flatten(0, 1), stream)
+                    scores_K = ranked(plan, index, x_BTM.flatten(0, 1), stream.layout)
                     weight_N = skip_weights(stream.layout, scores_K, layer.forward_ratio, plan.ratio_of)
                     fit.add(x_BTM.flatten(0, 1), (reached.float() - x_BTM.float()).flatten(0, 1), weight_N)
                 if float(fit.weight) > 0:
@@ -113,13 +110,3 @@ def _streams(model: nn.Module, plan: Plan, windows: Sequence[Window]) -> Iterato
         yield [open_stream(model, window, plan.block_size, attached=True) for window in windows]
     finally:
         model.train(was_training)
-
-
-def _scores(plan: Plan, index: int, x_NM: Tensor, stream: LayerStream) -> Tensor:
-    """What ranks blocks under the plan; a draw of its own for `random`."""
-    layout, predictor = stream.layout, plan.layers[index].predictor
-    name = "random" if plan.scorer == "predictor" and predictor is None else plan.scorer
-    keys = document_keys(layout) if name == "random" else None
-    inputs = ScoreInputs(layout, x_NM=x_NM, layer=index, document_keys_D=keys)
-    scores_K = scorer_named(name, predictor=predictor, seed=plan.seed).scores(inputs)
-    return scores_K.to(x_NM.device, torch.float32)

@@ -27,7 +27,7 @@ from lemo.calibrate.tune import (
     with_ratios,
     with_thresholds,
 )
-from lemo.calibrate.windows import Window, read_windows, with_target
+from lemo.calibrate.windows import Window, read_windows, settled
 from lemo.config import CalibrationConfig
 from lemo.core.layout import Layout
 from lemo.core.plan import LayerPlan, Plan
@@ -302,7 +302,7 @@ class Calibration:
             changes |= {f"{prefix}predictor": fit.predictor, f"{prefix}bypass": fit.bypass}
             record["explained"][name] = fit.explained
             for index, window in enumerate(self.windows):
-                if window.held_out:
+                if scores and window.held_out:
                     row = recall_row(scores[index], statistics.targets[index], layouts[index], layer, self.config.seed)
                     if row and fit.unpruned is not fit.predictor:
                         row |= self._unpruned(fit, statistics, index, layouts[index])
@@ -311,7 +311,7 @@ class Calibration:
                             {"layer": layer, "part": name, "domain": window.domain, "window": index, **row}
                         )
             if name == "rows":
-                record["scores"] = [scores[i].cpu().tolist() for i in fitted_on]
+                record["scores"] = [scores[i].cpu().tolist() for i in fitted_on if scores]
         if "mlp" in parts:
             changes["mlp_ratio"] = mlp_ratio_of(planned)
         return replace(planned, **changes), record
@@ -356,7 +356,7 @@ def calibrate(
         count = min(config.tune_windows, len(batches) - 1)
         batches, held_out = (batches[:-count], batches[-count:]) if count > 0 else (batches, [])
     windows = read_windows(batches, held_out)
-    config = with_target(replace(config, scorer=config.scorer or "predictor"), windows)
+    config = settled(config, plan.policy, windows)
     folder = None if output_dir is None else Path(output_dir)
     was_training = model.training
     model.eval()

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from lemo.config import CalibrationConfig
-from lemo.errors import DataError
+from lemo.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,30 @@ def read_windows(batches: Iterable[Mapping[str, Any]], held_out: Iterable[Mappin
     return windows
 
 
-def with_target(config: CalibrationConfig, windows: Sequence[Window]) -> CalibrationConfig:
-    """With the target that these windows teach: `attention_mass` for `mass_loss_rows` where all their rows carry loss.
+def settled(config: CalibrationConfig, policy: str, windows: Sequence[Window]) -> CalibrationConfig:
+    """Options with the scorer and the target that these windows teach.
 
-    The two are one there, but how far the next row with loss is would be the same everywhere, and new in training.
+    The target is `attention_mass` for `mass_loss_rows` where all their rows carry loss. The two are one there, but how
+    far the next row with loss is would be the same everywhere, and new in training.
+
+    Args:
+        config: options as given.
+        policy: of the plan that is asked for.
+        windows: to fit on.
+
+    Raises:
+        ConfigError: thresholds are asked for with a scorer that they say nothing of.
     """
+    config = replace(config, scorer=config.scorer or "predictor")
+    check_thresholds(config.scorer, policy, config.tune_steps)
     taught = config.target != "mass_loss_rows" or any(w.leaves_rows_without_loss for w in windows)
     return config if taught else replace(config, target="attention_mass")
+
+
+def check_thresholds(scorer: str | None, policy: str, tune_steps: int) -> None:
+    """Raises ConfigError where thresholds are asked for and blocks are not ranked by predictors."""
+    if scorer != "predictor" and (policy == "threshold" or tune_steps > 0):
+        asked = "sparsity.policy threshold" if policy == "threshold" else f"calibration.tune_steps {tune_steps}"
+        raise ConfigError(
+            f"{asked} needs scorer predictor (sparsity.scorer), whose scores thresholds are of; the scorer is {scorer}"
+        )

@@ -75,6 +75,11 @@ class BypassFit:
         self.energy = torch.zeros((), dtype=torch.float64, device=device)
         self.weight = torch.zeros((), dtype=torch.float64, device=device)
 
+    @property
+    def width(self) -> int:
+        """M."""
+        return self.gram_MM.shape[0]
+
     def add(self, x_NM: Tensor, update_NM: Tensor, weight_N: Tensor | None = None) -> None:
         """Adds rows.
 
@@ -99,7 +104,7 @@ class BypassFit:
 
     def merge(self, other: BypassFit) -> BypassFit:
         """A new fit over the rows of both."""
-        merged = BypassFit(self.gram_MM.shape[0], self.gram_MM.device)
+        merged = BypassFit(self.width, self.gram_MM.device)
         for name in ("gram_MM", "cross_MM", "energy", "weight"):
             setattr(merged, name, getattr(self, name) + getattr(other, name).to(self.gram_MM.device))
         return merged
@@ -121,7 +126,7 @@ class BypassFit:
         Raises:
             ConfigError: no rows were added, or the rank is not in [1, M].
         """
-        width = self.gram_MM.shape[0]
+        width = self.width
         if float(self.weight) <= 0:
             raise ConfigError("a bypass needs rows to be fitted on, none were added")
         if rank is not None and not 1 <= rank <= width:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lemo.calibrate.windows import check_thresholds
 from lemo.config import LoraConfig, LossRowsConfig, RunConfig
 from lemo.core.plan import check_context_window, check_far_share
 from lemo.errors import ConfigError
@@ -55,6 +56,8 @@ def check_run(run: RunConfig) -> None:
             f"calibration.scorer is {run.calibration.scorer}, but the run's scorer is {run.scorer}: name it in "
             "sparsity.scorer alone"
         )
+    if run.sparsity.plan is None:
+        check_thresholds(run.scorer, run.sparsity.policy, run.calibration.tune_steps)
     for key in ("training.seed", "calibration.seed"):
         if _lookup(run, key) >= 2**32:
             raise ConfigError(f"{key} must be below 2^32, as NumPy's seeds are, got {_lookup(run, key)}")
