@@ -154,7 +154,7 @@ class Grid:
         setting, method = self.setting(cell), cell.spec
         plan = self.study.plan(method)
         fitted = time.perf_counter()
-        model = self.study.fresh_adapter(cell.seed)
+        model = self.study.fresh_adapter(cell.seed, method.trains)
         # Where a rival has its own way to skip, the plan only tells it what it needs.
         attached = plan if plan is not None and method.rival is None else dense_plan(model)
         with lemo.attach(model, attached, self_test=False, unsafe_no_bypass=True) as handle:

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from benchmarks.quality_specs import LOSS_SHARE, Method, Ramp, both, exact, skip
+
+
+def recent(what: str, loss_share: float = 0.1, **changes: Any) -> Method:
+    """30 % of the rows, those before rows with loss, in every layer; with one choice changed."""
+    return skip(f"30 % of rows, recent, {what}", loss_share, **{"scorer": "recent"} | changes)
+
 
 ABLATIONS = {
     # one step at a time from dense to the default: few loss rows, gradient through them alone, context rows that see
@@ -172,25 +179,32 @@ ABLATIONS = {
         exact("30 % of rows, runs spread evenly, context rows see the last 1024 to 2048", 0.3, context_window=1024),
         placement="spread",
     ),
-    "skip_blocks": skip("30 % of rows, loss on 20 % in single blocks", 0.2, span=None),
-    "no_bypass": skip("30 % of rows, no bypass", strip_bypass=True),
-    **{f"bypass_{r}": skip(f"30 % of rows, bypass of rank {r}", bypass_rank=r) for r in (16, 256)},
-    "bypass_update": skip("30 % of rows, bypass fitted on the layer's own update", bypass_target="update"),
-    **{f"block_{c}": skip(f"30 % of rows, blocks of {c} rows", block_size=c) for c in (16, 128)},
-    "dense_none": skip("30 % of rows, no dense layers", dense_layers=()),
-    "dense_four": skip("30 % of rows, two dense layers at each end", dense_layers=(0, 1, -2, -1)),
-    **{
-        f"refit_{n}": replace(skip(f"30 % of rows, bypass fitted anew every {n} steps"), refit_every=n)
-        for n in (10, 50)
-    },
+    # one choice of skipping at a time, beside skip_30_all_recent
+    "skip_blocks": recent("loss on 20 % in single blocks", 0.2, span=None),
+    "no_bypass": recent("no bypass", strip_bypass=True),
+    **{f"bypass_{r}": recent(f"bypass of rank {r}", bypass_rank=r) for r in (16, 128, 256)},
+    "bypass_update": recent("bypass fitted on the layer's own update", bypass_target="update"),
+    **{f"block_{c}": recent(f"blocks of {c} rows", block_size=c) for c in (16, 128)},
+    "dense_none": recent("no dense layers", dense_layers=()),
+    "dense_four": recent("two dense layers at each end", dense_layers=(0, 1, -2, -1)),
+    **{f"refit_{n}": replace(recent(f"bypass fitted anew every {n} steps"), refit_every=n) for n in (10, 50)},
+    # The cost of 28 layers at 30 % and two dense ones, on 30 layers that may all skip.
+    "allocated": recent("ratios and dense layers under one budget", dense_layers=(), allocate=True, **both(0.347)),
     "hardest_weighted": replace(
         exact("far_12, single blocks drawn in proportion to the base model's loss, weighted", span=None),
         placement="hardest",
         reweight=True,
     ),
-    # The cost of 28 layers at 30 % and two dense ones, on 30 layers that may all skip.
-    "allocated": skip("ratios and dense layers under one budget", dense_layers=(), allocate=True, **both(0.347)),
+    "tails": replace(exact("far_12, the last rows of every document", span=None), placement="tail"),
     "interaction": skip("30 % of rows, predictors of the paper's score", target="interaction"),
+    # context extension with more than an adapter
+    **{
+        f"{name}_{'_'.join(trains)}": replace(
+            method, about=f"{method.about}; {' and '.join(trains)} trained whole", trains=trains
+        )
+        for name, method in (("dense_all", Method("dense LoRA, loss on all rows")), ("far_12", exact("far_12")))
+        for trains in (("norm",), ("norm", "embed_tokens"))
+    },
     "dense_at_end": replace(exact("far_12, the last 15 % of the steps dense"), ramp=Ramp(0.85, 0.85)),
     "ramp_end": replace(exact("far_12, ratio rises to 1 over the last 30 %"), ramp=Ramp(0.7, 1.0)),
 }

@@ -111,6 +111,8 @@ class Method:
         dense_every: one step of so many is dense; None for no such steps.
         corrected: one step of so many is dense and says what the others' gradients lack, which is added to them as a
             running mean that keeps this share of itself; None for no such steps.
+        trains: ends of names of modules that are trained whole beside the adapter; an embedding that the head shares
+            is trained as both.
         sequences: of the protocol's length in a step, where they are not the protocol's; more of them make fewer steps.
         rising_share: share of loss rows in the first and in the last step, on a line between them; `loss_share` is
             its mean.
@@ -138,6 +140,7 @@ class Method:
     dense_every: int | None = None
     corrected: tuple[int, float] | None = None
     sequences: int | None = None
+    trains: tuple[str, ...] = ()
 
     @property
     def loss_block_size(self) -> int:
@@ -167,7 +170,7 @@ class Method:
         # Choices that came later: a cell that does not make them keeps its hash.
         mine = {"reweight": False, "refit_every": None, "span": None, "rising_share": None, "local_share": 0.0}
         mine |= {"far": "random", "prompt_rows": None, "prompt_local": False, "dense_every": None}
-        mine |= {"corrected": None, "sequences": None, "prompt_of": "row"}
+        mine |= {"corrected": None, "sequences": None, "prompt_of": "row", "trains": ()}
         for name, default in mine.items():
             if found[name] == default:
                 del found[name]

@@ -100,6 +100,7 @@ class QualityStudy:
         self.folder, self.data, self.plans, self.protocol = model, data, plans, protocol
         self.device = torch.device(device)
         self._model: Any = None
+        self._originals: dict[str, Tensor] = {}
         self._windows: dict[tuple[str, str, int], WindowDataset] = {}
         self._fitted: dict[str, Plan] = {}
         self._block_losses: dict[int, BlockLosses] = {}
@@ -134,11 +135,23 @@ class QualityStudy:
                     parameter.data = parameter.data.float()
         return self._model
 
-    def fresh_adapter(self, seed: int) -> Any:
-        """The model with its adapter drawn anew; it depends on the seed only."""
+    def restore(self) -> Any:
+        """The model with the base as it was loaded, frozen."""
+        model = self.model()
+        for name, parameter in model.named_parameters() if self._originals else ():
+            if name in self._originals:
+                parameter.requires_grad_(False).copy_(self._originals[name])
+        return model
+
+    def fresh_adapter(self, seed: int, trains: tuple[str, ...] = ()) -> Any:
+        """The model with its adapter drawn anew, which depends on the seed only, and some modules trained whole."""
         from peft.tuners.lora import LoraLayer
 
-        model = self.model()
+        model = self.restore()
+        for name, parameter in model.named_parameters() if trains else ():
+            if "lora_" not in name and name.rpartition(".")[0].endswith(trains):
+                self._originals.setdefault(name, parameter.detach().clone())
+                parameter.requires_grad_(True)
         torch.manual_seed(seed)
         for module in model.modules():
             if isinstance(module, LoraLayer):
@@ -308,7 +321,7 @@ class QualityStudy:
             fitted += found[: protocol.calibration_windows]
             if number < protocol.held_out_windows:
                 held += found[protocol.calibration_windows :][:1]
-        with _without_adapter(self.model()) as model:
+        with _without_adapter(self.restore()) as model:
             options = {"held_out": held, "output_dir": folder, "progress": False, "cost": cost}
             lemo.calibrate(model, fitted, config, plan=skeleton, **options)
 

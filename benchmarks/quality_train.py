@@ -24,6 +24,7 @@ from lemo.runtime.attach import Handle
 from lemo.runtime.batch import shifted_labels, supervised_rows
 from lemo.runtime.head import head_loss
 from lemo.runtime.model import causal_model
+from lemo.train.master import MasterWeights
 
 
 @dataclass
@@ -58,6 +59,7 @@ def train(study: QualityStudy, method: Method, seed: int, setting: Mapping[str, 
     steps, model, plan = setting["steps"], study.model(), handle.plan
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=setting["learning_rate"], weight_decay=0.0)
+    MasterWeights(optimizer)  # modules of the base that are trained whole have 16 bits
     schedule = get_cosine_schedule_with_warmup(optimizer, max(1, steps // 20), max(1, steps))
     correction = None if method.corrected is None else Correction(parameters, *method.corrected)
     losses, times = [], [time.perf_counter()]
@@ -74,7 +76,7 @@ def train(study: QualityStudy, method: Method, seed: int, setting: Mapping[str, 
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             schedule.step()
-            optimizer.zero_grad(set_to_none=True)
+            model.zero_grad(set_to_none=True)
             if method.refit_every is not None and (number + 1) % method.refit_every == 0:
                 plan, _ = refit_bypass(model, plan, [_window(batch[0])])
                 handle.plan = plan

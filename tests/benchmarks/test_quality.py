@@ -215,6 +215,10 @@ def test_a_grid_needs_a_swept_rate(inputs: Path, tmp_path: Path, capsys):
         "allocated",
         "near_grad_12_25",
         "predict_mass_loss_rows",
+        "bypass_update",
+        "block_16",
+        "tails",
+        "far_12_norm_embed_tokens",
     ],
 )
 def test_methods_train_and_leave_no_trace(inputs: Path, tmp_path: Path, monkeypatch, method: str):
@@ -238,6 +242,9 @@ def test_methods_train_and_leave_no_trace(inputs: Path, tmp_path: Path, monkeypa
     )
     for record in recalls.values():
         assert list(domain_means(record)) == ["books", "code"] and 0 <= record.value <= 1
+    whole = {n: p for n, p in model.named_parameters() if n in grid.study._originals}
+    assert len(whole) == (2 * 3 + 2 if METHODS[method].trains else 0), "norms and the embedding"
+    assert all(not torch.equal(p, grid.study._originals[n]) and p.grad is None for n, p in whole.items())
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     assert all(p.isfinite().all() for p in named.values())
     assert any(p.abs().sum() > 0 for n, p in named.items() if "lora_B" in n), "something was learned"
