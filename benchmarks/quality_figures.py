@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.quality_costs import gain_at_64k
 from benchmarks.quality_groups import Group, twin_of
-from benchmarks.quality_methods import INSTRUCT_DEFAULT, METHODS
+from benchmarks.quality_methods import INSTRUCT_DEFAULT, METHODS, THRESHOLDS
 from lemo.measure.record import Record
 
 # Presets, and what a recipe for documents with questions does.
@@ -170,6 +170,39 @@ def _of_bin(record: Record, number: int, bins: int) -> Sequence[float]:
     """Answers of one depth: they stand bin after bin."""
     size = len(record.samples) // bins
     return record.samples[number * size : (number + 1) * size]  # type: ignore[index]
+
+
+def draw_thresholds(group: Group, path: Path) -> bool:
+    """What one threshold for all layers costs, by the share of rows that it leaves: the sweep to the break point.
+
+    False with fewer than three thresholds.
+    """
+    points = []
+    for method in (m for m in group.methods if m in THRESHOLDS):
+        share, gap = group.mean(method, "forward_share"), group.gap(method, group.dense)
+        behind = group.gap(method, method, "sparse", of="loss_rows")
+        if share is not None and gap is not None and behind is not None:
+            points.append((share, gap[0], behind[0], f"{METHODS[method].plan.threshold:+g}"))  # type: ignore[union-attr]
+    if len(points) < 3:
+        return False
+    points.sort()
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(figsize=(6.4, 3.8), layout="constrained")
+    shares = [100 * share for share, *_ in points]
+    losses = [gap for _, gap, *_ in points]
+    axes.plot(shares, losses, marker="o", ms=4, color="#2563eb", label="dense forward, over dense LoRA on all rows")
+    behind_all = [behind for _, _, behind, _ in points]
+    axes.plot(shares, behind_all, marker="s", ms=4, color="#f59e0b", label="forward under the plan, over dense")
+    for share, loss, (*_, name) in zip(shares, losses, points, strict=True):
+        axes.annotate(name, (share, loss), xytext=(0, -12), textcoords="offset points", ha="center", fontsize=7)
+    axes.axhline(0, color="#6b7280", linewidth=0.8)
+    if max(abs(y) for y in (*losses, *behind_all)) > _WIDE:
+        _bend(axes)
+    axes.set(xlabel="rows that run a layer, % (mean of all layers); by threshold", ylabel="nats")
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+    return True
 
 
 def draw_domains(group: Group, path: Path) -> bool:

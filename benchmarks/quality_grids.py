@@ -142,7 +142,7 @@ GRIDS: dict[str, list[Cell]] = {
     "allocate": _cells(["skip_30_all_predictor", "allocated"], range(2), 100),
     "far": _cells(["far_drawn", "balanced"], range(5)),
     "refit": _cells(["skip_30_all_predictor", "refit_10", "refit_50"], range(3)),
-    "long": _cells(_MAIN, range(3)),
+    "long": _cells([*_MAIN, "skip_30_all_random"], range(3)),
     # Processes that share cells know no Records of each other: the sweep runs before, by itself.
     "instruct_sweep": [Cell("instruct_dense", 0, STEPS, rate) for rate in RATES[1:]],
     "instruct": [

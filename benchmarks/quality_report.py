@@ -19,7 +19,7 @@ from benchmarks.check_bars import goal_table
 from benchmarks.quality_compare import Cells, domain_means, void_domains
 from benchmarks.quality_corpus import is_published
 from benchmarks.quality_costs import gain_at_64k
-from benchmarks.quality_figures import draw_depths, draw_domains, draw_pareto
+from benchmarks.quality_figures import draw_depths, draw_domains, draw_pareto, draw_thresholds
 from benchmarks.quality_grids import STEPS
 from benchmarks.quality_groups import Group, groups_of, twin_of
 from benchmarks.quality_methods import METHODS
@@ -168,6 +168,7 @@ def draw_group(group: Group, out: Path) -> list[str]:
     figures = (
         ("Gap to dense LoRA against ideal gain", f"{stem}-gains.png", draw_pareto),
         ("Gaps by domain", f"{stem}-domains.png", draw_domains),
+        ("One threshold for all layers: loss by the rows that it leaves", f"{stem}-thresholds.png", draw_thresholds),
     )
     return [f"![{words}]({name})\n" for words, name, draw in figures if draw(group, out / name)]
 

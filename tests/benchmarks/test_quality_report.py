@@ -160,6 +160,19 @@ def test_the_page_shows_every_method_and_its_figures(records: Path, tmp_path: Pa
     assert len(figures) == 2 and all(f.name in page for f in figures)
 
 
+def test_thresholds_are_drawn_to_where_they_break(records: Path, tmp_path: Path):
+    sweep = (("-1.0", 0.9, 0.0), ("+0.5", 0.4, 0.02), ("+3.0", 0.1, 0.6))
+    for count, (threshold, share, loss) in enumerate(sweep, start=1):
+        method = f"threshold_{threshold}"
+        _cell(records, method, 0, [2.0 + loss] * 4)
+        for metric, value in (("loss_rows", loss), ("sparse", 2 * loss)):
+            _cell(records, method, 0, [2.0 + value] * 4, metric)
+        _cell(records, method, 0, [share] * 4, "forward_share")
+        page = quality_report.write_page(read_records(records), tmp_path / "docs").read_text()
+        picture = tmp_path / "docs" / "quality-text-16384-200-0.001-thresholds.png"
+        assert picture.exists() == (picture.name in page) == (count == 3), "two thresholds are no sweep"
+
+
 def test_the_swept_rate_is_the_best_of_the_longest_runs(tmp_path: Path):
     path = tmp_path / "r.jsonl"
     for asked, best in ((100, 0), (200, 2)):
