@@ -202,7 +202,7 @@ class Grid:
         )
         record.append(self.options.out)
         self.records.append(record)
-        if what in ("dense", "last_quarter", "sparse"):
+        if what in ("dense", "last_quarter", "far_copy", "sparse"):
             print(f"{cell.title} {what}: {record.value:.4f} {by_domain(record)}", flush=True)
 
 

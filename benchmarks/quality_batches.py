@@ -29,3 +29,25 @@ def join(made: list[dict[str, Tensor]], most: int) -> list[dict[str, Tensor]]:
     if len({m["input_ids"].shape for m in made}) > 1:
         return made
     return [{k: torch.cat([m[k] for m in made[i : i + most]]) for k in made[0]} for i in range(0, len(made), most)]
+
+
+def supervised(labels_BT: Tensor) -> Tensor:
+    """(B, T) bool: row t predicts a labelled token."""
+    found = torch.zeros_like(labels_BT, dtype=torch.bool)
+    found[:, :-1] = labels_BT[:, 1:] != -100
+    return found
+
+
+def far_copy(ids_1T: Tensor) -> tuple[Tensor, Tensor]:
+    """A window that ends with a copy of what stands near its start, to ask whether a model reads that far.
+
+    Returns:
+        (1, T) ids whose last T // 32 are those from T // 16 on, and (1, T) bool, rows that predict them: the first
+        quarter left out, which is there to find the place.
+    """
+    tokens = ids_1T.shape[1]
+    count, start = tokens // 32, tokens // 16
+    copied_1T, rows_1T = ids_1T.clone(), torch.zeros_like(ids_1T, dtype=torch.bool)
+    copied_1T[:, -count:] = ids_1T[:, start : start + count]
+    rows_1T[:, tokens - count + count // 4 - 1 : -1] = True
+    return copied_1T, rows_1T

@@ -9,6 +9,7 @@ from benchmarks.quality_ablations import ABLATIONS
 from benchmarks.quality_specs import LOSS_SHARE, SPAN, Method, PlanSpec, Ramp, both, exact, skip
 
 _PLAIN = PlanSpec(0.5, 0.5, kv="kept", strip_bypass=True)
+_WORDS = PlanSpec(kv="kept", scorer="words", dense_layers=(), strip_bypass=True)
 _BARE = PlanSpec(1e-6, 1e-6, kv="kept", scorer="random", dense_layers=(), strip_bypass=True)
 
 
@@ -48,6 +49,11 @@ NULLS = {
     "dense_rows_10": Method("dense LoRA, loss on 10 % of rows, in runs", loss_share=0.1, span=SPAN),
     "dense_4k": Method("dense LoRA on 4K windows, FLOPs of the default", pieces=4, flops_of="balanced"),
     "dense_8k": Method("dense LoRA on 8K windows, FLOPs of the default", pieces=2, flops_of="balanced"),
+    # As positional skip-wise training (PoSE, arXiv 2309.10400) does it: pieces of a text, at their places in the whole.
+    **{
+        f"alone_{round(100 * s)}": Method(f"loss on {s:.0%} of rows, all others left out", _BARE, s, span=SPAN)
+        for s in (0.3, 0.35, 0.42)
+    },
     "no_context": replace(_twin("balanced"), about="the default's loss rows, all other context removed", plan=_BARE),
 }
 RIVALS = {
@@ -203,6 +209,15 @@ INSTRUCT = {
             prompt_local=True,
         )
         for share in (0.1, 0.2)
+    },
+    **{
+        f"instruct_words_alone_{round(100 * k)}": replace(
+            Method(f"{k:.0%} of the rows, by words of the questions, all others left out", replace(_WORDS, **both(k))),
+            loss_share=ANSWER_SHARE,
+            prompt_rows=(0.1, 2.0),
+            prompt_of="answers",
+        )
+        for k in (0.15, 0.3)
     },
     "instruct_dense_twice": Method(
         "dense LoRA, and loss on rows of the prompt", prompt_rows=(0.1, 2.0), prompt_of="answers"

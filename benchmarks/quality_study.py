@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import lemo
-from benchmarks.quality_batches import Endless, join
+from benchmarks.quality_batches import Endless, far_copy, join, supervised
 from benchmarks.quality_corpus import fingerprint
 from benchmarks.quality_specs import Method, PlanSpec
 from lemo.config import CalibrationConfig, DataConfig, LoraConfig, ModelConfig
@@ -45,7 +45,7 @@ RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 # The name that the first cells gave to a target; it is part of their hash.
 MOST_KEPT = 0.99  # share of rows that a threshold may keep: below 1, or the layer would be dense
 ORACLE_TARGETS = {"mass": "attention_mass"}
-METRICS = ("dense", "last_quarter", "loss_rows", "sparse")
+METRICS = ("dense", "last_quarter", "far_copy", "loss_rows", "sparse")
 
 
 @dataclass(frozen=True)
@@ -340,8 +340,7 @@ class QualityStudy:
                 count = min(self.protocol.validation_windows, len(dataset))
                 for place in range(count):
                     sample = dataset[int((place + 0.5) * len(dataset) / count)]
-                    supervised = _supervised(drawn([sample])["labels"])
-                    made.append((domain, everything([sample]), supervised))
+                    made.append((domain, everything([sample]), supervised(drawn([sample])["labels"])))
             self._validation[key] = made
         return self._validation[key]
 
@@ -355,7 +354,7 @@ class QualityStudy:
         sparse = method.plan is not None and method.rival is None
         for domain, batch, drawn_1T in self.validation(method):
             inputs = {k: v.to(self.device) for k, v in batch.items()}
-            labelled_1T, drawn_1T = _supervised(inputs["labels"]), drawn_1T.to(self.device)
+            labelled_1T, drawn_1T = supervised(inputs["labels"]), drawn_1T.to(self.device)
             labels_T = torch.cat([inputs["labels"][0, 1:], inputs["labels"][0, :1]])
             losses_T = _losses(model, inputs, labelled_1T, labels_T)
             found["dense"].append(float(losses_T[labelled_1T[0]].mean()))
@@ -363,6 +362,10 @@ class QualityStudy:
             late_T[: 3 * len(late_T) // 4] = False
             found["last_quarter"].append(float(losses_T[late_T].mean()))
             found["loss_rows"].append(float(losses_T[drawn_1T[0]].mean()))
+            if self.protocol.data == "text":
+                copied_1T, rows_1T = far_copy(inputs["input_ids"])
+                losses_T = _losses(model, inputs | {"input_ids": copied_1T}, rows_1T, copied_1T[0].roll(-1))
+                found["far_copy"].append(float(losses_T[rows_1T[0]].mean()))
             if sparse:
                 forced_1T = drawn_1T if method.forced else torch.zeros_like(drawn_1T)
                 hidden_TM = last_hidden(model, inputs, forced_1T, handle=handle, sparse=True)[0]
@@ -381,16 +384,9 @@ def _losses(model: Any, inputs: Mapping[str, Tensor], mask_1T: Tensor, labels_T:
     return losses_T
 
 
-def _supervised(labels_BT: Tensor) -> Tensor:
-    """(B, T) bool: row t predicts a labelled token."""
-    found = torch.zeros_like(labels_BT, dtype=torch.bool)
-    found[:, :-1] = labels_BT[:, 1:] != -100
-    return found
-
-
 def _calibration_batch(collator: Any, sample: dict[str, Any], domain: str) -> dict[str, Any]:
     batch = collator([sample])
-    return {"input_ids": batch["input_ids"], "supervised": _supervised(batch["labels"]), "domain": domain}
+    return {"input_ids": batch["input_ids"], "supervised": supervised(batch["labels"]), "domain": domain}
 
 
 @contextmanager

@@ -86,6 +86,13 @@ METHODS = {
             ("words_random", "half of the rows by words of the questions, half random ones", "words_random", {}),
         )
     },
+    **{
+        f"words_alone_{round(100 * k)}": Method(
+            f"{k:.0%} of the rows, those whose words the questions have; all others left out",
+            PlanSpec(k, k, kv="kept", scorer="words", dense_layers=(), strip_bypass=True),
+        )
+        for k in (0.12, 0.3)
+    },
     "prompt": Method(
         "the default, and loss on 10 % of the rows of prompts",
         replace(_EXACT, backward_ratio=0.15, context_window=1024),

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from benchmarks import check_bars, quality, quality_answers, quality_grids
+from benchmarks.quality_batches import far_copy
 from benchmarks.quality_compare import Cells, domain_means
 from benchmarks.quality_costs import equal_steps, gain_at_64k, sequence_flops
 from benchmarks.quality_grids import _RANKED as RANKED
@@ -219,6 +220,7 @@ def test_a_grid_needs_a_swept_rate(inputs: Path, tmp_path: Path, capsys):
         "block_16",
         "tails",
         "far_12_norm_embed_tokens",
+        "alone_35",
     ],
 )
 def test_methods_train_and_leave_no_trace(inputs: Path, tmp_path: Path, monkeypatch, method: str):
@@ -250,6 +252,13 @@ def test_methods_train_and_leave_no_trace(inputs: Path, tmp_path: Path, monkeypa
     assert any(p.abs().sum() > 0 for n, p in named.items() if "lora_B" in n), "something was learned"
     grid.study.fresh_adapter(0)
     assert torch.equal(model.eval()(ids).logits, before), "the model is dense and its own again"
+
+
+def test_a_far_copy_repeats_what_stands_near_the_start():
+    ids = torch.arange(1024)[None]
+    copied, rows = far_copy(ids)
+    assert torch.equal(copied[0, :992], ids[0, :992]) and torch.equal(copied[0, 992:], torch.arange(64, 96))
+    assert rows[0].nonzero()[:, 0].tolist() == list(range(999, 1023)), "they predict the last three quarters of it"
 
 
 def test_methods_of_one_seed_are_paired(inputs: Path):
