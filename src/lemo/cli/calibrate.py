@@ -24,8 +24,8 @@ def calibrate(recipe: Recipe, overrides: Overrides = None) -> None:
         raise ConfigError(f"{recipe}: sparsity.plan names a plan already; remove the key to calibrate another")
     if not needs_calibration(run):
         raise ConfigError(
-            f"{recipe}: nothing to calibrate: the recipe runs densely, or every row runs forward and no predictor "
-            "ranks blocks"
+            f"{recipe}: nothing to calibrate: the recipe runs densely, or no predictor ranks blocks and every row runs "
+            "forward or those that skip are left out of all layers"
         )
     if not run.output:
         raise ConfigError(f"{recipe}: output is empty: name the folder that receives the plan")

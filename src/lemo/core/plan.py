@@ -15,7 +15,7 @@ from torch import Tensor
 from lemo.core.bypass import Bypass
 from lemo.core.policy import POLICIES, RATIOS_OF, check_ratios
 from lemo.core.predictor import PatternPredictor
-from lemo.core.score import TRAINING_SCORERS
+from lemo.core.score import SAME_IN_ALL_LAYERS, TRAINING_SCORERS
 from lemo.errors import ConfigError, PlanError
 
 FORMAT = 1
@@ -178,9 +178,21 @@ class Plan:
         return replace(self, layers=tuple(layers))
 
     @property
+    def leaves_out(self) -> bool:
+        """Whether a row that skips one layer skips all, and nothing reads it.
+
+        The rows that are left are a text with gaps, at their places in the whole, as in positional skip-wise training
+        (PoSE, arXiv 2309.10400). So it is where one ratio holds in every layer, what ranks blocks does not depend on
+        the layer, and skipped rows offer no keys.
+        """
+        ratios = {x.forward_ratio for x in self.layers}
+        ranked_once = self.scorer in SAME_IN_ALL_LAYERS and self.policy == "topk" and self.mlp == "shared"
+        return ranked_once and self.kv == "kept" and len(ratios) == 1 and min(ratios) < 1
+
+    @property
     def needs_bypass(self) -> bool:
-        """Whether some layer skips rows without a bypass, which ruins models."""
-        return any(x.forward_ratio < 1 and x.bypass is None for x in self.layers)
+        """Whether some layer skips rows that others read without a bypass, which ruins models."""
+        return not self.leaves_out and any(x.forward_ratio < 1 and x.bypass is None for x in self.layers)
 
     def save(self, folder: str | Path) -> None:
         """Writes plan.json and plan.safetensors into `folder`, which is created.

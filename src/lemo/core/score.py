@@ -245,6 +245,7 @@ class Fixed:
 
 
 TRAINING_SCORERS = ("predictor", "random", "recent", "words")
+SAME_IN_ALL_LAYERS = ("recent", "words")  # of these: scores that depend on the batch alone
 STUDY_SCORERS: dict[str, Callable[[], Scorer]] = {
     "interaction": Interaction,
     "attention_mass": AttentionMass,

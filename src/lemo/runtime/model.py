@@ -247,7 +247,8 @@ def check_plan(model: Any, plan: Plan, layers: nn.ModuleList, unsafe_no_bypass: 
     if plan.needs_bypass and not unsafe_no_bypass:
         raise PlanError(
             "the plan lets rows skip layers (forward_ratio < 1) without a bypass, which ruins models; calibrate a "
-            "plan, use forward_ratio=1, or pass unsafe_no_bypass=True"
+            "plan, use forward_ratio=1, leave the same rows out of all layers (kv='kept', scorer='recent', no dense "
+            "layers), or pass unsafe_no_bypass=True"
         )
     if plan.scorer == "predictor":
         missing = [i for i, x in enumerate(plan.layers) if not x.is_dense and x.predictor is None]

@@ -21,7 +21,7 @@ from lemo.train.four_bits import check_installed, pack_linear
 from lemo.train.lora import adapter_like, check_targets
 from lemo.train.master import MasterWeights
 from lemo.train.model import extend_context, load_settings, resolve_path
-from lemo.train.planning import prompt_rows_are_local
+from lemo.train.planning import leaves_rows_out, prompt_rows_are_local
 from lemo.train.rehearsal import SHAPES, check_causal, random_batch, random_model, random_plan, shape_config
 from lemo.train.run_sizes import run_sizes
 from lemo.train.start_adapter import describe_start
@@ -146,7 +146,9 @@ def _ratios(run: RunConfig, plan: Plan | None, layers: int) -> dict[str, Any]:
             "block_size": sparsity.block_size,
             "dense_layers": len({i % layers for i in sparsity.dense_layers}),
             "predictor": run.scorer == "predictor",
-            "bypass_rank": run.calibration.bypass_rank if sparsity.forward_ratio < 1 else 0,
+            "bypass_rank": run.calibration.bypass_rank
+            if sparsity.forward_ratio < 1 and not leaves_rows_out(run)
+            else 0,
             "context_window": run.context_window,
             "far_share": sparsity.far_share,
             "local_forward": run.local_forward or "near",

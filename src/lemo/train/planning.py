@@ -61,12 +61,25 @@ def skeleton_plan(model: Any, run: RunConfig) -> Plan:
     return plan
 
 
-def needs_calibration(run: RunConfig) -> bool:
-    """Whether the run's plan must be fitted: it skips rows in forward, or predictors rank its blocks."""
+def needs_calibration(run: RunConfig, skeleton: Plan | None = None) -> bool:
+    """Whether the run's plan must be fitted: rows skip layers and others read them, or predictors rank its blocks.
+
+    Without the `skeleton` of its plan no layer is taken to be one that can only run all rows.
+    """
     sparsity = run.sparsity
     if not sparsity.enabled or sparsity.plan is not None or sparsity.backward_ratio == 1:
         return False
-    return sparsity.forward_ratio < 1 or run.scorer == "predictor"
+    if run.scorer == "predictor" or sparsity.forward_ratio == 1:
+        return run.scorer == "predictor"
+    return not leaves_rows_out(run) if skeleton is None else skeleton.needs_bypass
+
+
+def leaves_rows_out(run: RunConfig) -> bool:
+    """Whether rows that skip a layer skip all of them and nothing reads them: see `Plan.leaves_out`."""
+    sparsity = run.sparsity
+    names = ("forward_ratio", "backward_ratio", "block_size", "kv", "mlp", "policy")
+    plan = Plan.uniform(1, scorer=run.scorer, **{name: getattr(sparsity, name) for name in names})
+    return sparsity.enabled and sparsity.plan is None and not sparsity.dense_layers and plan.leaves_out
 
 
 def make_plan(model: Any, run: RunConfig, tokenizer: Any, folder: str | Path | None, *, progress: bool = True) -> Plan:
@@ -92,7 +105,7 @@ def make_plan(model: Any, run: RunConfig, tokenizer: Any, folder: str | Path | N
         check_local_rows(run, plan.context_window, plan.gradient)
         return plan
     skeleton = skeleton_plan(model, run)
-    if not needs_calibration(run):
+    if not needs_calibration(run, skeleton):
         return skeleton
     from lemo.calibrate.session import calibrate
 
@@ -115,7 +128,8 @@ def describe_plan(plan: Plan, window_tokens: int) -> list[str]:
         return ["plan: every layer dense"]
     forward = sum(layer.forward_ratio for layer in sparse) / len(sparse)
     backward = sum(layer.backward_ratio for layer in sparse) / len(sparse)
-    does = "skip rows" if forward < 1 else f"run every row forward, gradient {plan.gradient}"
+    skips = "leave the same rows out, which nothing reads" if plan.leaves_out else "skip rows"
+    does = skips if forward < 1 else f"run every row forward, gradient {plan.gradient}"
     lines = [
         f"plan: {len(sparse)} of {len(plan.layers)} layers {does}; forward {forward:.2f}, "
         f"backward {backward:.2f}, blocks of {plan.block_size}, {plan.scorer} / {plan.policy}, kv {plan.kv}"
