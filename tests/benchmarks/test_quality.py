@@ -341,6 +341,9 @@ def test_newest_cell_counts(inputs: Path, tmp_path: Path, monkeypatch):
     assert set(domain_means(only)) == {"books", "code"}
 
 
+_ANSWERS = ("instruct_dense", "instruct_no_document", "instruct_skip", "instruct_context_15", "instruct_words_alone_15")
+
+
 def test_answers_are_scored_with_and_without_documents(inputs: Path, tmp_path: Path, monkeypatch):
     rows = []
     for place in range(6):
@@ -362,10 +365,10 @@ def test_answers_are_scored_with_and_without_documents(inputs: Path, tmp_path: P
     save_tiny_model(tmp_path / "model")
     options = _options(tmp_path, tmp_path / "r.jsonl", "instruct", "--learning-rate", "1e-3")
     options[options.index("books,code")] = "answers"
-    cells = [Cell(n, 0, 1) for n in ("instruct_dense", "instruct_no_document", "instruct_skip", "instruct_context_15")]
+    cells = [Cell(n, 0, 1) for n in _ANSWERS]
     monkeypatch.setitem(GRIDS, "instruct", cells)
     assert quality.main(options) == 0
     found = {r.name: r for r in read_records(tmp_path / "r.jsonl")}
     assert found["quality/instruct_no_document/dense"].value != found["quality/instruct_dense/dense"].value
-    for name in ("instruct_skip", "instruct_context_15"):
+    for name in _ANSWERS[2:]:
         assert found[f"quality/{name}/forward_share"].value < 1

@@ -25,7 +25,7 @@ def _options(model: Path, tmp_path: Path, *more: str) -> list[str]:
 
 
 def test_cells_are_written_once(model: Path, tmp_path: Path):
-    options = _options(model, tmp_path, "--methods", "untrained,dense,skip")
+    options = _options(model, tmp_path, "--methods", "untrained,dense,skip,words_alone_12")
     assert retrieval.main(options) == 0
     records = {r.name: r for r in read_records(tmp_path / "r.jsonl")}
     for task in ("passkey", "two_hop"):
