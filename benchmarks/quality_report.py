@@ -27,6 +27,7 @@ from benchmarks.quality_summary import (
     FEATURED,
     NOTHING,
     domain_table,
+    far_table,
     featured_table,
     main_group,
     method_table,
@@ -182,6 +183,8 @@ def group_part(group: Group, pictures: Sequence[str]) -> list[str]:
     parts += [main_table(group) + "\n", void_note(group)]
     if group.protocol["data"] == "text":
         parts.append(domain_table(group) + "\n")
+    if far := far_table(group):
+        parts += ["A copy of what stands near the start of a window, at its end:\n", far + "\n"]
     return [*parts, *pictures]
 
 

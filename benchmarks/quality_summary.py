@@ -98,6 +98,21 @@ def domain_table(group: Group, methods: Sequence[str] | None = None) -> str:
     return markdown(["method", *domains], rows)
 
 
+def far_table(group: Group) -> str:
+    """How well a text near the start of a window is copied at its end; empty where nothing was asked so."""
+    rows = [
+        [
+            shown(m),
+            str(len(found)),
+            number(group.mean(m, "far_copy")),
+            with_error(group.gap(m, group.dense, "far_copy")),
+        ]
+        for m in group.methods
+        if (found := group.of(m, "far_copy"))
+    ]
+    return markdown(["method", "seeds", "loss of the copy", f"over {shown(group.dense)}"], rows) if rows else ""
+
+
 def method_table(groups: Sequence[Group]) -> str:
     """Every method of the page in words."""
     measured = {m for group in groups for m in group.methods}

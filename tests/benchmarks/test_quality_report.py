@@ -168,7 +168,10 @@ def test_thresholds_are_drawn_to_where_they_break(records: Path, tmp_path: Path)
         for metric, value in (("loss_rows", loss), ("sparse", 2 * loss)):
             _cell(records, method, 0, [2.0 + value] * 4, metric)
         _cell(records, method, 0, [share] * 4, "forward_share")
+        _cell(records, method, 0, [0.25] * 4, "far_copy")
         page = quality_report.write_page(read_records(records), tmp_path / "docs").read_text()
+        far = page.partition("A copy of what stands near the start")[2].partition("##")[0]
+        assert far.count("| threshold") == count and "0.2500" in far
         picture = tmp_path / "docs" / "quality-text-16384-200-0.001-thresholds.png"
         assert picture.exists() == (picture.name in page) == (count == 3), "two thresholds are no sweep"
 
