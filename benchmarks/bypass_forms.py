@@ -16,7 +16,7 @@ Measured is the loss of the rows with loss on validation windows, over the dense
 - `nonlinear`: the bypass of rank 64 and a net rmsnorm(x) -> 128 SiLU units -> update, trained on what it leaves.
 - `representative`: the middle row of every skipped block runs the layer; the others take over its update, and a bypass
   of rank 64 mends what that leaves.
-- `dense_aim_update`: the bypass of rank 64, aimed at the layer's own update instead of the dense stream.
+- `own_update`: the bypass of rank 64, aimed at the layer's own update instead of the dense stream.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def linear(windows: Sequence[Rows], rank: int | None, aim: str = "aim_NM") -> Up
     fit = BypassFit(windows[0].x_NM.shape[1], windows[0].x_NM.device)
     for rows in windows:
         fit.add(rows.x_NM, getattr(rows, aim), rows.weight_N)
-    bypass = fit.solve(rank)
+    bypass = fit.solve(None if rank is None else min(rank, fit.width))
     return lambda rows: bypass.update(rows.x_NM)
 
 
@@ -146,12 +146,12 @@ def representative(windows: Sequence[Rows]) -> Update:
 
 FORMS: dict[str, Callable[[Sequence[Rows]], Update]] = {
     "none": lambda windows: lambda rows: torch.zeros_like(rows.x_NM),
-    **{f"rank_{r}": lambda windows, r=r: linear(windows, r) for r in (16, 64, 128, 256)},
+    **{f"rank_{r}": lambda windows, r=r: linear(windows, r) for r in (16, 64, 256)},
     "full": lambda windows: linear(windows, None),
     "halves": halves,
     "nonlinear": nonlinear,
     "representative": representative,
-    "dense_aim_update": lambda windows: linear(windows, 64, "own_NM"),
+    "own_update": lambda windows: linear(windows, 64, "own_NM"),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,11 +37,12 @@ def draft_recipe(wish: Wish, model: ModelFacts, data: DataFacts, machine: Machin
         "lora": _lora(),
         "training": _training(shape, machine),
     }
-    about = f"# {model.kind} with {model.layers} layers, {data.tokens:,} tokens of {KINDS[data.kind]}, {machine.name}"
+    about = f"{model.kind} with {model.layers} layers, {data.tokens:,} tokens of {KINDS[data.kind]}, {machine.name}"
+    about += f"; preset {wish.preset}: {_about(data, preset)}."
     parts = [
         "# Every key can be replaced on the command line: lemo train RECIPE training.learning_rate=1e-4",
-        f"{about}; preset {wish.preset}:",
-        f"# {_about(data, preset)}. Keys that are not here keep their defaults; lemo schema lists all.",
+        *textwrap.wrap(about, 110, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False),
+        "# Keys that are not here keep their defaults; lemo schema lists all.",
         *_render([("output", wish.output, "receives adapter, plan, metrics and the resolved recipe")], ""),
     ]
     for name, lines in sections.items():
