@@ -9,6 +9,7 @@ import torch
 
 from lemo import attach
 from lemo.core.plan import LayerPlan, Plan
+from lemo.core.score import SAME_IN_ALL_LAYERS, TRAINING_SCORERS, scorer_named, scores_by_layer
 from lemo.errors import PlanError
 from tests.runtime.oracle import batch, tiny_model
 
@@ -61,3 +62,8 @@ def test_so_do_rows_that_skip_some_layers_only():
             attach(model, each)
     dense = Plan.uniform(model, forward_ratio=1.0, backward_ratio=0.5, **CHOICES)
     assert not dense.leaves_out and not dense.needs_bypass
+
+
+def test_scorers_say_whether_they_look_at_the_layer():
+    same = [name for name in TRAINING_SCORERS if name != "predictor" and not scores_by_layer(scorer_named(name))]
+    assert tuple(same) == SAME_IN_ALL_LAYERS
