@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from benchmarks.derived import DerivedRecords
 from benchmarks.quality_corpus import corpus_of, is_published
 from benchmarks.quality_costs import gain_at_64k
 from benchmarks.quality_grids import STEPS
@@ -212,15 +213,15 @@ def write_comparisons(path: Path) -> int:
         return 0
     records = read_records(path)
     cells = Cells(records)
-    known = {(r.name, r.config_hash, r.bar, r.seeds, r.value) for r in records}
+    derived = DerivedRecords(path, records, SCRIPT)
     for protocol in cells.protocols():
         for item in COMPARISONS:
             for label, steps, pairs in pairs_of(cells, item, protocol):
                 if item.best is not None:
-                    _compare_share(item, protocol, (label, steps, pairs), cells, path, known)
+                    _compare_share(item, protocol, (label, steps, pairs), cells, derived)
                     continue
-                _compare(item, protocol, (label, steps, pairs), cells, path, known)
-    _write_gains(cells, path, known)
+                _compare(item, protocol, (label, steps, pairs), cells, derived)
+    _write_gains(cells, derived)
     return 0
 
 
@@ -229,8 +230,7 @@ def _compare(
     protocol: dict[str, Any],
     group: tuple[str, int, list[tuple[Record, Record]]],
     cells: Cells,
-    path: Path,
-    known: set,
+    derived: DerivedRecords,
 ) -> None:
     """One comparison: a Record a domain, or one of all pairs of seed and domain."""
     label, steps, pairs = group
@@ -256,7 +256,7 @@ def _compare(
         bar = None if item.bar is None or not published else item.bar + (f"/{at}" if at else "")
         setting = {**_setting_of(item, protocol, steps, pairs), "domain": domain}
         samples = {"baseline": baseline, "lemo": candidate}
-        _append(path, known, name, item.unit, samples, setting, bar, [r for p in pairs for r in p])
+        derived.write(name, item.unit, samples, setting, [r for p in pairs for r in p], bar)
 
 
 def _compare_share(
@@ -264,8 +264,7 @@ def _compare_share(
     protocol: dict[str, Any],
     group: tuple[str, int, list[tuple[Record, Record]]],
     cells: Cells,
-    path: Path,
-    known: set,
+    derived: DerivedRecords,
 ) -> None:
     """How much of the best method's advantage over the baseline the candidate has: one Record of all (seed, domain)."""
     label, steps, pairs = group
@@ -290,7 +289,7 @@ def _compare_share(
     published = steps == STEPS and clear >= CLEAR_ERRORS and protocol["window"] == 16384 and is_published(protocol)
     setting = _setting_of(item, protocol, steps, threes) | {"best": item.best, "advantage_in_errors": clear}
     bar = item.bar if published else None
-    _append(path, known, name, item.unit, samples, setting, bar, [r for three in threes for r in three])
+    derived.write(name, item.unit, samples, setting, [r for three in threes for r in three], bar)
 
 
 def _setting_of(
@@ -309,7 +308,7 @@ def _setting_of(
     }
 
 
-def _write_gains(cells: Cells, path: Path, known: set) -> None:
+def _write_gains(cells: Cells, derived: DerivedRecords) -> None:
     """Ideal gains of presets that have been measured: arithmetic, beside the gaps that they belong to."""
     for bar, method, shape in GAINS:
         sources = [r for r in cells.records if r.name == f"quality/{method}/dense"]
@@ -317,25 +316,4 @@ def _write_gains(cells: Cells, path: Path, known: set) -> None:
             setting = {"method": method, "shape": shape, "tokens": 65536, "recompute": "lin", "statistic": "min"}
             setting["choices"] = METHODS[method].setting()
             gain = gain_at_64k(METHODS[method])[shape]
-            _append(path, known, f"quality/{method}/ideal_gain", "times", [gain], setting, bar, sources[:1])
-
-
-def _append(
-    path: Path,
-    known: set,
-    name: str,
-    unit: str,
-    samples: Any,
-    setting: dict[str, Any],
-    bar: str | None,
-    sources: Sequence[Record],
-) -> None:
-    """Writes a derived Record, once; device, versions and commit are those of the cells that it is made of."""
-    seeds = sorted({s for r in sources for s in r.seeds})
-    record = Record.measure(name, unit, samples, setting, script=SCRIPT, seeds=seeds, bar=bar)
-    newest = max(sources, key=lambda r: r.time)
-    record = dataclasses.replace(record, device=newest.device, versions=newest.versions, commit=newest.commit)
-    key = (name, record.config_hash, bar, record.seeds, record.value)
-    if key not in known:
-        known.add(key)
-        record.append(path)
+            derived.write(f"quality/{method}/ideal_gain", "times", [gain], setting, sources[:1], bar)

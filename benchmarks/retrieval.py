@@ -24,6 +24,7 @@ from statistics import fmean
 from typing import Any
 
 import lemo
+from benchmarks.derived import DerivedRecords
 from benchmarks.quality import dense_plan
 from benchmarks.quality_specs import Method, PlanSpec
 from benchmarks.quality_study import Protocol, QualityStudy
@@ -265,7 +266,7 @@ class Runner:
 def compare(path: Path) -> None:
     """Misses of skipping methods over those of dense LoRA, in points, over the tasks that count."""
     records = read_records(path)
-    known = {(r.name, r.config_hash, r.bar, r.seeds, r.value) for r in records}
+    derived = DerivedRecords(path, records, SCRIPT)
     groups: dict[tuple, list[Record]] = {}
     for record in records:
         if record.name.startswith("retrieval/") and "cell" in record.setting:
@@ -276,7 +277,7 @@ def compare(path: Path) -> None:
         print(f"length {window}, {steps} steps: tasks that count: {', '.join(counted) or 'none'}", flush=True)
         for name in METHODS:
             for mode in ("dense", "sparse"):
-                _compare(same, name, mode, counted, path, known)
+                _compare(same, name, mode, counted, derived)
 
 
 def _of(records: Sequence[Record], name: str) -> dict[int, Record]:
@@ -292,9 +293,7 @@ def _counts(records: Sequence[Record], task: str) -> bool:
     return reached >= DENSE_REACHES and guessed <= BLIND_AT_MOST
 
 
-def _compare(
-    records: Sequence[Record], name: str, mode: str, tasks: Sequence[str], path: Path, known: set[tuple]
-) -> None:
+def _compare(records: Sequence[Record], name: str, mode: str, tasks: Sequence[str], derived: DerivedRecords) -> None:
     """One Record of paired misses in points, over tasks and seeds; the error is over prompts."""
     baseline: list[float] = []
     candidate: list[float] = []
@@ -313,15 +312,11 @@ def _compare(
     setting = {key: newest.setting[key] for key in ("window", "steps", "model", "domains", "prompts", "learning_rate")}
     setting |= {"method": name, "mode": mode, "tasks": list(tasks), "statistic": "gap_plus_error"}
     setting["cells"] = sorted({r.setting["cell"] for r in sources})
-    seeds = sorted({r.seeds[0] for r in sources})
     bar = f"B.retrieval_gap/{newest.setting['window']}-{mode}" if name == DEFAULT and len(candidate) >= 2000 else None
     title = f"retrieval/{name}/gap/{mode}"
-    record = Record.measure(title, "points", samples, setting, script=SCRIPT, seeds=seeds, bar=bar)
-    record = dataclasses.replace(record, device=newest.device, versions=newest.versions, commit=newest.commit)
+    record = derived.write(title, "points", samples, setting, sources, bar)
     gap = value_of(samples, "difference_of_means")
     print(f"{title}: {gap:+.2f} points, with its error {record.value:+.2f} ({len(candidate)} prompts)", flush=True)
-    if (title, record.config_hash, bar, record.seeds, record.value) not in known:
-        record.append(path)
 
 
 def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
