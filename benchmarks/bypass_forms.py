@@ -32,10 +32,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lemo.calibrate.collect import EDGE_WEIGHT
+from lemo.calibrate.collect import skip_weights
 from lemo.config import DataConfig, ModelConfig
 from lemo.core.bypass import BypassFit, rms_normalise
-from lemo.core.policy import select
 from lemo.core.score import Recent, ScoreInputs
 from lemo.eval.perplexity import row_losses
 from lemo.measure.record import Record, read_records
@@ -173,12 +172,8 @@ def open_windows(model: Any, options: argparse.Namespace, split: str, count: int
             stream = LayerStream.open(model, ids_T[None], supervised_BT=loss_N[None], block_size=options.block)
             layout = stream.layout
             scores_K = Recent().scores(ScoreInputs(layout)).to(layout.device)
-            kept = select(layout, scores_K, forward_ratio=options.keep, backward_ratio=options.keep).forward
-            skipped_N = torch.ones(len(ids_T), dtype=torch.bool, device=layout.device)
-            skipped_N[kept.rows_N] = False
-            competing_N = (~layout.forced_K).to(layout.device)[layout.block_of_row_N]
-            weight_N = torch.where(skipped_N, 1.0, EDGE_WEIGHT) * competing_N
-            window = Window(stream, ids_T.roll(-1), loss_N, skipped_N, weight_N, domain, [], [])
+            weight_N = skip_weights(layout, scores_K, options.keep)
+            window = Window(stream, ids_T.roll(-1), loss_N, weight_N == 1, weight_N, domain, [], [])
             x_BTM = stream.hidden_BTM
             for index, layer in enumerate(layers):
                 seen: list[Tensor] = []
@@ -201,7 +196,7 @@ def losses(model: Any, form: str, fitted: Sequence[Window], held: Sequence[Windo
     last = len(windows[0].dense) - 1
     for index in range(last + 1):
         after = [w.stream.dense(index, x[None]).output_BTM[0] for w, x in zip(windows, streams, strict=True)]
-        if form != "dense" and 0 < index < last:
+        if 0 < index < last:
             rows = [
                 Rows(x, y - x, w.dense[index] - x, w.middle[index] - x, w.weight_N, w.stream.layout.block_of_row_N)
                 for w, x, y in zip(windows, streams, after, strict=True)
@@ -212,12 +207,15 @@ def losses(model: Any, form: str, fitted: Sequence[Window], held: Sequence[Windo
                 for w, r, y in zip(windows, rows, after, strict=True)
             ]
         streams = after
-    base = causal_model(model)
-    norm, found = base.base_model.norm, []
-    for window, x_NM in zip(held, streams[len(fitted) :], strict=True):
-        rows = window.loss_N
-        found.append(float(row_losses(base, norm(x_NM[rows]), window.labels_N[rows].to(x_NM.device)).double().mean()))
-    return found
+    return [loss_of(model, w, x_NM) for w, x_NM in zip(held, streams[len(fitted) :], strict=True)]
+
+
+@torch.no_grad()
+def loss_of(model: Any, window: Window, x_NM: Tensor) -> float:
+    """Loss of a window's rows with loss, from the stream after the last layer."""
+    base, rows = causal_model(model), window.loss_N
+    labels_S = window.labels_N[rows].to(x_NM.device)
+    return float(row_losses(base, base.base_model.norm(x_NM[rows]), labels_S).double().mean())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -246,7 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ).eval()
     fitted = open_windows(model, options, "train", options.fit_windows)
     held = open_windows(model, options, "validation", options.held_out)
-    dense = losses(model, "dense", fitted[:1], held)
+    dense = [loss_of(model, window, window.dense[-1]) for window in held]
     print(f"dense: {fmean(dense):.4f}", flush=True)
     known = read_records(options.out) if options.out.exists() else []
     for form in options.forms.split(","):

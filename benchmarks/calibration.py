@@ -22,7 +22,8 @@ from lemo.config import CalibrationConfig
 from lemo.core.plan import Plan
 from lemo.measure.memory import track_peak
 from lemo.measure.record import Record
-from lemo.train.rehearsal import IGNORE, random_batch, random_model, shape_config
+from lemo.runtime.batch import supervised_rows
+from lemo.train.rehearsal import random_batch, random_model, shape_config
 
 SCRIPT = "benchmarks/calibration.py"
 BAR_SHAPE, BAR_WINDOW = "llama3-8b", 16384
@@ -33,9 +34,7 @@ def make_batches(vocabulary: int, window: int, count: int, loss_share: float, sp
     found = []
     for seed in range(count):
         batch = random_batch(vocabulary, window, share=loss_share, seed=seed, span=span)
-        supervised = torch.zeros_like(batch["labels"], dtype=torch.bool)
-        supervised[:, :-1] = batch["labels"][:, 1:] != IGNORE
-        found.append({"input_ids": batch["input_ids"], "supervised": supervised, "domain": "random"})
+        found.append({"input_ids": batch["input_ids"], "supervised": supervised_rows(batch), "domain": "random"})
     return found
 
 

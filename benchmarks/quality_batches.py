@@ -31,13 +31,6 @@ def join(made: list[dict[str, Tensor]], most: int) -> list[dict[str, Tensor]]:
     return [{k: torch.cat([m[k] for m in made[i : i + most]]) for k in made[0]} for i in range(0, len(made), most)]
 
 
-def supervised(labels_BT: Tensor) -> Tensor:
-    """(B, T) bool: row t predicts a labelled token."""
-    found = torch.zeros_like(labels_BT, dtype=torch.bool)
-    found[:, :-1] = labels_BT[:, 1:] != -100
-    return found
-
-
 def far_copy(ids_1T: Tensor) -> tuple[Tensor, Tensor]:
     """A window that ends with a copy of what stands near its start, to ask whether a model reads that far.
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import lemo
-from benchmarks.quality_batches import Endless, far_copy, join, supervised
+from benchmarks.quality_batches import Endless, far_copy, join
 from benchmarks.quality_corpus import fingerprint
 from benchmarks.quality_specs import Method, PlanSpec
 from lemo.config import CalibrationConfig, DataConfig, LoraConfig, ModelConfig
@@ -32,6 +32,7 @@ from lemo.eval.perplexity import last_hidden, row_losses
 from lemo.measure.flops import DecoderShape
 from lemo.measure.record import config_hash
 from lemo.runtime.attach import Handle
+from lemo.runtime.batch import supervised_rows
 from lemo.runtime.model import causal_model
 from lemo.train.block_losses import BlockLosses
 from lemo.train.costs import layer_cost
@@ -340,7 +341,7 @@ class QualityStudy:
                 count = min(self.protocol.validation_windows, len(dataset))
                 for place in range(count):
                     sample = dataset[int((place + 0.5) * len(dataset) / count)]
-                    made.append((domain, everything([sample]), supervised(drawn([sample])["labels"])))
+                    made.append((domain, everything([sample]), supervised_rows(drawn([sample]))))
             self._validation[key] = made
         return self._validation[key]
 
@@ -354,7 +355,7 @@ class QualityStudy:
         sparse = method.plan is not None and method.rival is None
         for domain, batch, drawn_1T in self.validation(method):
             inputs = {k: v.to(self.device) for k, v in batch.items()}
-            labelled_1T, drawn_1T = supervised(inputs["labels"]), drawn_1T.to(self.device)
+            labelled_1T, drawn_1T = supervised_rows(inputs), drawn_1T.to(self.device)
             labels_T = torch.cat([inputs["labels"][0, 1:], inputs["labels"][0, :1]])
             losses_T = _losses(model, inputs, labelled_1T, labels_T)
             found["dense"].append(float(losses_T[labelled_1T[0]].mean()))
@@ -386,7 +387,7 @@ def _losses(model: Any, inputs: Mapping[str, Tensor], mask_1T: Tensor, labels_T:
 
 def _calibration_batch(collator: Any, sample: dict[str, Any], domain: str) -> dict[str, Any]:
     batch = collator([sample])
-    return {"input_ids": batch["input_ids"], "supervised": supervised(batch["labels"]), "domain": domain}
+    return {"input_ids": batch["input_ids"], "supervised": supervised_rows(batch), "domain": domain}
 
 
 @contextmanager

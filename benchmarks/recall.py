@@ -28,6 +28,7 @@ from lemo.core.predictor import PatternPredictor
 from lemo.core.target import TARGETS
 from lemo.measure.record import Record
 from lemo.measure.statistics import paired_standard_error
+from lemo.runtime.batch import supervised_rows
 from lemo.train.data import LossRows, WindowCollator, load_windows
 from lemo.train.model import load_model
 
@@ -73,9 +74,7 @@ def read_windows(options: argparse.Namespace, domain: str, split: str, limit: in
     batches = []
     for index in range(min(limit, len(dataset))):
         batch = collator([dataset[index]])
-        supervised = torch.zeros_like(batch["labels"], dtype=torch.bool)
-        supervised[:, :-1] = batch["labels"][:, 1:] != -100
-        batches.append({"input_ids": batch["input_ids"], "supervised": supervised, "domain": domain})
+        batches.append({"input_ids": batch["input_ids"], "supervised": supervised_rows(batch), "domain": domain})
     return batches
 
 

@@ -16,6 +16,7 @@ import lemo
 from lemo.config import CalibrationConfig, DataConfig, LoraConfig, ModelConfig
 from lemo.core.plan import LayerPlan, Plan
 from lemo.measure.record import config_hash
+from lemo.runtime.batch import supervised_rows
 from lemo.train.data import LossRows, WindowCollator, load_windows
 from lemo.train.lora import add_adapter
 from lemo.train.model import load_model
@@ -153,9 +154,7 @@ class Study:
     def calibration_batch(self, index: int) -> dict[str, Any]:
         """One window as calibration reads it."""
         batch = self.loss_rows([self.train[index]])
-        supervised = torch.zeros_like(batch["labels"], dtype=torch.bool)
-        supervised[:, :-1] = batch["labels"][:, 1:] != -100
-        return {"input_ids": batch["input_ids"], "supervised": supervised, "domain": self.options.domains}
+        return {"input_ids": batch["input_ids"], "supervised": supervised_rows(batch), "domain": self.options.domains}
 
     def plan_of(self, use: str) -> Plan:
         """The calibrated plan, used in one of the ways that variants name."""

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import bypass_forms, check_bars
 from lemo.measure.record import read_records
 from lemo.train.data import write_npz
+from tests.train.tiny import save_tiny_model
 
 WINDOW = 256
 
@@ -19,15 +19,7 @@ WINDOW = 256
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("inputs")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 96, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4}
-    config = LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=64, max_position_embeddings=WINDOW)
-    model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0, 0.1)
-    model.save_pretrained(folder / "model")
+    save_tiny_model(folder / "model", layers=4, max_position_embeddings=WINDOW)
     generator = np.random.default_rng(0)
     for split, windows in (("train", 4), ("validation", 2)):
         write_npz(folder / f"books-{split}.npz", [generator.integers(0, 64, WINDOW * windows)])

@@ -146,9 +146,7 @@ def _ratios(run: RunConfig, plan: Plan | None, layers: int) -> dict[str, Any]:
             "block_size": sparsity.block_size,
             "dense_layers": len({i % layers for i in sparsity.dense_layers}),
             "predictor": run.scorer == "predictor",
-            "bypass_rank": run.calibration.bypass_rank
-            if sparsity.forward_ratio < 1 and not leaves_rows_out(run)
-            else 0,
+            "bypass_rank": 0 if sparsity.forward_ratio == 1 or leaves_rows_out(run) else run.calibration.bypass_rank,
             "context_window": run.context_window,
             "far_share": sparsity.far_share,
             "local_forward": run.local_forward or "near",

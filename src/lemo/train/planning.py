@@ -69,8 +69,10 @@ def needs_calibration(run: RunConfig, skeleton: Plan | None = None) -> bool:
     sparsity = run.sparsity
     if not sparsity.enabled or sparsity.plan is not None or sparsity.backward_ratio == 1:
         return False
-    if run.scorer == "predictor" or sparsity.forward_ratio == 1:
-        return run.scorer == "predictor"
+    if run.scorer == "predictor":
+        return True
+    if sparsity.forward_ratio == 1:
+        return False
     return not leaves_rows_out(run) if skeleton is None else skeleton.needs_bypass
 
 
