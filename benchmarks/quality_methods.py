@@ -106,6 +106,7 @@ def _answers(about: str, backward: float, **changes: Any) -> Method:
 
 
 _CONTEXT: dict[str, Any] = {"loss_share": ANSWER_SHARE, "span": None}
+_WORDS_ABOUT = "rows by words of the questions, and loss on local rows of the prompt"
 # What `lemo init` writes for documents with questions.
 INSTRUCT_DEFAULT = "instruct_words_prompt_twice_window_2048"
 INSTRUCT = {
@@ -188,19 +189,21 @@ INSTRUCT = {
         for share in (0.1, 0.25)
     },
     **{
-        f"instruct_words_prompt_twice{'' if window == 1024 else f'_window_{window}'}": replace(
-            _answers(
-                "rows by words of the questions, and loss on local rows of the prompt",
-                0.12,
-                scorer="words",
-                context_window=window,
-            ),
+        f"instruct_{name}": replace(
+            _answers(about, share, scorer="words", context_window=window),
             prompt_rows=(0.1, 2.0),
             prompt_of="answers",
             prompt_local=True,
         )
-        for window in (1024, 2048)
+        for name, about, share, window in (
+            ("words_prompt_twice", _WORDS_ABOUT, 0.12, 1024),
+            ("words_prompt_twice_window_2048", _WORDS_ABOUT, 0.12, 2048),
+            ("fast", "the preset fast: answers, 4 % of the rows in all, chunks of 512", 0.04, 512),
+        )
     },
+    "instruct_quality": _answers(
+        "the preset quality: half of the rows, no loss on the prompt", 0.5, scorer="words", context_window=2048
+    ),
     **{
         f"instruct_prompt_twice{'' if share == 0.1 else f'_{round(100 * share)}'}": replace(
             _answers("the default, and loss on local rows of the prompt", 0.12, scorer="recent", context_window=1024),

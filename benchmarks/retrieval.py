@@ -78,6 +78,10 @@ METHODS = {
         "the default with a window of 2,048 for rows without gradient",
         replace(_EXACT, scorer="words", context_window=2048),
     ),
+    "words_fast": Method(
+        "the preset fast: 4 % of the rows, a window of 512",
+        replace(_EXACT, backward_ratio=0.04, scorer="words", context_window=512),
+    ),
     **{
         name: Method(about, replace(_EXACT, scorer="predictor", oracle=oracle, context_window=1024, **more))
         for name, about, oracle, more in (
